@@ -1,0 +1,91 @@
+"""Every error this project raises on purpose: one type per kind of cause, each with the exit code of the command line.
+
+A message says what was asked, what exists and what to do next. Nothing else is raised for bad input; anything that
+escapes as another type is a bug of this project (exit code 70).
+"""
+
+from __future__ import annotations
+
+
+class DsparkError(Exception):
+    """Base of all deliberate errors. ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UsageError(DsparkError):
+    """The request itself is wrong: an option, a prompt or a sampling parameter outside its range."""
+
+    exit_code = 2
+
+
+class CheckpointError(DsparkError):
+    """The model to build from cannot be used: missing, damaged or inconsistent files."""
+
+    exit_code = 3
+
+
+class ModelNotFound(CheckpointError):
+    """No such hub id, revision or local folder, or it needs a login, or the machine is offline."""
+
+
+class InvalidConfig(CheckpointError):
+    """config.json is unreadable, or its values contradict each other."""
+
+
+class InvalidWeights(CheckpointError):
+    """A weight file is damaged, incomplete, outside its folder or does not fit the config."""
+
+
+class InvalidTokenizer(CheckpointError):
+    """The tokenizer is missing, damaged or does not fit the model's vocabulary."""
+
+
+class UntrustedCheckpoint(CheckpointError):
+    """Using the checkpoint would run code that came with it, and the trust gate is closed."""
+
+    exit_code = 4
+
+
+class UnsupportedArchitecture(CheckpointError):
+    """The architecture is not one that can be traced; the message gives the reason."""
+
+    exit_code = 5
+
+
+class ExportError(DsparkError):
+    """Tracing, rewriting or quantizing a graph failed."""
+
+    exit_code = 6
+
+
+class BundleError(DsparkError):
+    """A bundle cannot be opened or written."""
+
+    exit_code = 7
+
+
+class DamagedBundle(BundleError):
+    """A file of the bundle is missing, altered or outside the bundle."""
+
+
+class IncompatibleBundle(BundleError):
+    """The manifest has unknown keys, a newer schema or a graph this runtime cannot run."""
+
+
+class BackendError(DsparkError):
+    """An inference backend is not installed, cannot load a graph, or failed while running."""
+
+    exit_code = 8
+
+
+class CapacityError(UsageError):
+    """The request does not fit the model's positions or the cache."""
+
+
+class InvalidTree(UsageError):
+    """A token tree breaks its invariants (order, parents, depth, duplicate siblings, size)."""
+
+
+class ChatTemplateError(UsageError):
+    """The chat template is missing, malformed, or exceeded its sandbox limits."""
