@@ -89,3 +89,11 @@ class InvalidTree(UsageError):
 
 class ChatTemplateError(UsageError):
     """The chat template is missing, malformed, or exceeded its sandbox limits."""
+
+
+class BundleBusy(BundleError):
+    """Another build is writing into the same folder."""
+
+
+class BundleNotWritten(BundleError):
+    """The bundle could not be written: the folder is taken or read-only, the disk is full, a limit was reached."""

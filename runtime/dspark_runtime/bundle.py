@@ -1,0 +1,341 @@
+"""The bundle on disk: its manifest and the safe way to open it.
+
+A bundle is a folder with ``manifest.json`` and the files listed there, each with size and SHA-256. Opening it checks,
+before any byte reaches an inference library:
+
+* the manifest is strict JSON of a known schema version, without unknown keys;
+* every listed path stays inside the bundle and is a regular file (no symlink on the way, no hard link);
+* sizes, and digests unless switched off, match;
+* ``onnx/`` holds nothing that is not listed, so an external-data reference of a graph can only reach a checked file.
+
+Digests find damage and mix-ups. They are no signature: whoever can write the bundle can write the manifest too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import pydantic_core
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from dspark_runtime.contract import CacheLayer, TensorSpec
+from dspark_runtime.errors import BundleError, DamagedBundle, IncompatibleBundle
+
+SCHEMA_VERSION: Literal[1] = 1
+MANIFEST = "manifest.json"
+TOKENIZER_DIR = "tokenizer"
+GRAPH_DIR = "onnx"
+MANIFEST_MAX_BYTES = 16 * 2**20
+_HASH_BLOCK = 4 * 2**20
+
+
+def safe_relative_path(path: str) -> str:
+    """``path`` itself if it is a plain relative path inside a bundle (forward slashes); ValueError otherwise."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(c in path for c in "\\:\0"):
+        raise ValueError(f"{path!r} is not a plain relative path inside the bundle")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(safe_relative_path)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+GraphName = Literal["target", "self_draft", "verify"]
+Variant = Literal["standard", "onnxruntime-cpu"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FileEntry(_Record):
+    """Size in bytes and digest of one file."""
+
+    sha256: Sha256
+    size: Count
+
+
+class Source(_Record):
+    """Where the model came from. ``revision`` is a hub commit; ``files`` are the SHA-256 of the checkpoint's files."""
+
+    kind: Literal["hub", "local", "gguf"]
+    id: str
+    revision: str | None = None
+    files: dict[str, Sha256] = {}
+
+
+class ModelFacts(_Record):
+    """What the runtime must know about the model. ``eos_token_ids`` holds every id that ends a text."""
+
+    architecture: str
+    model_type: str
+    vocab_size: Positive
+    hidden_size: Positive
+    num_layers: Positive
+    max_positions: Positive
+    cache: tuple[CacheLayer, ...]
+    eos_token_ids: tuple[Count, ...] = ()
+    bos_token_id: Count | None = None
+    pad_token_id: Count | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelFacts:
+        if len(self.cache) != self.num_layers:
+            raise ValueError(f"{len(self.cache)} cache layers for {self.num_layers} decoder layers")
+        special = (*self.eos_token_ids, self.bos_token_id, self.pad_token_id)
+        if bad := [i for i in special if i is not None and i >= self.vocab_size]:
+            raise ValueError(f"special token ids {bad} are outside the vocabulary of {self.vocab_size}")
+        return self
+
+
+class GraphEntry(_Record):
+    """One ONNX file. ``layers`` are the decoder layers it runs (None: all, or not a decoder)."""
+
+    name: GraphName
+    variant: Variant = "standard"
+    file: RelativePath
+    data_files: tuple[RelativePath, ...] = ()
+    dtype: Literal["float32", "float16", "bfloat16"]
+    layers: tuple[Count, ...] | None = None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class DrafterEntry(_Record):
+    """One way of drafting. ``agreement`` is the share of positions whose top token equals the target's, in [0, 1]."""
+
+    name: str
+    kind: Literal["ngram", "self_draft"]
+    graph: GraphName | None = None
+    settings: dict[str, JsonValue] = {}
+    agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class RowNoise(_Record):
+    """Largest logit difference between a pass over one row and passes over ``rows`` rows, seen over ``positions``."""
+
+    max_abs_logit_diff: Annotated[float, Field(ge=0)]
+    rows: tuple[Positive, ...]
+    positions: Positive
+
+
+class Precision(_Record):
+    """Weight storage. ``block_size``, ``head`` and ``embedding`` apply to int8 and int4 only."""
+
+    weights: Literal["fp32", "fp16", "bf16", "int8", "int4"]
+    block_size: Positive | None = None
+    head: bool = False
+    embedding: bool = False
+    exact: bool = True
+    accuracy_level: Count | None = None
+    row_noise: RowNoise | None = None
+
+
+class StepCosts(_Record):
+    """Milliseconds of one pass: ``ms[graph][rows]``, measured with ``context`` committed tokens in the cache."""
+
+    threads: Positive
+    device: str
+    context: Count
+    ms: dict[str, dict[Annotated[str, Field(pattern="^[1-9][0-9]*$")], Annotated[float, Field(ge=0)]]]
+
+
+class Manifest(_Record):
+    """``manifest.json``. ``files`` lists every file of the bundle but the manifest; the writer fills it at commit."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created_by: str
+    created_at: str
+    tools: dict[str, str] = {}
+    source: Source
+    model: ModelFacts
+    graphs: tuple[GraphEntry, ...]
+    drafters: tuple[DrafterEntry, ...] = ()
+    precision: Precision
+    costs: StepCosts | None = None
+    files: dict[RelativePath, FileEntry] = {}
+    validation: dict[str, JsonValue] = {}
+
+    def missing_references(self) -> list[str]:
+        """What graphs and drafters refer to and the manifest does not list; empty for a complete manifest."""
+        names = {graph.name for graph in self.graphs}
+        missing = [f"graph {d.graph} of drafter {d.name}" for d in self.drafters if d.graph and d.graph not in names]
+        if ("target", "standard") not in {(g.name, g.variant) for g in self.graphs}:
+            missing.append("the standard target graph")
+        for graph in self.graphs:
+            paths = (graph.file, *graph.data_files)
+            missing += [f"{path} of graph {graph.name}" for path in paths if path not in self.files]
+        return missing
+
+    @classmethod
+    def parse(cls, text: bytes, where: str = MANIFEST) -> Manifest:
+        """Read manifest JSON; IncompatibleBundle for another schema or unknown keys, DamagedBundle for the rest."""
+        try:
+            raw = pydantic_core.from_json(text, allow_inf_nan=False)
+        except ValueError as error:
+            raise DamagedBundle(f"{where} is not valid JSON ({error}); build the bundle again") from error
+        if not isinstance(raw, dict):
+            raise DamagedBundle(f"{where} holds a JSON {type(raw).__name__}, not an object; build the bundle again")
+        _check_schema(raw.get("schema_version"), where)
+        try:
+            manifest = cls.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            raise _explain(error, where) from error
+        if missing := manifest.missing_references():
+            raise DamagedBundle(f"{where} does not list {', '.join(missing)}; build the bundle again")
+        return manifest
+
+
+def _check_schema(version: Any, where: str) -> None:
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise DamagedBundle(f"{where} has no schema_version; is this a dspark bundle?")
+    if version > SCHEMA_VERSION:
+        raise IncompatibleBundle(
+            f"{where} has schema version {version}, this dspark-runtime reads {SCHEMA_VERSION}; "
+            "upgrade dspark-export or build the bundle again with this version"
+        )
+    if version < SCHEMA_VERSION:
+        raise IncompatibleBundle(f"{where} has the unknown schema version {version}; build the bundle again")
+
+
+def _explain(error: ValidationError, where: str) -> BundleError:
+    unknown, wrong = [], []
+    for item in error.errors(include_url=False, include_input=False):
+        place = ".".join(str(part) for part in item["loc"]) or "manifest"
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            unknown.append(place)
+        else:
+            wrong.append(f"{place}: {item['msg']}")
+    if unknown:
+        return IncompatibleBundle(
+            f"{where} has keys this dspark-runtime does not know: {', '.join(unknown[:5])}; "
+            "it was written by another version: upgrade, or build the bundle again"
+        )
+    return DamagedBundle(f"{where} is damaged ({'; '.join(wrong[:5])}); build the bundle again")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, streamed; a symlink is not followed where the system allows to say so."""
+    digest = hashlib.sha256()
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_regular_file(root: Path, relative: str) -> os.stat_result:
+    """lstat of ``root/relative``; DamagedBundle unless it is a regular, singly linked file reached without symlinks."""
+    try:
+        safe_relative_path(relative)
+    except ValueError as error:
+        raise DamagedBundle(str(error)) from error
+    current = root
+    parts = PurePosixPath(relative).parts
+    for depth, part in enumerate(parts):
+        current = current / part
+        try:
+            info = current.lstat()
+        except OSError as error:
+            raise DamagedBundle(f"{relative} is missing from the bundle {root}; build or copy it again") from error
+        if stat.S_ISLNK(info.st_mode):
+            raise DamagedBundle(f"{relative} of the bundle {root} is a symlink; copy the file itself into the bundle")
+        if depth < len(parts) - 1 and not stat.S_ISDIR(info.st_mode):
+            raise DamagedBundle(f"{relative} is missing from the bundle {root}; build or copy it again")
+    if not stat.S_ISREG(info.st_mode):
+        raise DamagedBundle(f"{relative} of the bundle {root} is not a regular file")
+    if info.st_nlink > 1:
+        raise DamagedBundle(
+            f"{relative} of the bundle {root} is a hard link to a file elsewhere; copy it without links"
+        )
+    return info
+
+
+def walk_files(root: Path) -> Iterator[str]:
+    """Relative paths, sorted, of everything below ``root`` that is not a folder; symlinks are not entered."""
+    for folder, folders, files in os.walk(root, followlinks=False):
+        folders.sort()
+        linked = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in sorted(files + linked):
+            yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+@dataclass(frozen=True)
+class BundleFiles:
+    """An opened, checked bundle folder: its manifest and its paths."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = True) -> BundleFiles:
+        """Read and check the bundle at ``path``; ``verify=False`` skips the digests, never the other checks.
+
+        Raises BundleError if there is no bundle, DamagedBundle or IncompatibleBundle if it must not be used.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            what = "is not a folder" if root.exists() else "does not exist"
+            raise BundleError(f"bundle {root} {what}; make one with `dspark-export build MODEL --out {root}`")
+        root = root.resolve()
+        if not (root / MANIFEST).exists():
+            raise BundleError(f"{root} has no {MANIFEST}, so it is no bundle; make one with `dspark-export build`")
+        if check_regular_file(root, MANIFEST).st_size > MANIFEST_MAX_BYTES:
+            raise DamagedBundle(f"{root / MANIFEST} is larger than {MANIFEST_MAX_BYTES} bytes; build the bundle again")
+        files = cls(root, Manifest.parse((root / MANIFEST).read_bytes(), str(root / MANIFEST)))
+        files._check(verify)
+        return files
+
+    def _check(self, verify: bool) -> None:
+        for relative, entry in self.manifest.files.items():
+            size = check_regular_file(self.root, relative).st_size
+            if size != entry.size:
+                raise DamagedBundle(
+                    f"{relative} of the bundle {self.root} has {size} bytes, the manifest says {entry.size}; "
+                    "copy or build it again"
+                )
+        for name in walk_files(self.root / GRAPH_DIR):
+            if f"{GRAPH_DIR}/{name}" not in self.manifest.files:
+                raise DamagedBundle(f"{GRAPH_DIR}/{name} of the bundle {self.root} is not in its manifest; remove it")
+        if verify:
+            for relative, entry in self.manifest.files.items():
+                if sha256_of(self.root / relative) != entry.sha256:
+                    raise DamagedBundle(
+                        f"{relative} of the bundle {self.root} was altered: its SHA-256 is not the manifest's; "
+                        "copy or build it again"
+                    )
+
+    def path(self, relative: str) -> Path:
+        """Absolute path of a listed file; DamagedBundle if the manifest does not list it."""
+        if relative not in self.manifest.files:
+            raise DamagedBundle(f"the bundle {self.root} has no file {relative}")
+        return self.root / relative
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Folder with tokenizer.json and its companions."""
+        return self.root / TOKENIZER_DIR
+
+    def graph(self, name: str, prefer: str = "standard") -> GraphEntry:
+        """The graph ``name`` in the preferred variant, else the standard one; IncompatibleBundle if there is none."""
+        variants = {graph.variant: graph for graph in self.manifest.graphs if graph.name == name}
+        for variant, graph in variants.items():
+            if variant == prefer:
+                return graph
+        for variant, graph in variants.items():
+            if variant == "standard":
+                return graph
+        have = ", ".join(sorted({graph.name for graph in self.manifest.graphs}))
+        raise IncompatibleBundle(
+            f"the bundle {self.root} has no graph {name!r} (it has {have}); build it again with that graph"
+        )
+
+    def has_graph(self, name: str) -> bool:
+        """Whether any variant of graph ``name`` is in the bundle."""
+        return any(graph.name == name for graph in self.manifest.graphs)
