@@ -1,0 +1,58 @@
+"""The ``target`` graph.
+
+| input | dtype, shape | |
+|---|---|---|
+| input_ids | int64 [batch, tokens] | new tokens: a prompt chunk, or a tree with the anchor at row 0 |
+| position_ids | int64 [batch, tokens] | true positions; siblings share one |
+| attention_mask | bool [batch, 1, tokens, kv_len] | true = may attend |
+| write_indices | int64 [batch] | first cache slot of the new rows |
+| logit_rows | int64 [batch, rows] | rows whose logits are wanted |
+| past_key_values.{i}.key / .value | dtype [batch, kv_heads, capacity, key_dim / value_dim] | the cache |
+
+| output | dtype, shape | |
+|---|---|---|
+| logits | float32 [batch, rows, vocab] | after the model's own softcapping or scaling |
+| hidden_taps | dtype [batch, tokens, taps * hidden] | only with ``taps``; raw layer outputs, -1 = embedding |
+| present.{i}.key / .value | as past | the same memory as past: bind one buffer to both |
+
+Absent on purpose: causality (the mask carries it, and the tree), sequence lengths, padding on the left, sampling,
+logits of every row, and any operator outside the standard domain. Sliding windows are derived inside from true
+positions, so the caller's mask is the same for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from dspark_runtime.contract import decoder_contract
+from dspark_runtime.errors import UsageError
+from transformers import PreTrainedModel
+
+from dspark_export.graphs.decoder import Decoder, dtype_name, traceable, vocab_size
+from dspark_export.tracing.example import example_inputs
+from dspark_export.tracing.geometry import probe
+from dspark_export.tracing.to_onnx import trace
+
+
+def export_target(model: PreTrainedModel, *, taps: Sequence[int] = ()) -> ir.Model:
+    """The target graph of ``model``; weights are referenced, not copied.
+
+    Args:
+        taps: layer numbers whose raw outputs ``hidden_taps`` concatenates, in ascending order; -1 is the embedding.
+
+    Raises:
+        UsageError: a tap that does not exist.
+        UnsupportedArchitecture: the model's attention or cache does not fit the contract.
+        ExportError: torch cannot trace the model.
+    """
+    config = model.config.get_text_config()
+    taps = tuple(sorted(set(taps)))
+    if taps and not -1 <= taps[0] <= taps[-1] < config.num_hidden_layers:
+        raise UsageError(f"taps {list(taps)}: the model has layers 0 to {config.num_hidden_layers - 1}, and -1")
+    cache = probe(model.config)
+    contract = decoder_contract(
+        "target", cache, vocab_size(model), dtype_name(model), taps_width=len(taps) * config.hidden_size
+    )
+    with traceable(model):
+        return trace(Decoder(model, range(len(cache)), taps), contract, example_inputs(contract))

@@ -1,0 +1,106 @@
+"""Custom operators that stand for standard ONNX operators while a model is traced.
+
+Each has an eager PyTorch implementation with the meaning of the ONNX operator it becomes, so a seamed model runs in
+PyTorch and is the numerical reference of its own graph.
+
+| operator | becomes (opset 24) |
+|---|---|
+| ``dspark::attention`` | ``Attention`` with a bool mask, grouped heads, optional softcap |
+| ``dspark::tensor_scatter`` | ``TensorScatter`` on axis 2, linear |
+| ``dspark::cache_view`` | ``Shape`` of the mask, ``Slice`` of the cache to its last dimension |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from dspark_runtime.contract import OPSET
+from onnxscript.values import Opset
+
+_onnx = Opset("", OPSET)
+
+
+@torch.library.custom_op("dspark::attention", mutates_args=())
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attention of ``query`` [batch, heads, tokens, key_dim] over ``key``/``value`` [batch, kv_heads, kv_len, dim].
+
+    ``mask`` is bool [batch or 1, 1, tokens, kv_len], true where a row may attend. ``softcap`` 0 means none; otherwise
+    scores become ``softcap * tanh(score / softcap)`` before the mask. Returns [batch, heads, tokens, value_dim].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype), value)
+
+
+@attention.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
+
+
+@torch.library.custom_op("dspark::tensor_scatter", mutates_args=())
+def tensor_scatter(past: torch.Tensor, update: torch.Tensor, write_indices: torch.Tensor) -> torch.Tensor:
+    """``past`` [batch, kv_heads, capacity, dim] with ``update`` written at slot ``write_indices[b]`` of sequence b."""
+    present = past.clone()
+    for row, start in enumerate(write_indices.tolist()):
+        present[row, :, start : start + update.shape[2]] = update[row]
+    return present
+
+
+@tensor_scatter.register_fake
+def _(past: torch.Tensor, update: torch.Tensor, write_indices: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(past)
+
+
+@torch.library.custom_op("dspark::cache_view", mutates_args=())
+def cache_view(present: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The slots of ``present`` [batch, kv_heads, capacity, dim] that ``mask`` [..., kv_len] speaks of: the first."""
+    return present[:, :, : mask.shape[-1]].clone()
+
+
+@cache_view.register_fake
+def _(present: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return present.new_empty(present.shape[0], present.shape[1], mask.shape[-1], present.shape[3])
+
+
+def _onnx_attention(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float = 0.0) -> Any:
+    if softcap:
+        return _onnx.Attention(query, key, value, mask, scale=scale, softcap=softcap)[0]
+    return _onnx.Attention(query, key, value, mask, scale=scale)[0]
+
+
+def _onnx_tensor_scatter(past: Any, update: Any, write_indices: Any) -> Any:
+    return _onnx.TensorScatter(past, update, write_indices, axis=2, mode="linear")
+
+
+def _onnx_cache_view(present: Any, mask: Any) -> Any:
+    kv_len = _onnx.Shape(mask, start=3, end=4)
+    start = _onnx.Constant(value_ints=[0])
+    axis = _onnx.Constant(value_ints=[2])
+    return _onnx.Slice(present, start, kv_len, axis)
+
+
+TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.dspark.attention.default: _onnx_attention,
+    torch.ops.dspark.tensor_scatter.default: _onnx_tensor_scatter,
+    torch.ops.dspark.cache_view.default: _onnx_cache_view,
+}
