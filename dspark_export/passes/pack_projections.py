@@ -1,0 +1,109 @@
+"""Pack the query, key and value projections of a layer into one matrix product.
+
+Three small products read the same activations; one product with the weights side by side and a ``Split`` behind it
+does the same work in one launch. The packed weight is concatenated when it is written, never held beside its parts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from dspark_export.passes import match
+
+_PARTS = ("q_proj", "k_proj", "v_proj")
+
+
+class PackProjections(ir.passes.InPlacePass):
+    """Packs ``q_proj``, ``k_proj`` and ``v_proj`` of every layer where all three read the same value."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Return the same model and whether a layer was packed."""
+        packed = 0
+        products = [n for n in model.graph if n.op_type == "MatMul" and _weight_name(n, _PARTS[0])]
+        for query in products:
+            group = _siblings(query)
+            if group is not None:
+                _pack(model.graph, group)
+                packed += 1
+        if packed:
+            match.remove_unused(model)
+        return ir.passes.PassResult(model, modified=packed > 0)
+
+
+def _weight_name(node: ir.Node, part: str) -> str | None:
+    weight = node.inputs[1]
+    if weight is None or not weight.is_initializer() or weight.name is None:
+        return None
+    return weight.name if f".{part}." in weight.name and len(list(weight.uses())) == 1 else None
+
+
+def _siblings(query: ir.Node) -> list[ir.Node] | None:
+    """The three projections that read one value, in q, k, v order."""
+    x = query.inputs[0]
+    if x is None:
+        return None
+    prefix = (_weight_name(query, _PARTS[0]) or "").split(".q_proj.")[0]
+    found = [query]
+    for part in _PARTS[1:]:
+        for use in x.uses():
+            name = _weight_name(use.node, part) if use.node.op_type == "MatMul" else None
+            if name is not None and name.split(f".{part}.")[0] == prefix:
+                found.append(use.node)
+                break
+    if len(found) != 3 or any(n.outputs[0].is_graph_output() for n in found):
+        return None
+    biased = [_bias(n) is not None for n in found]
+    return found if all(biased) or not any(biased) else None
+
+
+def _bias(node: ir.Node) -> ir.Node | None:
+    add = match.only_consumer(node.outputs[0], "Add")
+    if add is None:
+        return None
+    other = match.other_operand(add, node.outputs[0])
+    return add if other is not None and other.is_initializer() and match.rank(other) == 1 else None
+
+
+def _joined(values: list[ir.Value], axis: int, name: str) -> ir.LazyTensor:
+    tensors = [v.const_value for v in values]
+    shape = list(tensors[0].shape)
+    shape[axis] = sum(int(t.shape[axis]) for t in tensors)
+
+    def concatenate() -> ir.Tensor:
+        return ir.Tensor(np.concatenate([t.numpy() for t in tensors], axis=axis), dtype=tensors[0].dtype, name=name)
+
+    return ir.LazyTensor(concatenate, dtype=tensors[0].dtype, shape=ir.Shape(shape), name=name)
+
+
+def _pack(graph: ir.Graph, group: list[ir.Node]) -> None:
+    weights = [n.inputs[1] for n in group]
+    name = weights[0].name.replace(".q_proj.", ".qkv_proj.")
+    packed = match.add_initializer(graph, name, _joined(weights, 1, name))
+    widths = [int(w.const_value.shape[1]) for w in weights]
+    product = ir.node("MatMul", [group[0].inputs[0], packed], num_outputs=1, name=f"{name}/MatMul")
+    biases = [_bias(n) for n in group]
+    nodes, ends = [product], group
+    if all(b is not None for b in biases):
+        ends = biases
+        vectors = [match.other_operand(b, n.outputs[0]) for b, n in zip(biases, group, strict=True)]
+        bias_name = vectors[0].name.replace(".q_proj.", ".qkv_proj.")
+        bias = match.add_initializer(graph, bias_name, _joined(vectors, 0, bias_name))
+        nodes.append(ir.node("Add", [product.outputs[0], bias], num_outputs=1, name=f"{name}/Add"))
+    split = ir.node(
+        "Split",
+        [nodes[-1].outputs[0], match.int64_constant(graph, widths)],
+        attributes={"axis": -1},
+        num_outputs=3,
+        name=f"{name}/Split",
+    )
+    leading = list(group[0].outputs[0].shape)[:-1]
+    for node in nodes:
+        node.outputs[0].shape = ir.Shape([*leading, sum(widths)])
+        node.outputs[0].type = group[0].outputs[0].type
+    for old, new in zip(ends, split.outputs, strict=True):
+        new.shape, new.type = old.outputs[0].shape, old.outputs[0].type
+    match.insert_before(group[0], [*nodes, split])
+    for old, new in zip(ends, split.outputs, strict=True):
+        match.replace_value(old.outputs[0], new)
+
