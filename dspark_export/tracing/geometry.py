@@ -39,8 +39,10 @@ class _RecordingCache(CacheSeam):
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model of ``config`` without weights, with the seams in place."""
     install()
+    own = copy.deepcopy(config)
+    own.pad_token_id = None  # some models look for padding among the ids, and a meta tensor has none to look at
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=SEAM)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(own, attn_implementation=SEAM)
     return model.eval()
 
 

@@ -19,6 +19,7 @@ from dspark_runtime.errors import UnsupportedArchitecture
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from dspark_export.tracing import operators  # noqa: F401  (defines torch.ops.dspark)
+from dspark_export.tracing.rotary import real_rotary
 
 SEAM = "dspark"
 
@@ -155,7 +156,8 @@ def seamed(model: PreTrainedModel) -> Iterator[None]:
     if has_experts:
         model.set_experts_implementation("batched_mm")
     try:
-        yield
+        with real_rotary(model):
+            yield
     finally:
         model.set_attn_implementation(attention)
         if has_experts:

@@ -24,7 +24,6 @@ def tidy(model: ir.Model) -> None:
         return False if any(value is not None and value.name in weights for value in node.inputs) else None
 
     common.InlinePass()(model)
-    drop_source_locations(model)
     optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)
     rewriter.rewrite(model)
     store_linear_weights_transposed(model)
@@ -36,19 +35,24 @@ def tidy(model: ir.Model) -> None:
     )(model)
     share_equal_constants(model, weights)
     ir.passes.Sequential(
+        common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
+    keep_only_module_paths(model)
 
 
-def drop_source_locations(model: ir.Model) -> None:
-    """Keep of torch's node metadata only the module path: stack traces name files of the machine that traced."""
+def keep_only_module_paths(model: ir.Model) -> None:
+    """Drop torch's metadata but for the nodes' module paths: stack traces name files of the machine that traced."""
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for key in [key for key in node.metadata_props if key != SCOPES_KEY]:
             del node.metadata_props[key]
         for value in node.outputs:
             value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
 

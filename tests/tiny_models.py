@@ -1,0 +1,191 @@
+"""Tiny random-weight models of every tested architecture, and whole checkpoints made from them, built on the spot."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB = 384
+MAX_POSITIONS = 512
+WINDOW = 8
+BOS, EOS, PAD = 0, 1, 2
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITIONS,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "initializer_range": 0.1,
+}
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+_LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention"] * 2
+
+_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
+    "qwen2": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2, "tie_word_embeddings": True},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 24, "tie_word_embeddings": True}),
+    "phi3": ("Phi3Config", {"sliding_window": WINDOW}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": WINDOW,
+            "layer_types": _LOCAL_AND_GLOBAL,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": WINDOW, "layer_types": _LOCAL_AND_GLOBAL},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "deepseek_v2": ("DeepseekV2Config", {**_MLA, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("DeepseekV3Config", {**_MLA, "routed_scaling_factor": 1.5}),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "n_embd": 64,
+            "n_layer": 4,
+            "n_head": 4,
+            "n_positions": MAX_POSITIONS,
+            "scale_attn_by_inverse_layer_idx": True,
+        },
+    ),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2Config", {}),
+}
+
+ARCHITECTURES = tuple(_ARCHITECTURES)
+"""Every architecture with a parity test, by its ``model_type``."""
+
+
+def config(arch: str, **overrides: Any) -> PretrainedConfig:
+    """The tiny configuration of ``arch``, a ``model_type``, with ``overrides`` on top."""
+    class_name, special = _ARCHITECTURES[arch]
+    settings = {**_COMMON, **special, **overrides}
+    if arch == "gpt2":
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            settings.pop(name)
+        settings.pop("intermediate_size")
+        settings.pop("max_position_embeddings")
+    made: PretrainedConfig = getattr(transformers, class_name)(**settings)
+    return made
+
+
+def make(
+    arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> tuple[PretrainedConfig, PreTrainedModel]:
+    """A model of ``arch`` with random weights (the same for the same ``seed``), in eval mode.
+
+    One-dimensional weights (norms, biases) are random as well, so that a graph which swaps two of them is found out.
+    """
+    torch.manual_seed(seed)
+    made = config(arch, **overrides)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(made, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            assert name
+    return model.config, model.eval().requires_grad_(False)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+_SPECIAL = ["<bos>", "<|end|>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"]
+
+
+@functools.cache
+def _trained_tokenizer(vocab: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in _SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = Path(__file__).read_text(encoding="utf-8").split("\n")
+    tokenizer.train_from_iterator(text, trainer)
+    assert tokenizer.get_vocab_size() == vocab, tokenizer.get_vocab_size()
+    return tokenizer
+
+
+def tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with exactly ``vocab`` entries and a chat template; any text round-trips."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_trained_tokenizer(vocab),
+        bos_token=_SPECIAL[BOS],
+        eos_token=_SPECIAL[EOS],
+        pad_token=_SPECIAL[PAD],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def save_checkpoint(arch: str, directory: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """A complete local checkpoint of ``arch``: config, safetensors, generation config and tokenizer."""
+    directory = Path(directory)
+    _, model = make(arch, seed=seed, **overrides)
+    model.save_pretrained(directory)
+    tokenizer(model.config.get_text_config().vocab_size).save_pretrained(directory)
+    return directory
