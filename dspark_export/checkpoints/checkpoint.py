@@ -1,0 +1,111 @@
+"""A resolved and checked checkpoint: everything a build needs from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dspark_runtime.bundle import Source, sha256_of
+from dspark_runtime.errors import InvalidWeights
+
+from dspark_export.checkpoints.gguf_file import GgufFile
+from dspark_export.checkpoints.library_calls import first_line, quiet
+from dspark_export.checkpoints.tokenizer import TokenizerFiles, eos_token_ids
+from dspark_export.checkpoints.trust import Trust
+from dspark_export.checkpoints.weights import WeightFiles, check_finite, explain_report
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Kind = Literal["hub", "local", "gguf"]
+_DIGESTED = (".json", ".jinja", ".txt", ".model", ".py")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``id`` is what the user named, ``revision`` a hub commit; exactly one of ``weights`` and ``gguf`` is set."""
+
+    kind: Kind
+    id: str
+    revision: str | None
+    config: PretrainedConfig
+    tokenizer: TokenizerFiles
+    trust: Trust
+    weights: WeightFiles | None = None
+    gguf: GgufFile | None = None
+
+    @property
+    def directory(self) -> Path | None:
+        """The checkpoint folder; None for a GGUF file."""
+        return self.weights.folder if self.weights else None
+
+    @property
+    def gguf_file(self) -> Path | None:
+        """The GGUF file; None for a folder."""
+        return self.gguf.path if self.gguf else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, which may exceed the tokenizer's vocabulary by padding."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Every id that ends a text, ascending."""
+        return eos_token_ids(self.tokenizer, self.vocab_size)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that begins a text; None if the model has none."""
+        return self._id("bos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """Id of the padding token; None if the model has none."""
+        return self._id("pad_token")
+
+    def _id(self, role: str) -> int | None:
+        declared = getattr(self.config.get_text_config(), f"{role}_id", None)
+        return declared if isinstance(declared, int) and declared >= 0 else self.tokenizer.id_of(role)
+
+    def source(self) -> Source:
+        """Provenance for the manifest, with the SHA-256 of every file that was used; reads all of them once."""
+        if self.gguf:
+            return Source(kind="gguf", id=self.id, files={self.gguf.path.name: sha256_of(self.gguf.path.resolve())})
+        assert self.weights is not None
+        folder = self.weights.folder
+        small = [path.name for path in sorted(folder.iterdir()) if path.suffix in _DIGESTED and path.is_file()]
+        files = {name: sha256_of((folder / name).resolve()) for name in (*small, *self.weights.names)}
+        return Source(kind=self.kind, id=self.id, revision=self.revision, files=files)
+
+    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with its weights in ``dtype``, in evaluation mode, without gradients; one copy in memory.
+
+        Raises InvalidWeights for weights that are missing, do not fit, or hold NaN or infinity.
+        """
+        from transformers import AutoModelForCausalLM
+
+        options = {"config": self.config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
+        try:
+            with quiet():
+                if self.gguf:
+                    model, report = AutoModelForCausalLM.from_pretrained(
+                        self.gguf.path.parent, gguf_file=self.gguf.path.name, **options
+                    )
+                else:
+                    assert self.weights is not None
+                    options |= self.trust.weight_options(self.weights.pickled)
+                    model, report = AutoModelForCausalLM.from_pretrained(self.weights.folder, **options)
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as cause:  # transformers raises anything here
+            raise InvalidWeights(f"the weights of {self.id} cannot be loaded: {first_line(cause)}") from cause
+        explain_report(report, self.id)
+        check_finite(model, self.id)
+        return model.eval().requires_grad_(False)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer so that the runtime can use it without transformers."""
+        self.tokenizer.save(folder)

@@ -1,0 +1,233 @@
+"""Checks config.json before anything is built from it.
+
+transformers takes nearly any value here and fails much later, or not at all. Checked are the form of the file, every
+dimension by its many names, head counts, rotary settings and contradictions; what is left is handed to transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspark_runtime.errors import CheckpointError, InvalidConfig, ModelNotFound, UnsupportedArchitecture
+
+from dspark_export.checkpoints.files import checked_file
+from dspark_export.checkpoints.library_calls import first_line, quiet
+from dspark_export.checkpoints.trust import Trust
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CONFIG = "config.json"
+MAX_BYTES = 8 * 2**20
+MAX_DEPTH = 24
+MAX_DIM = 2**31 - 1
+MAX_LAYERS = 4096
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_HEADS = ("num_attention_heads", "n_head")
+_WIDTH = ("hidden_size", "n_embd")
+_NEVER_NULL = (*_LAYERS, *_HEADS, *_WIDTH, "vocab_size")
+_NULLABLE = (
+    *("num_key_value_heads", "head_dim", "intermediate_size", "n_inner", "moe_intermediate_size", "sliding_window"),
+    *("max_position_embeddings", "n_positions", "n_ctx", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"),
+    *("qk_nope_head_dim", "v_head_dim", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
+)
+_POSITIVE_FLOATS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "query_pre_attn_scalar")
+_FINITE_FLOATS = ("attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor", "rope_local_base_freq")
+
+
+def read_json(path: Path, error: type[CheckpointError], limit: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in ``path``; raises ``error`` for anything else, for NaN, and beyond size and depth limits."""
+    size = path.stat().st_size
+    if size > limit:
+        raise error(f"{path} has {size} bytes; more than {limit} is no sensible {path.name}")
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as cause:
+        reason = "nested too deeply" if isinstance(cause, RecursionError) else str(cause)
+        raise error(f"{path} is not valid JSON: {reason}; get the checkpoint again") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}, expected an object; get the checkpoint again")
+    if _depth(value) > MAX_DEPTH:
+        raise error(f"{path} is nested deeper than {MAX_DEPTH} levels; get the checkpoint again")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number JSON allows")
+
+
+def _depth(value: Any) -> int:
+    deepest, stack = 0, [(value, 1)]
+    while stack:
+        node, level = stack.pop()
+        deepest = max(deepest, level)
+        children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        stack.extend((child, level + 1) for child in children)
+    return deepest
+
+
+def load_config(folder: Path, name: str, trust: Trust) -> PretrainedConfig:
+    """The checked transformers config of a checkpoint folder; ``name`` is what the user called the model."""
+    if not (folder / CONFIG).exists() and not (folder / CONFIG).is_symlink():
+        raise ModelNotFound(f"{name} has no {CONFIG}, so it is no transformers checkpoint{_what_is_there(folder)}")
+    raw = read_json(checked_file(folder, CONFIG, InvalidConfig), InvalidConfig)
+    check_values(raw, name, trust)
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, **trust.code_options())
+    except Exception as cause:  # transformers raises whatever its config classes raise
+        raise InvalidConfig(f"transformers refuses the {CONFIG} of {name}: {first_line(cause)}") from cause
+
+
+def _what_is_there(folder: Path) -> str:
+    files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if gguf := [file for file in files if file.endswith(".gguf")]:
+        return f"; it holds GGUF files, pass one of them: {folder / gguf[0]}"
+    return f"; it holds {', '.join(files[:5])}" if files else "; it is empty"
+
+
+def check_values(raw: dict[str, Any], name: str, trust: Trust) -> None:
+    """All checks on the parsed config; InvalidConfig, UntrustedCheckpoint or UnsupportedArchitecture."""
+    _check_type(raw, name, trust)
+    for place, section in _sections(raw):
+        _check_dims(section, f"{name}: {CONFIG}{place}")
+        _check_heads(section, f"{name}: {CONFIG}{place}")
+        _check_rope(section, f"{name}: {CONFIG}{place}")
+        _check_ids(section, f"{name}: {CONFIG}{place}")
+    _check_tying(raw, name)
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedArchitecture(
+            f"{name} is already quantized ({method}); build from its full-precision checkpoint and "
+            "choose the precision with --precision"
+        )
+
+
+def _check_tying(raw: dict[str, Any], name: str) -> None:
+    key = "tie_word_embeddings"
+    sections = (raw, raw.get("text_config"))
+    ties = [section[key] for section in sections if isinstance(section, dict) and key in section]
+    if not all(isinstance(tie, bool) for tie in ties):
+        raise InvalidConfig(f"{name}: {key} must be true or false in {CONFIG}")
+    if len(set(ties)) > 1:
+        raise InvalidConfig(f"{name}: {CONFIG} says {key} true and false; make both places agree")
+
+
+def _sections(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = raw.get("text_config")
+    if text is None:
+        yield "", raw
+    elif isinstance(text, dict):
+        yield ".text_config", text
+    else:
+        raise InvalidConfig(f"text_config in {CONFIG} must be an object")
+
+
+def _check_type(raw: dict[str, Any], name: str, trust: Trust) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise InvalidConfig(f"{name}: {CONFIG} has no model_type, so its architecture is unknown; add it")
+    if kind in CONFIG_MAPPING_NAMES:
+        return
+    modules = raw.get("auto_map")
+    if not isinstance(modules, dict) or not modules:
+        raise UnsupportedArchitecture(f"{name}: model_type {kind!r} is unknown to transformers; check its spelling")
+    trust.require_for_code(name, kind, [str(module) for module in modules.values()])
+
+
+def _check_dims(section: dict[str, Any], where: str) -> None:
+    for key in (*_NEVER_NULL, *_NULLABLE):
+        if key not in section or (section[key] is None and key in _NULLABLE):
+            continue
+        value = section[key]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidConfig(f"{where}: {key} must be a whole number, it is {value!r}")
+        limit = MAX_LAYERS if key in _LAYERS else MAX_DIM
+        if not 1 <= value <= limit:
+            raise InvalidConfig(f"{where}: {key} must lie between 1 and {limit}, it is {value}")
+    for key in (*_POSITIVE_FLOATS, *_FINITE_FLOATS):
+        value = section.get(key)
+        if value is not None and not _finite(value):
+            raise InvalidConfig(f"{where}: {key} must be a finite number, it is {value!r}")
+        if value is not None and key in _POSITIVE_FLOATS and value <= 0:
+            raise InvalidConfig(f"{where}: {key} must be positive, it is {value!r}")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _first(section: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((section[name] for name in names if section.get(name) is not None), None)
+
+
+def _check_heads(section: dict[str, Any], where: str) -> None:
+    heads, width, kv = _first(section, _HEADS), _first(section, _WIDTH), section.get("num_key_value_heads")
+    if heads and kv and heads % kv:
+        raise InvalidConfig(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv}")
+    latent = section.get("kv_lora_rank") is not None
+    if heads and width and section.get("head_dim") is None and not latent and width % heads:
+        raise InvalidConfig(
+            f"{where}: hidden size {width} is not a multiple of {heads} heads, and there is no head_dim"
+        )
+    kinds = section.get("layer_types")
+    layers = _first(section, _LAYERS)
+    if kinds is not None and (not isinstance(kinds, list) or (layers and len(kinds) != layers)):
+        count = len(kinds) if isinstance(kinds, list) else repr(kinds)
+        raise InvalidConfig(f"{where}: layer_types has {count} entries for {layers} layers")
+
+
+def _check_rope(section: dict[str, Any], where: str) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = {"default", *ROPE_INIT_FUNCTIONS}
+    for key in ("rope_scaling", "rope_parameters"):
+        settings = section.get(key)
+        if settings is None:
+            continue
+        if not isinstance(settings, dict):
+            raise InvalidConfig(f"{where}: {key} must be an object, it is {settings!r}")
+        nested = [value for value in settings.values() if isinstance(value, dict)]
+        for entry in nested or [settings]:
+            _check_rope_entry(entry, known, f"{where}: {key}")
+
+
+def _check_rope_entry(entry: dict[str, Any], known: set[str], where: str) -> None:
+    kind = entry.get("rope_type", entry.get("type", "default"))
+    aliases = {"su": "longrope", "mrope": "default"}
+    if not isinstance(kind, str) or aliases.get(kind, kind) not in known:
+        raise InvalidConfig(f"{where} has the unknown type {kind!r}; known are {', '.join(sorted(known))}")
+    for key, value in entry.items():
+        if key in ("rope_type", "type") or value is None or isinstance(value, bool):
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        if not all(_finite(number) for number in numbers):
+            raise InvalidConfig(f"{where}.{key} must be finite numbers, it is {value!r}")
+        if key in ("factor", "rope_theta", "original_max_position_embeddings") and any(n <= 0 for n in numbers):
+            raise InvalidConfig(f"{where}.{key} must be positive, it is {value!r}")
+
+
+def _check_ids(section: dict[str, Any], where: str) -> None:
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        check_token_ids(section.get(key), key, section.get("vocab_size"), where, InvalidConfig)
+
+
+def check_token_ids(value: Any, key: str, vocab: int | None, where: str, error: type[CheckpointError]) -> list[int]:
+    """``value`` (None, an id or a list of ids) as a list; raises ``error`` unless every id is below ``vocab``.
+
+    -1 counts as "none", as older configs write it.
+    """
+    ids = value if isinstance(value, list) else [value] if value is not None and value != -1 else []
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0 or (vocab and token >= vocab):
+            raise error(f"{where}: {key} {token!r} is no id of a vocabulary of {vocab}")
+    return ids

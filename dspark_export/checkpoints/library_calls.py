@@ -1,0 +1,27 @@
+"""Calls into transformers without its own chatter: what matters of it is raised as an error of this project."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither log lines nor progress bars of transformers while active; its settings come back afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """The message of ``error`` on one line of bounded length; its type if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

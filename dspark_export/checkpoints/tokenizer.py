@@ -1,0 +1,153 @@
+"""The tokenizer of a checkpoint: opened, checked against the model, saved so that `tokenizers` and jinja2 suffice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dspark_runtime.errors import InvalidTokenizer
+
+from dspark_export.checkpoints.config import check_token_ids, read_json
+from dspark_export.checkpoints.files import checked_file
+from dspark_export.checkpoints.library_calls import first_line, quiet
+from dspark_export.checkpoints.trust import Trust
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PretrainedConfig
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+PROBES = (
+    "Hello, world!",
+    "a\n\n123 4567",
+    "  two  spaces\ttab\r\n",
+    "naïve café – 東京 🙂👩‍👩‍👧",
+    "def f(x):\n    return x['k'] != 0x1F  # it's",
+)
+_MARK = "Qzx7marker"
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer and what belongs to it. ``special`` maps ``bos_token``, ``eos_token``, ... to their texts."""
+
+    backend: Tokenizer
+    chat_template: str | None = None
+    special: dict[str, str] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
+
+    def id_of(self, role: str) -> int | None:
+        """Id of the special token ``role`` (``bos_token``, ...), None if there is none."""
+        text = self.special.get(role)
+        return None if text is None else self.backend.token_to_id(text)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and, for chat models, chat_template.jinja."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.special}
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(settings, indent=1, ensure_ascii=False) + "\n", "utf-8"
+        )
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+
+    def check(self, rows: int, name: str) -> None:
+        """InvalidTokenizer unless every token has one of the ``rows`` of the embedding and text survives encoding."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise InvalidTokenizer(f"the tokenizer of {name} has no tokens; get the checkpoint again")
+        text, largest = max(vocabulary.items(), key=lambda item: item[1])
+        if largest >= rows:
+            raise InvalidTokenizer(
+                f"the tokenizer of {name} gives token {text!r} the id {largest}, the model has {rows} embedding rows; "
+                "they do not belong together: use the tokenizer the model was trained with"
+            )
+        try:
+            encoded = [self.backend.encode(probe).ids for probe in PROBES]
+        except Exception as cause:  # the tokenizers library raises plain Exception
+            raise InvalidTokenizer(f"the tokenizer of {name} cannot encode text: {first_line(cause)}") from cause
+        if not any(encoded):
+            raise InvalidTokenizer(f"the tokenizer of {name} encodes every text to nothing; get the checkpoint again")
+
+
+def load_tokenizer(folder: Path, config: PretrainedConfig, name: str, trust: Trust) -> TokenizerFiles:
+    """The tokenizer of a checkpoint folder, checked; InvalidTokenizer says what is wrong with it."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    present = [file for file in FILES if (folder / file).exists() or (folder / file).is_symlink()]
+    if not present:
+        raise InvalidTokenizer(
+            f"{name} has no tokenizer ({', '.join(FILES[:3])}); put the model's tokenizer files into it"
+        )
+    for file in (*present, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "merges.txt"):
+        if (folder / file).exists() or (folder / file).is_symlink():
+            checked_file(folder, file, InvalidTokenizer)
+    try:
+        with quiet():
+            wrapper = AutoTokenizer.from_pretrained(
+                folder, config=config, local_files_only=True, **trust.code_options()
+            )
+    except Exception as cause:  # transformers and tokenizers raise anything here
+        raise InvalidTokenizer(f"the tokenizer of {name} cannot be loaded: {first_line(cause)}") from cause
+    backend = getattr(wrapper, "backend_tokenizer", None)
+    if backend is None:
+        raise InvalidTokenizer(f"the tokenizer of {name} exists only in Python; it needs a tokenizer.json")
+    backend = Tokenizer.from_str(backend.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    for probe in PROBES:
+        if backend.encode(probe).ids != wrapper(probe)["input_ids"]:
+            raise InvalidTokenizer(
+                f"the tokenizer of {name} needs Python code beside its tokenizer.json to split {probe!r}"
+            )
+    template = wrapper.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    special = {role: str(text) for role, text in wrapper.special_tokens_map.items() if isinstance(text, str)}
+    files = TokenizerFiles(backend, template, special, tuple(_stop_ids(folder, config, name)))
+    files.check(config.get_text_config().vocab_size, name)
+    return files
+
+
+def _stop_ids(folder: Path, config: PretrainedConfig, name: str) -> list[int]:
+    """End ids of generation_config.json and the config, in that order."""
+    text = config.get_text_config()
+    generation: dict[str, Any] = {}
+    if (folder / "generation_config.json").exists():
+        path = checked_file(folder, "generation_config.json", InvalidTokenizer)
+        generation = read_json(path, InvalidTokenizer)
+    where = f"{name}: generation_config.json"
+    ids = check_token_ids(generation.get("eos_token_id"), "eos_token_id", text.vocab_size, where, InvalidTokenizer)
+    return ids + check_token_ids(
+        text.eos_token_id, "eos_token_id", text.vocab_size, f"{name}: config", InvalidTokenizer
+    )
+
+
+def eos_token_ids(tokenizer: TokenizerFiles, vocab: int) -> list[int]:
+    """Every id that ends a text: declared ones, the tokenizer's, and what the chat template puts after an answer."""
+    candidates = [*tokenizer.stop_ids, tokenizer.id_of("eos_token"), end_of_turn(tokenizer)]
+    return sorted({token for token in candidates if token is not None and 0 <= token < vocab})
+
+
+def end_of_turn(tokenizer: TokenizerFiles) -> int | None:
+    """The special token the chat template writes after an assistant's message; None without one."""
+    if tokenizer.chat_template is None:
+        return None
+    from dspark_runtime.chat_template import ChatTemplate
+
+    try:
+        text = ChatTemplate(tokenizer.chat_template, tokenizer.special).render(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}], add_generation_prompt=False
+        )
+    except Exception:  # a template that refuses this conversation tells nothing about the end of a turn
+        return None
+    _, found, rest = text.partition(_MARK)
+    added = {
+        token.content: index for index, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special
+    }
+    following = [content for content in added if rest.lstrip().startswith(content)]
+    return added[max(following, key=len)] if found and following else None

@@ -1,0 +1,59 @@
+"""The one gate for checkpoints that bring code: pickled weights and Python modules beside the config.
+
+No other module decides about either, names the options of transformers that allow them, or unpickles anything; a test
+searches the code base for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dspark_runtime.errors import UntrustedCheckpoint
+
+FLAG = "--allow-unsafe-checkpoint"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whether code that comes with a checkpoint may run. Closed unless the user opened it for this one build."""
+
+    allow_unsafe: bool = False
+
+    @classmethod
+    def closed(cls) -> Trust:
+        """Only data is read: safetensors or GGUF weights, architectures that transformers itself implements."""
+        return cls(False)
+
+    @classmethod
+    def opened(cls) -> Trust:
+        """The user vouches for the checkpoint: its pickles are loaded and its modules are imported."""
+        return cls(True)
+
+    def require_for_pickle(self, model: str, files: list[str]) -> None:
+        """UntrustedCheckpoint unless the gate is open; ``files`` are the pickled weights that would be loaded."""
+        if not self.allow_unsafe:
+            raise UntrustedCheckpoint(
+                f"{model} has its weights only as pickle files ({', '.join(files[:3])}), and a pickle can run any "
+                f"code; convert them to safetensors, pick a revision with such, or pass {FLAG} if you trust the source"
+            )
+
+    def require_for_code(self, model: str, model_type: str, modules: list[str]) -> None:
+        """UntrustedCheckpoint unless the gate is open; ``modules`` are the classes its config wants to import."""
+        if not self.allow_unsafe:
+            raise UntrustedCheckpoint(
+                f"{model} is of type {model_type!r}, which transformers does not implement; it brings Python code "
+                f"({', '.join(modules[:3])}), which does not run by default; read it and pass {FLAG} if you trust it"
+            )
+
+    def code_options(self) -> dict[str, Any]:
+        """Keyword arguments for transformers' ``from_pretrained`` of configs and tokenizers."""
+        return {"trust_remote_code": self.allow_unsafe}
+
+    def weight_options(self, pickled: bool) -> dict[str, Any]:
+        """Keyword arguments for ``from_pretrained`` of models; pickles are read by torch's restricted unpickler."""
+        if not pickled:
+            return {**self.code_options(), "use_safetensors": True}
+        self.require_for_pickle("the checkpoint", ["pickled weights"])
+        return {**self.code_options(), "use_safetensors": False, "weights_only": True}
