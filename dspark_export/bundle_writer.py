@@ -50,6 +50,7 @@ class BundleWriter:
         self._lock = filelock.FileLock(self._lock_path, timeout=0)
         self._committed = False
         self._made_parents: list[Path] = []
+        self._hashed: dict[tuple[int, int, int], FileEntry] = {}
 
     def __enter__(self) -> BundleWriter:
         if not self.out.name:
@@ -102,14 +103,9 @@ class BundleWriter:
         the bundle or the manifest to files that do not exist.
         """
         try:
-            manifest = manifest.model_copy(update={"files": self._seal_files()})
-            if missing := manifest.missing_references():
-                raise BundleError(f"the build did not write {', '.join(missing)}")
-            for graph in manifest.graphs:
-                _check_external_data(self.dir, graph.file, set(graph.data_files))
-            (self.dir / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            _fsync(self.dir / MANIFEST)
-            Manifest.parse((self.dir / MANIFEST).read_bytes())
+            manifest = self.preview(manifest)
+            for relative in (*manifest.files, MANIFEST):
+                _fsync(self.dir / relative)
             for folder, _, _ in os.walk(self.dir):
                 _fsync(Path(folder))
             self._put_in_place()
@@ -118,12 +114,26 @@ class BundleWriter:
         self._committed = True
         return manifest
 
-    def _seal_files(self) -> dict[str, FileEntry]:
+    def preview(self, manifest: Manifest) -> Manifest:
+        """Make :attr:`dir` a bundle that can be opened, to measure it before it is committed."""
+        manifest = manifest.model_copy(update={"files": self._hash_files()})
+        if missing := manifest.missing_references():
+            raise BundleError(f"the build did not write {', '.join(missing)}")
+        for graph in manifest.graphs:
+            _check_external_data(self.dir, graph.file, set(graph.data_files))
+        (self.dir / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return Manifest.parse((self.dir / MANIFEST).read_bytes())
+
+    def _hash_files(self) -> dict[str, FileEntry]:
         entries = {}
         for relative in walk_files(self.dir):
+            if relative == MANIFEST:
+                continue
             info = check_regular_file(self.dir, relative)
-            _fsync(self.dir / relative)
-            entries[relative] = FileEntry(sha256=sha256_of(self.dir / relative), size=info.st_size)
+            seen = (info.st_ino, info.st_size, info.st_mtime_ns)
+            if seen not in self._hashed:
+                self._hashed[seen] = FileEntry(sha256=sha256_of(self.dir / relative), size=info.st_size)
+            entries[relative] = self._hashed[seen]
         return entries
 
     def _put_in_place(self) -> None:

@@ -1,0 +1,189 @@
+"""The build: checkpoint -> graphs -> bundle, in named stages.
+
+Everything is written through :class:`BundleWriter`: a build that fails, is interrupted or killed leaves no bundle. The
+output folder is claimed first, so that a folder that cannot be written is found before a model is downloaded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dspark_runtime.bundle import GRAPH_DIR, TOKENIZER_DIR, GraphEntry, Manifest
+from dspark_runtime.errors import ExportError
+
+from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
+from dspark_export.bundle_writer import BundleWriter
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from transformers import PreTrainedModel
+
+    from dspark_export.checkpoints import Checkpoint
+
+Stage = Literal["check", "load", "self-draft", "trace", "optimize", "save", "tokenizer", "measure", "commit"]
+DATA_FILE = "weights.data"
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished build: the bundle folder, its manifest, and how long each stage took."""
+
+    out: Path
+    manifest: Manifest
+    seconds: dict[str, float]
+
+
+class _Stages:
+    """Announces stages and times them."""
+
+    def __init__(self, announce: Callable[[Stage], None]) -> None:
+        self._announce, self._began, self._current = announce, 0.0, ""
+        self.seconds: dict[str, float] = {}
+
+    def enter(self, stage: Stage) -> None:
+        self.finish()
+        self._announce(stage)
+        self._began, self._current = time.perf_counter(), stage
+
+    def finish(self) -> dict[str, float]:
+        if self._current:
+            self.seconds[self._current] = round(time.perf_counter() - self._began, 3)
+        self._current = ""
+        return self.seconds
+
+
+def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stage: None) -> BuildResult:
+    """Build the bundle ``options.out``; ``on_stage`` hears the name of every stage as it begins.
+
+    Raises a CheckpointError for the model, ExportError for the graphs, BundleError for the output folder; nothing is
+    left behind then.
+    """
+    stages = _Stages(on_stage)
+    with BundleWriter(options.out, options.overwrite) as writer:
+        stages.enter("check")
+        from dspark_export.checkpoints import resolve
+
+        checkpoint = resolve(options.model, options.revision, options.trust)
+        layers = _requested_layers(options, checkpoint)
+        stages.enter("load")
+        import torch
+
+        model = checkpoint.load_model(getattr(torch, options.dtype))
+        stages.enter("self-draft")
+        agreement = None
+        if options.self_draft != NONE:
+            layers, agreement = _self_draft(model, checkpoint, layers)
+        stages.enter("trace")
+        graphs = _trace(model, layers)
+        stages.enter("optimize")
+        graphs = _optimize(graphs, model, options)
+        stages.enter("save")
+        entries = _save(graphs, writer.dir / GRAPH_DIR, options, layers)
+        manifest = _describe(checkpoint, model, options, entries, layers, agreement)
+        stages.enter("tokenizer")
+        checkpoint.save_tokenizer(writer.dir / TOKENIZER_DIR)
+        del graphs, model
+        stages.enter("measure")
+        manifest = _measure(writer, manifest, options)
+        stages.enter("commit")
+        manifest = writer.commit(manifest)
+    return BuildResult(writer.out, manifest, stages.finish())
+
+
+def _requested_layers(options: BuildOptions, checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    from dspark_export.graphs.layer_choice import parse_layers
+
+    if options.self_draft in (AUTO, NONE):
+        return None
+    count = checkpoint.config.get_text_config().num_hidden_layers
+    return parse_layers(options.self_draft.removeprefix(LAYERS), count)
+
+
+def _self_draft(
+    model: PreTrainedModel, checkpoint: Checkpoint, layers: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], float]:
+    """The layers to draft with and their agreement with the target; ``layers`` None: choose by measuring."""
+    from dspark_export.graphs.self_draft_choice import agreement, choose
+
+    if layers is None:
+        choice = choose(model, checkpoint.tokenizer.backend)
+        return choice.layers, choice.agreement
+    return layers, agreement(model, checkpoint.tokenizer.backend, layers)
+
+
+def _trace(model: PreTrainedModel, layers: Sequence[int] | None) -> dict[str, ir.Model]:
+    from dspark_export.graphs.self_draft import export_self_draft
+    from dspark_export.graphs.target import export_target
+
+    graphs = {"target": export_target(model)}
+    if layers is not None:
+        graphs["self_draft"] = export_self_draft(model, layers)
+    return graphs
+
+
+def _optimize(graphs: dict[str, ir.Model], model: PreTrainedModel, options: BuildOptions) -> dict[str, ir.Model]:
+    from dspark_export.passes import optimize
+    from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights
+
+    optimized = {name: optimize(graph) for name, graph in graphs.items()}
+    if options.quantized:
+        settings = BlockQuantization(
+            bits=8 if options.precision == "int8" else 4,
+            block_size=options.block,
+            head=options.quantize_head,
+            embedding=options.quantize_embedding,
+        )
+        for name, graph in optimized.items():
+            quantize = QuantizeWeights(settings)
+            quantize(graph)
+            if not quantize.quantized:
+                raise ExportError(
+                    f"no weight of the {name} graph could be quantized in blocks of {options.block}; "
+                    "choose a smaller --block-size or another --precision"
+                )
+    return optimized
+
+
+def _save(
+    graphs: dict[str, ir.Model], folder: Path, options: BuildOptions, layers: Sequence[int] | None
+) -> list[GraphEntry]:
+    from dspark_export.graphs.save import save_graphs
+    from dspark_export.graphs.verify import build_verify_model
+    from dspark_export.manifest import graph_entry
+
+    verify = build_verify_model()
+    save_graphs({**graphs, "verify": verify}, folder, DATA_FILE)
+    entries = [
+        graph_entry(name, "standard", graph, folder, options.dtype, layers if name == "self_draft" else None)
+        for name, graph in graphs.items()
+    ]
+    return [*entries, graph_entry("verify", "standard", verify, folder, "float32", None)]
+
+
+def _describe(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    options: BuildOptions,
+    entries: Sequence[GraphEntry],
+    layers: Sequence[int] | None,
+    agreement: float | None,
+) -> Manifest:
+    from dspark_export.manifest import drafters, manifest, model_facts
+    from dspark_export.tracing.geometry import probe
+
+    facts = model_facts(checkpoint, model, probe(model.config))
+    return manifest(checkpoint, options, facts, entries, drafters(layers, agreement))
+
+
+def _measure(writer: BundleWriter, manifest: Manifest, options: BuildOptions) -> Manifest:
+    """The manifest with step costs and row noise, measured on the files as they will be shipped."""
+    from dspark_export.measure import measure
+
+    writer.preview(manifest)
+    found = measure(writer.dir, threads=options.threads)
+    precision = manifest.precision.model_copy(update={"row_noise": found.row_noise})
+    return manifest.model_copy(update={"costs": found.costs, "precision": precision})

@@ -1,0 +1,67 @@
+"""What a build is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from dspark_runtime.errors import UsageError
+
+from dspark_export.checkpoints.trust import Trust
+
+Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+QUANTIZED = ("int8", "int4")
+DEFAULT_BLOCK = 32
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+AUTO, NONE, LAYERS = "auto", "none", "layers="
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """One build. ``self_draft`` is ``auto``, ``none`` or ``layers=...``; ``threads`` None: as many as there are cores.
+
+    Raises UsageError for combinations that make no sense.
+    """
+
+    model: str
+    out: Path
+    revision: str | None = None
+    precision: Weights = "fp32"
+    quantize_head: bool = True
+    quantize_embedding: bool = True
+    block_size: int | None = None
+    exact: bool = True
+    self_draft: str = AUTO
+    threads: int | None = None
+    overwrite: bool = False
+    trust: Trust = field(default_factory=Trust.closed)
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Weights):
+            raise UsageError(f"--precision {self.precision} is unknown; choose {', '.join(get_args(Weights))}")
+        if self.block_size is not None and not self.quantized:
+            raise UsageError(
+                f"--block-size applies to {' and '.join(QUANTIZED)}, not to {self.precision}; leave it out"
+            )
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            raise UsageError(f"--block-size {self.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
+        if self.self_draft not in (AUTO, NONE) and not self.self_draft.startswith(LAYERS):
+            raise UsageError(f"--self-draft {self.self_draft} is unknown; choose auto, none, or layers=0-9,20")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads {self.threads} is not positive; leave it out to use every core")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are stored as integers in blocks."""
+        return self.precision in QUANTIZED
+
+    @property
+    def block(self) -> int:
+        """Weights per scale, if quantized."""
+        return self.block_size or DEFAULT_BLOCK
+
+    @property
+    def dtype(self) -> Literal["float32", "float16", "bfloat16"]:
+        """What the graph computes in: quantized weights are expanded to float32."""
+        return {"fp16": "float16", "bf16": "bfloat16"}.get(self.precision, "float32")  # type: ignore[return-value]

@@ -1,0 +1,156 @@
+"""``dspark-export build``: a model becomes a bundle."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dspark_export.build import BuildResult, Stage
+
+TERMINATED = 143
+DESCRIPTIONS = {
+    "check": "checking the checkpoint",
+    "load": "loading weights",
+    "self-draft": "choosing self-draft layers",
+    "trace": "tracing graphs",
+    "optimize": "rewriting graphs",
+    "save": "writing graphs and weights",
+    "tokenizer": "writing the tokenizer",
+    "measure": "measuring step costs",
+    "commit": "hashing and committing",
+}
+
+
+class PrecisionName(StrEnum):
+    """Values of ``--precision``."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class ProgressName(StrEnum):
+    """Values of ``--progress``: ``auto`` draws on a terminal only, ``json`` writes one line per stage."""
+
+    AUTO = "auto"
+    JSON = "json"
+    OFF = "off"
+
+
+def build(
+    model: Annotated[str, typer.Argument(help="Hub id, folder with config.json, or .gguf file.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new bundle.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    precision: Annotated[PrecisionName, typer.Option(help="How weights are stored.")] = PrecisionName.FP32,
+    quantize_head: Annotated[bool, typer.Option(help="int8, int4: quantize the output head too.")] = True,
+    quantize_embedding: Annotated[bool, typer.Option(help="int8, int4: quantize the embedding too.")] = True,
+    block_size: Annotated[int | None, typer.Option(help="int8, int4: weights per scale (default: 32).")] = None,
+    exact: Annotated[
+        bool, typer.Option(help="Kernels whose result does not depend on how many rows a pass has.")
+    ] = True,
+    self_draft: Annotated[str, typer.Option(help="auto, none, or layers=0-9,20 or layers=every=2.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Threads for measuring (default: all cores).")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in --out.")] = False,
+    allow_unsafe_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unsafe-checkpoint", help="Run code that comes with the checkpoint. Only if you trust it."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    progress: Annotated[ProgressName, typer.Option(help="Progress on stderr.")] = ProgressName.AUTO,
+) -> None:
+    """Turn MODEL into a bundle: ONNX graphs, tokenizer, measured costs and a manifest."""
+    from dspark_export.build import build as run
+    from dspark_export.build_options import BuildOptions
+    from dspark_export.checkpoints.trust import Trust
+
+    options = BuildOptions(
+        model=model,
+        out=out,
+        revision=revision,
+        precision=precision.value,
+        quantize_head=quantize_head,
+        quantize_embedding=quantize_embedding,
+        block_size=block_size,
+        exact=exact,
+        self_draft=self_draft,
+        threads=threads,
+        overwrite=overwrite,
+        trust=Trust.opened() if allow_unsafe_checkpoint else Trust.closed(),
+    )
+    with _terminable(), _shown(progress) as on_stage:
+        result = run(options, on_stage)
+    if as_json:
+        summary = {"bundle": str(result.out), "seconds": result.seconds, "manifest": result.manifest.model_dump()}
+        typer.echo(json.dumps(summary))
+    else:
+        _print_summary(result)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds the build like Ctrl-C does, so that nothing is left behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise typer.Exit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _shown(progress: ProgressName) -> Iterator[Callable[[Stage], None]]:
+    if progress is ProgressName.JSON:
+        yield lambda stage: print(json.dumps({"stage": stage}), file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    hidden = progress is ProgressName.OFF or not console.is_terminal
+    with Progress(
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=hidden,
+    ) as bars:
+        running: list = []
+
+        def on_stage(stage: Stage) -> None:
+            for task in running:
+                bars.update(task, total=1, completed=1)
+            running[:] = [bars.add_task(DESCRIPTIONS[stage], total=None)]
+
+        yield on_stage
+        for task in running:
+            bars.update(task, total=1, completed=1)
+
+
+def _print_summary(result: BuildResult) -> None:
+    manifest = result.manifest
+    size = sum(entry.size for entry in manifest.files.values())
+    drafters = ", ".join(drafter.name for drafter in manifest.drafters)
+    typer.echo(f"built {result.out} in {sum(result.seconds.values()):.0f} s")
+    typer.echo(
+        f"  model     {manifest.model.architecture}, {manifest.model.num_layers} layers, from {manifest.source.id}"
+    )
+    typer.echo(f"  precision {manifest.precision.weights}")
+    typer.echo(f"  drafters  {drafters}")
+    typer.echo(f"  size      {size / 1e6:.1f} MB in {len(manifest.files)} files")
+    typer.echo(f'try it:     dspark-export generate {result.out} "Once upon a time"')

@@ -1,0 +1,87 @@
+"""The command line: registers the verbs and is the one place that turns an error into a message and an exit code.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 2 | the request is wrong: options, prompt, sampling parameters |
+| 3 | the checkpoint is missing, damaged or inconsistent |
+| 4 | the checkpoint would run its own code, and that was not allowed |
+| 5 | the architecture is not supported |
+| 6 | tracing, rewriting or quantizing failed |
+| 7 | a bundle cannot be opened or written |
+| 8 | an inference backend is missing or failed |
+| 70 | a bug of this program |
+| 130, 143 | interrupted by Ctrl-C, terminated |
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+from dspark_runtime.errors import DsparkError
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+VERBS = ("build", "inspect", "generate", "bench", "doctor")
+BUG, INTERRUPTED = 70, 130
+
+
+class _Commands(TyperGroup):
+    """The verbs; errors of this project end with their message, everything else as a bug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        debug = bool(ctx.params.get("debug"))
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, TyperException):
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED, debug)
+        except DsparkError as error:
+            _fail(str(error), error.exit_code, debug)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has gone: typer ends quietly
+                raise
+            _fail(f"unexpected {type(error).__name__}: {error}", BUG, debug)
+        except Exception as error:
+            hint = (
+                "" if debug else "; this is a bug: run again with `dspark-export --debug ...` and report the traceback"
+            )
+            _fail(f"unexpected {type(error).__name__}: {error}{hint}", BUG, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc(file=sys.stderr)
+    typer.echo(f"dspark-export: {message}", err=True)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Turn a Hugging Face language model into a bundle of ONNX graphs, and generate text from it speculatively."""
+
+
+for verb in VERBS:
+    if find_spec(f"dspark_export.cli.{verb}") is not None:
+        app.command(verb)(getattr(import_module(f"dspark_export.cli.{verb}"), verb))
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,165 @@
+"""Fills the manifest from what a build made."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import onnx_ir as ir
+from dspark_runtime.bundle import (
+    GRAPH_DIR,
+    DrafterEntry,
+    GraphEntry,
+    Manifest,
+    ModelFacts,
+    Precision,
+    Variant,
+)
+from dspark_runtime.contract import CacheLayer, TensorSpec
+from dspark_runtime.errors import ExportError
+from transformers import PreTrainedModel
+
+from dspark_export.build_options import BuildOptions
+from dspark_export.checkpoints import Checkpoint
+
+_TOOLS = ("torch", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+ORT_CPU: Variant = "onnxruntime-cpu"
+
+
+def file_stem(name: str, variant: str) -> str:
+    """File name of a graph without its suffix."""
+    return name if variant == "standard" else f"{name}.{variant}"
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the installed libraries a bundle depends on."""
+    versions = {"python": platform.python_version()}
+    for tool in _TOOLS:
+        try:
+            versions[tool] = metadata.version(tool)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def own_version() -> str:
+    """Name and version of this distribution."""
+    try:
+        return f"dspark-export {metadata.version('dspark-export')}"
+    except metadata.PackageNotFoundError:
+        return "dspark-export (not installed)"
+
+
+def model_facts(checkpoint: Checkpoint, model: PreTrainedModel, cache: Sequence[CacheLayer]) -> ModelFacts:
+    """The facts the runtime needs; raises ExportError if the config leaves the number of positions open."""
+    config = model.config.get_text_config()
+    positions = next((getattr(config, name) for name in _POSITIONS if getattr(config, name, None)), None)
+    if positions is None:
+        raise ExportError(
+            f"the config of {checkpoint.id} has none of {', '.join(_POSITIONS)}; add max_position_embeddings"
+        )
+    return ModelFacts(
+        architecture=type(model).__name__,
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=len(cache),
+        max_positions=positions,
+        cache=tuple(cache),
+        eos_token_ids=tuple(checkpoint.eos_token_ids),
+        bos_token_id=checkpoint.bos_token_id,
+        pad_token_id=checkpoint.pad_token_id,
+    )
+
+
+def graph_entry(
+    name: str, variant: Variant, model: ir.Model, folder: Path, dtype: str, layers: Sequence[int] | None
+) -> GraphEntry:
+    """The entry of a graph saved in ``folder``; data files are read back from the file."""
+    file = f"{file_stem(name, variant)}.onnx"
+    saved = ir.load(folder / file)
+    data = {
+        str(value.const_value.location)
+        for graph in saved.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    return GraphEntry.model_validate(
+        {
+            "name": name,
+            "variant": variant,
+            "file": f"{GRAPH_DIR}/{file}",
+            "data_files": sorted(f"{GRAPH_DIR}/{location}" for location in data),
+            "dtype": dtype,
+            "layers": None if layers is None else tuple(layers),
+            "inputs": [_spec(value) for value in model.graph.inputs],
+            "outputs": [_spec(value) for value in model.graph.outputs],
+        }
+    )
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.dtype is None or value.shape is None:
+        raise ExportError(f"the graph's tensor {value.name} has no type or shape")
+    dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    return TensorSpec(str(value.name), str(value.dtype.numpy()), dims)
+
+
+def drafters(layers: Sequence[int] | None, agreement: float | None) -> tuple[DrafterEntry, ...]:
+    """The drafters a bundle offers: n-gram always, self-draft if there is a graph for it."""
+    ngram = DrafterEntry(name="ngram", kind="ngram")
+    if layers is None:
+        return (ngram,)
+    settings = {"layers": list(layers)}
+    return (
+        ngram,
+        DrafterEntry.model_validate(
+            {
+                "name": "self-draft",
+                "kind": "self_draft",
+                "graph": "self_draft",
+                "settings": settings,
+                "agreement": agreement,
+            }
+        ),
+    )
+
+
+def precision(options: BuildOptions) -> Precision:
+    """How weights are stored; row noise is added once it was measured."""
+    if not options.quantized:
+        return Precision(weights=options.precision, exact=options.exact)
+    return Precision(
+        weights=options.precision,
+        block_size=options.block,
+        head=options.quantize_head,
+        embedding=options.quantize_embedding,
+        exact=options.exact,
+        accuracy_level=None if options.exact else 4,
+    )
+
+
+def manifest(
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    facts: ModelFacts,
+    graphs: Sequence[GraphEntry],
+    drafter_entries: Sequence[DrafterEntry],
+    validation: Mapping[str, float | int | str] | None = None,
+) -> Manifest:
+    """The whole manifest but for measurements and file digests."""
+    return Manifest(
+        created_by=own_version(),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        tools=tool_versions(),
+        source=checkpoint.source(),
+        model=facts,
+        graphs=tuple(graphs),
+        drafters=tuple(drafter_entries),
+        precision=precision(options),
+        validation=dict(validation or {}),
+    )
