@@ -1,0 +1,107 @@
+"""What the runtime asks of an inference backend: engines, cache memory, and passes over fixed buffers.
+
+An :class:`Engine` is one loaded graph. ``open`` joins it to a :class:`CacheMemory` and gives a :class:`Runner`, which
+owns the buffers of a pass. The caller fills the arrays of :meth:`Runner.prepare` and calls :meth:`Runner.run`; nothing
+is copied on the way to a backend that computes in host memory. Engines may be shared by threads, runners may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_runtime.errors import UsageError
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a backend runs.
+
+    ``threads``: threads inside one operator (None: one per physical core). ``spinning``: threads wait busily between
+    operators, faster and hotter. ``accuracy_level``: arithmetic of block-quantized matrix products (0: the graph's own,
+    1: float32, 4: int8), the dial between speed and logits that do not depend on the number of rows.
+    """
+
+    threads: int | None = None
+    spinning: bool = True
+    accuracy_level: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise UsageError(f"threads={self.threads}: give a number from 1 to 1024, or None for one per core")
+        if self.accuracy_level not in (0, 1, 2, 3, 4):
+            raise UsageError(f"accuracy_level={self.accuracy_level}: give 0 (the graph's own) or 1 to 4")
+
+
+@dataclass(slots=True)
+class StepBuffers:
+    """The arrays of one pass, filled in place by the caller; ``logits`` and ``taps`` are valid after the run.
+
+    ``input_ids``, ``position_ids`` int64 [batch, tokens]; ``attention_mask`` bool [batch, 1, tokens, kv_len];
+    ``write_indices`` int64 [batch]; ``logit_rows`` int64 [batch, rows]; ``logits`` float32 [batch, rows, vocab];
+    ``taps`` [batch, tokens, width] where the graph has ``hidden_taps``. Contents do not survive the next ``prepare``.
+    """
+
+    input_ids: IntArray
+    position_ids: IntArray
+    attention_mask: BoolArray
+    write_indices: IntArray
+    logit_rows: IntArray
+    logits: FloatArray
+    taps: npt.NDArray[Any] | None
+
+
+class CacheMemory(Protocol):
+    """Key and value memory of all layers: [batch, kv_heads, capacity, width] each, zero where never written."""
+
+    @property
+    def batch(self) -> int:
+        """Sequences there is room for."""
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each sequence."""
+
+    def resize(self, capacity: int, keep: int) -> None:
+        """Change the slots of each sequence; the first ``keep`` keep their contents."""
+
+    def gather(self, sequence: int, sources: Sequence[int], to: int) -> None:
+        """Copy slots ``sources`` of one sequence, in all layers, to ``to``, ``to + 1``, ... (they may overlap)."""
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` slots of sequence ``source`` over sequence ``target``."""
+
+
+class Runner(Protocol):
+    """Passes of one engine over one cache memory."""
+
+    def select(self, first: int, count: int) -> None:
+        """Run the following passes over the sequences ``first`` to ``first + count - 1``."""
+
+    def prepare(self, tokens: int, rows: int, kv_len: int) -> StepBuffers:
+        """Buffers of the next pass; ``kv_len`` must not exceed the memory's capacity."""
+
+    def run(self) -> None:
+        """Run the pass over the prepared buffers; raises BackendError."""
+
+
+class Engine(Protocol):
+    """One loaded graph. ``layers`` are the decoder layers whose cache it reads and writes."""
+
+    name: str
+    layers: tuple[int, ...]
+    vocab_size: int
+
+    def allocate(self, batch: int, capacity: int) -> CacheMemory:
+        """Cache memory for all layers of the model (not only those this engine runs)."""
+
+    def open(self, memory: CacheMemory) -> Runner:
+        """A runner over ``memory``, which may be shared with runners of other engines of the same model."""

@@ -1,0 +1,301 @@
+"""ONNX Runtime on the CPU: buffers bound once, caches updated in place, several graphs over one cache memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_runtime.backends.engine import CacheMemory, EngineOptions, StepBuffers
+from dspark_runtime.contract import (
+    ATTENTION_MASK,
+    HIDDEN_TAPS,
+    INPUT_IDS,
+    LOGIT_ROWS,
+    LOGITS,
+    POSITION_IDS,
+    WRITE_INDICES,
+    CacheLayer,
+    past_name,
+    present_name,
+)
+from dspark_runtime.errors import BackendError, CapacityError, IncompatibleBundle
+
+try:
+    import onnxruntime as ort
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise BackendError("onnxruntime is not installed; run `pip install dspark-export[cpu]`") from error
+
+# numpy has no bfloat16: such caches live in uint16 memory and are handed over with their ONNX element type.
+_STORAGE: dict[str, tuple[Any, int]] = {
+    "float32": (np.float32, 1),
+    "float16": (np.float16, 10),
+    "bfloat16": (np.uint16, 16),
+}
+_ALIGNMENT = 64
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """Zero-filled array on a cache-line boundary; pages are only committed once touched."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    aligned: npt.NDArray[Any] = raw[start : start + size].view(dtype).reshape(shape)
+    return aligned
+
+
+def _value(array: npt.NDArray[Any], element_type: int | None = None) -> Any:
+    """OrtValue over the memory of ``array``; the caller keeps the array alive for types numpy does not have."""
+    if element_type == 16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element_type)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+class HostCache:
+    """Cache memory in host RAM. Layers of equal geometry share one block, so compaction is one copy per block."""
+
+    def __init__(self, layers: Sequence[CacheLayer], dtype: str, batch: int, capacity: int) -> None:
+        self.batch = batch
+        self.capacity = capacity
+        self.element_type = _STORAGE[dtype][1]
+        self.version = 0  # grows whenever arrays move, so that runners know when to bind again
+        self._dtype = _STORAGE[dtype][0]
+        members: dict[tuple[int, int], list[tuple[int, str]]] = {}
+        for i, layer in enumerate(layers):
+            for part, width in (("key", layer.key_dim), ("value", layer.value_dim)):
+                members.setdefault((layer.kv_heads, width), []).append((i, part))
+        self._members = members
+        self._blocks = self._new_blocks(capacity)
+
+    def _new_blocks(self, capacity: int) -> list[npt.NDArray[Any]]:
+        return [
+            _zeros((len(entries), self.batch, heads, capacity, width), self._dtype)
+            for (heads, width), entries in self._members.items()
+        ]
+
+    def tensors(self) -> dict[tuple[int, str], npt.NDArray[Any]]:
+        """View [batch, kv_heads, capacity, width] of every (layer, part)."""
+        return {
+            entry: block[i]
+            for block, entries in zip(self._blocks, self._members.values(), strict=True)
+            for i, entry in enumerate(entries)
+        }
+
+    def resize(self, capacity: int, keep: int) -> None:
+        """See :class:`CacheMemory`."""
+        blocks = self._new_blocks(capacity)
+        for old, new in zip(self._blocks, blocks, strict=True):
+            new[:, :, :, :keep] = old[:, :, :, :keep]
+        self._blocks = blocks
+        self.capacity = capacity
+        self.version += 1
+
+    def gather(self, sequence: int, sources: Sequence[int], to: int) -> None:
+        """See :class:`CacheMemory`."""
+        index = np.asarray(sources)
+        for block in self._blocks:
+            part = block[:, sequence]
+            part[:, :, to : to + len(index)] = part.take(index, axis=2)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See :class:`CacheMemory`."""
+        for block in self._blocks:
+            block[:, target, :, :length] = block[:, source, :, :length]
+
+
+class OrtEngine:
+    """One graph in an ONNX Runtime session.
+
+    Args:
+        path: the ONNX file; external data lies beside it.
+        name: what to call it in messages.
+        cache: geometry of the cache of every layer of the *model*.
+        layers: the layers this graph runs; None for all.
+        dtype: element type of the caches, ``float32``, ``float16`` or ``bfloat16``.
+        options: threads and arithmetic.
+
+    Raises:
+        BackendError: ONNX Runtime cannot load the graph.
+        IncompatibleBundle: the graph's inputs and outputs are not the contract's.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str,
+        cache: Sequence[CacheLayer],
+        layers: Sequence[int] | None = None,
+        dtype: str = "float32",
+        options: EngineOptions | None = None,
+    ) -> None:
+        self.name = name
+        self.layers = tuple(range(len(cache))) if layers is None else tuple(layers)
+        self.dtype = dtype
+        self._cache = tuple(cache)
+        self.session = _session(Path(path), name, options or EngineOptions())
+        outputs = {item.name: item for item in self.session.get_outputs()}
+        _check_names(self.session, name, self.layers)
+        self.vocab_size = int(outputs[LOGITS].shape[-1])
+        self.taps_width = int(outputs[HIDDEN_TAPS].shape[-1]) if HIDDEN_TAPS in outputs else 0
+
+    def allocate(self, batch: int, capacity: int) -> HostCache:
+        """See :class:`dspark_runtime.backends.engine.Engine`."""
+        try:
+            return HostCache(self._cache, self.dtype, batch, capacity)
+        except MemoryError as error:
+            raise CapacityError(
+                f"no memory for a cache of {batch} x {capacity} tokens; lower the batch or max_new_tokens"
+            ) from error
+
+    def open(self, memory: CacheMemory) -> OrtRunner:
+        """See :class:`dspark_runtime.backends.engine.Engine`."""
+        if not isinstance(memory, HostCache):
+            raise BackendError(f"{self.name} runs in host memory and cannot use a {type(memory).__name__}")
+        return OrtRunner(self, memory)
+
+
+class OrtRunner:
+    """One IOBinding over one cache memory. A call rebinds what changed since the last one, nothing else."""
+
+    def __init__(self, engine: OrtEngine, memory: HostCache) -> None:
+        self._engine = engine
+        self._memory = memory
+        self._session = engine.session
+        self._binding = engine.session.io_binding()
+        self._first, self._count = 0, memory.batch
+        self._bound_cache: tuple[int, int, int] | None = None
+        self._cache_values: list[Any] = []
+        self._bound_shape: tuple[int, int, int] | None = None
+        self._shapes: dict[tuple[int, int, int], _Shape] = {}
+        self._mask_memory = np.zeros(0, np.bool_)
+        self._mask: npt.NDArray[np.bool_] | None = None
+        self._logit_memory = np.zeros(0, np.float32)
+
+    def select(self, first: int, count: int) -> None:
+        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        self._first, self._count = first, count
+
+    def prepare(self, tokens: int, rows: int, kv_len: int) -> StepBuffers:
+        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        if kv_len > self._memory.capacity:
+            raise CapacityError(f"a pass over {kv_len} cache slots, but only {self._memory.capacity} are allocated")
+        if self._bound_cache != (self._first, self._count, self._memory.version):
+            self._bind_cache()
+        key = (self._count, tokens, rows)
+        shape = self._shapes.get(key) or self._new_shape(key)
+        if self._bound_shape != key:
+            for name, value in shape.inputs:
+                self._binding.bind_ortvalue_input(name, value)
+            for name, value in shape.outputs:
+                self._binding.bind_ortvalue_output(name, value)
+            self._bound_shape = key
+        buffers = shape.buffers
+        if self._mask is None or self._mask.shape != (self._count, 1, tokens, kv_len):
+            buffers.attention_mask = self._bind_mask(tokens, kv_len)
+        else:
+            buffers.attention_mask = self._mask
+        return buffers
+
+    def run(self) -> None:
+        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in {self._engine.name}: {error}") from error
+
+    def _bind_mask(self, tokens: int, kv_len: int) -> npt.NDArray[np.bool_]:
+        size = self._count * tokens * kv_len
+        if size > self._mask_memory.size:
+            self._mask_memory = _zeros((max(size, 2 * self._mask_memory.size),), np.bool_)
+        mask = self._mask_memory[:size].reshape(self._count, 1, tokens, kv_len)
+        self._binding.bind_ortvalue_input(ATTENTION_MASK, _value(mask))
+        self._mask = mask
+        return mask
+
+    def _bind_cache(self) -> None:
+        tensors = self._memory.tensors()
+        chosen = slice(self._first, self._first + self._count)
+        values = []
+        for layer in self._engine.layers:
+            for part in ("key", "value"):
+                value = _value(tensors[layer, part][chosen], self._memory.element_type)
+                self._binding.bind_ortvalue_input(past_name(layer, part), value)
+                self._binding.bind_ortvalue_output(present_name(layer, part), value)
+                values.append((value, tensors[layer, part]))
+        self._cache_values = values  # keeps the memory alive for as long as it is bound
+        self._bound_cache = (self._first, self._count, self._memory.version)
+
+    def _new_shape(self, key: tuple[int, int, int]) -> _Shape:
+        batch, tokens, rows = key
+        size = batch * rows * self._engine.vocab_size
+        if size > self._logit_memory.size:
+            self._logit_memory = _zeros((size,), np.float32)
+            self._shapes.clear()
+            self._bound_shape = None
+        taps = None
+        if self._engine.taps_width:
+            taps = _zeros((batch, tokens, self._engine.taps_width), _STORAGE[self._engine.dtype][0])
+        buffers = StepBuffers(
+            input_ids=np.zeros((batch, tokens), np.int64),
+            position_ids=np.zeros((batch, tokens), np.int64),
+            attention_mask=np.zeros((batch, 1, tokens, 0), np.bool_),
+            write_indices=np.zeros(batch, np.int64),
+            logit_rows=np.zeros((batch, rows), np.int64),
+            logits=self._logit_memory[:size].reshape(batch, rows, self._engine.vocab_size),
+            taps=taps,
+        )
+        shape = self._shapes[key] = _Shape(buffers, _STORAGE[self._engine.dtype][1])
+        return shape
+
+
+class _Shape:
+    """Buffers of one (batch, tokens, rows) and the values bound for them."""
+
+    __slots__ = ("buffers", "inputs", "outputs")
+
+    def __init__(self, buffers: StepBuffers, taps_type: int) -> None:
+        self.buffers = buffers
+        self.inputs = [
+            (INPUT_IDS, _value(buffers.input_ids)),
+            (POSITION_IDS, _value(buffers.position_ids)),
+            (WRITE_INDICES, _value(buffers.write_indices)),
+            (LOGIT_ROWS, _value(buffers.logit_rows)),
+        ]
+        self.outputs = [(LOGITS, _value(buffers.logits))]
+        if buffers.taps is not None:
+            self.outputs.append((HIDDEN_TAPS, _value(buffers.taps, taps_type)))
+
+
+def _session(path: Path, name: str, options: EngineOptions) -> Any:
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = options.threads or 0
+    settings.inter_op_num_threads = 1
+    # kv_len changes with every pass: a memory plan per shape would be made once and never used again.
+    settings.enable_mem_pattern = False
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
+    if options.accuracy_level:
+        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(options.accuracy_level))
+    try:
+        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load the graph {name} ({path}): {error}") from error
+
+
+def _check_names(session: Any, name: str, layers: Sequence[int]) -> None:
+    have_in = {item.name for item in session.get_inputs()}
+    have_out = {item.name for item in session.get_outputs()}
+    cache = [(layer, part) for layer in layers for part in ("key", "value")]
+    want_in = {INPUT_IDS, POSITION_IDS, ATTENTION_MASK, WRITE_INDICES, LOGIT_ROWS, *(past_name(*c) for c in cache)}
+    want_out = {LOGITS, *(present_name(*c) for c in cache)}
+    wrong = (want_in ^ have_in) | (want_out ^ (have_out - {HIDDEN_TAPS}))
+    if wrong:
+        raise IncompatibleBundle(
+            f"graph {name} does not have the inputs and outputs of this runtime's contract "
+            f"(differing: {', '.join(sorted(wrong)[:6])}); build the bundle again with this version"
+        )

@@ -1,0 +1,82 @@
+"""What a target pass costs by its rows: measured at build time, corrected by every pass that runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dspark_runtime.backends.engine import Engine
+from dspark_runtime.kv_cache import round_up
+
+# Cost of n rows relative to one where nothing was measured yet: between a float32 and a 4-bit model on a CPU.
+_GUESS = {1: 1.0, 2: 1.15, 4: 1.4, 8: 1.9, 16: 3.0, 32: 5.2, 64: 10.0}
+_GUESS_MS = 20.0
+MEASURED_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class PassCosts:
+    """Milliseconds of a target pass by its rows (of all sequences together).
+
+    ``known`` are measurements ``{rows: ms}`` to start from. Observed passes correct two things: the overall scale
+    quickly (another machine, a longer context, a throttled processor), the shape over rows slowly.
+    """
+
+    def __init__(self, known: Mapping[int, float] | None = None, most_rows: int = 256) -> None:
+        points = dict(known or {})
+        if 1 not in points or len(points) < 2:
+            points = {rows: ratio * points.get(1, _GUESS_MS) for rows, ratio in _GUESS.items()}
+        rows = sorted(points)
+        if rows[-1] < most_rows:  # beyond the last measurement the last slope goes on
+            slope = (points[rows[-1]] - points[rows[-2]]) / (rows[-1] - rows[-2])
+            points[most_rows] = points[rows[-1]] + max(slope, 0.0) * (most_rows - rows[-1])
+            rows.append(most_rows)
+        self._rows = np.arange(1, most_rows + 1, dtype=np.float64)
+        self._shape = np.interp(self._rows, rows, [points[r] for r in rows])
+        self._scale = 1.0
+        self._seen = 0
+        self._ms: list[float] = self._shape.tolist()
+
+    def ms(self, rows: int) -> float:
+        """Expected milliseconds of a pass over ``rows`` rows."""
+        return self._ms[rows - 1] if rows <= len(self._ms) else self._ms[-1] * rows / len(self._ms)
+
+    def observe(self, rows: int, ms: float) -> None:
+        """Learn from one pass. Single outliers (a hiccup of the machine) count as at most twice the expected time."""
+        if rows > len(self._ms) or ms <= 0:
+            return
+        new = self._seen < 4  # nothing is known about this machine yet: believe any factor
+        ratio = min(max(ms / self._ms[rows - 1], 0.01 if new else 0.5), 100.0 if new else 2.0)
+        self._seen += 1
+        self._scale *= ratio ** max(0.1, 1.0 / self._seen)
+        # Rows near the observed count share what it taught.
+        self._shape *= ratio ** (0.05 / (1.0 + np.abs(self._rows - rows) * (4.0 / rows)))
+        self._ms = (self._shape * self._scale).tolist()
+
+
+def measure_pass_ms(
+    engine: Engine, rows: Sequence[int] = MEASURED_ROWS, *, context: int = 256, repeats: int = 5
+) -> dict[int, float]:
+    """Median milliseconds of a pass over each number of rows behind ``context`` committed slots.
+
+    Row counts alternate, so that a machine that slows down meanwhile slows all of them.
+    """
+    memory = engine.allocate(1, round_up(context + max(rows)))
+    runner = engine.open(memory)
+    runner.select(0, 1)
+    times: dict[int, list[float]] = {count: [] for count in rows}
+    for turn in range(repeats + 1):
+        for count in rows:
+            buffers = runner.prepare(count, count, context + count)
+            buffers.input_ids[:] = 1
+            buffers.position_ids[:] = np.arange(context, context + count)
+            buffers.logit_rows[:] = np.arange(count)
+            buffers.write_indices[:] = context
+            buffers.attention_mask[..., :context] = True
+            buffers.attention_mask[0, 0, :, context:] = np.tril(np.ones((count, count), np.bool_))
+            started = time.perf_counter()
+            runner.run()
+            if turn:  # the first pass of a shape also allocates
+                times[count].append((time.perf_counter() - started) * 1e3)
+    return {count: float(np.median(values)) for count, values in times.items()}

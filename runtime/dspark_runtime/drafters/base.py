@@ -1,0 +1,104 @@
+"""What a drafter is: something that proposes tokens after a committed text.
+
+A custom drafter derives from :class:`Drafter`, sets ``name`` and implements :meth:`Drafter.draft`. Nothing it proposes
+can change the generated text; wrong proposals only cost time. The schedule watches how often proposals of each *class*
+are accepted and cuts those that do not pay: give the sure and the unsure ones different classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dspark_runtime.backends.engine import FloatArray
+from dspark_runtime.tree import TokenTree
+
+if TYPE_CHECKING:
+    from dspark_runtime.kv_cache import KvCache
+
+Rate = Callable[[Hashable], float]
+
+
+def _unknown(_: Hashable) -> float:
+    return 0.5
+
+
+@dataclass(slots=True)
+class DraftRequest:
+    """One sequence that wants drafts.
+
+    ``request``: identity of the sequence, the same from :meth:`Drafter.begin` to :meth:`Drafter.end`.
+    ``row``: its row in the cache. ``tokens``: committed text; the last one is the anchor. Not to be changed.
+    ``limit``: most draft tokens that can be used. ``floor``: a token whose chance to be reached and accepted is below
+    this does not pay for drafting it. ``rate``: estimated acceptance of a class, given that its parent is accepted.
+    """
+
+    request: int
+    row: int
+    tokens: list[int]
+    limit: int
+    floor: float = 0.0
+    rate: Rate = _unknown
+
+
+@dataclass(slots=True)
+class Draft:
+    """A proposal: a tree whose anchor is the last committed token.
+
+    ``classes``: class of each row but the anchor, or empty for one class per depth. ``probs``: only for a chain whose
+    tokens were *drawn at random*: float32 [drafts, vocab], exactly the distributions they were drawn from; leave it
+    None for tokens that follow from the text.
+    """
+
+    tree: TokenTree
+    classes: Sequence[Hashable] = ()
+    probs: FloatArray | None = None
+
+
+class Drafter(ABC):
+    """Base of all drafters; see the module's text. One instance serves one batch at a time."""
+
+    name: str = "custom"
+    #: Milliseconds of one pass of the drafter's own engine for the whole batch, 0 where proposing is almost free.
+    pass_ms: float = 0.0
+
+    def attach(self, cache: KvCache) -> None:
+        """Called once per batch, before any sequence begins; drafters with an engine open it over the cache here."""
+        return None
+
+    def select(self, count: int) -> None:
+        """The following proposals are for the cache rows 0 to ``count - 1``."""
+        return None
+
+    def begin(self, request: int, prompt: Sequence[int]) -> None:
+        """A sequence starts."""
+        return None
+
+    def commit(self, request: int, tokens: Sequence[int]) -> None:
+        """``tokens`` were appended to the committed text of a sequence."""
+        return None
+
+    def end(self, request: int) -> None:
+        """A sequence is finished, cancelled or failed; forget it."""
+        return None
+
+    def prior(self, kind: Hashable) -> float:
+        """Expected acceptance of a class before anything was seen."""
+        return 0.5
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Draft | None]:
+        """One proposal per request; None where there is nothing to propose. Override it to draft a batch at once."""
+        return [self._one(request) if request.limit > 0 else None for request in requests]
+
+    def _one(self, request: DraftRequest) -> Draft | None:
+        proposal = self.draft(request)
+        if proposal is None or isinstance(proposal, Draft):
+            return proposal
+        tokens = list(proposal)[: request.limit]
+        return Draft(TokenTree.chain(request.tokens[-1], tokens)) if tokens else None
+
+    @abstractmethod
+    def draft(self, request: DraftRequest) -> Draft | Sequence[int] | None:
+        """Propose for one sequence: a chain of token ids, a :class:`Draft` with a tree, or None."""

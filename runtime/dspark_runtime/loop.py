@@ -1,0 +1,283 @@
+"""The decoding loop: propose, verify, commit.
+
+Between rounds this holds for every active sequence, and nothing else is remembered but statistics:
+
+* ``tokens`` is the committed text and the only truth; its last token, the anchor, has been in no pass yet;
+* the cache holds exactly the other tokens: ``cache.lengths[row] == len(tokens) - 1``;
+* the active sequences occupy the cache rows ``0 .. active - 1``.
+
+======== ==================================================== ========================================================
+phase    does                                                 leaves
+======== ==================================================== ========================================================
+prefill  runs the prompt in chunks, draws the first token     the invariant above, one token emitted
+propose  drafters give trees, the schedule cuts them          a tree per sequence, its anchor at row 0
+verify   one pass over all trees behind the committed text    logits of every row; scratch rows in the cache
+commit   follows the target's draws, keeps the accepted rows  1 to accepted + 1 tokens emitted; the invariant
+retire   drops finished sequences, moves the last row down    the invariant for the others
+======== ==================================================== ========================================================
+
+A pass that fails or is cancelled leaves only scratch rows behind. A loop is used once; its cache goes with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from dspark_runtime.backends.engine import Engine, FloatArray, StepBuffers
+from dspark_runtime.drafters.base import Drafter, DraftRequest
+from dspark_runtime.drafters.hybrid import Proposal
+from dspark_runtime.kv_cache import KvCache, round_up
+from dspark_runtime.request import Request
+from dspark_runtime.schedule import MOST_ROWS, Schedule
+from dspark_runtime.sequence import Chunk, Generation, SequenceState
+from dspark_runtime.statistics import DrafterCounts, Seconds
+from dspark_runtime.tree import TokenTree
+from dspark_runtime.verify import Verdict, verify_chain, verify_tree
+
+_clock = time.perf_counter
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How passes are cut.
+
+    ``prefill_chunk``: prompt tokens per pass. ``min_rows``: never run fewer rows of a sequence (2 avoids kernels made
+    for a single row, whose rounding may differ). ``most_drafts``: draft tokens of one sequence in one pass.
+    """
+
+    prefill_chunk: int = 512
+    min_rows: int = 1
+    most_drafts: int = 31
+
+
+class DecodingLoop:
+    """Generates for one batch of requests; iterate over it for chunks, then read :meth:`generations`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        schedule: Schedule,
+        drafters: Sequence[Drafter],
+        requests: Sequence[Request],
+        tokenizer: Tokenizer | None = None,
+        options: LoopOptions | None = None,
+    ) -> None:
+        self.options = options or LoopOptions()
+        self.schedule = schedule
+        self.drafters = list(drafters)
+        self.sequences = [SequenceState(i, request, tokenizer) for i, request in enumerate(requests)]
+        self.active = list(self.sequences)
+        self.seconds = Seconds()
+        longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
+        prompt = max(len(r.prompt) for r in requests)
+        first = min(round_up(max(2 * prompt, 512)), round_up(longest + MOST_ROWS))
+        self.cache = KvCache(engine.allocate(len(requests), first), limit=round_up(longest + MOST_ROWS))
+        self.runner = engine.open(self.cache.memory)
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End all sequences before the next round; may be called from another thread."""
+        self._cancelled = True
+
+    def generations(self) -> list[Generation]:
+        """The results, in the order of the requests."""
+        return [sequence.generation() for sequence in self.sequences]
+
+    def __iter__(self) -> Iterator[Chunk]:
+        try:
+            for drafter in self.drafters:
+                drafter.attach(self.cache)
+            for sequence in self.sequences:
+                if not self._cancelled:
+                    yield self._prefill(sequence)
+            self._retire()
+            while self.active and not self._cancelled:
+                yield from self._round()
+            for sequence in self.active:
+                yield sequence.cancel()
+        finally:
+            for sequence in self.active:
+                self._forget(sequence)
+
+    def _round(self) -> list[Chunk]:
+        began = _clock()
+        proposals = self._propose()
+        trees = self.schedule.choose(proposals, len(self.active))
+        drafted = _clock()
+        buffers = self._fill(trees)
+        passed = _clock()
+        self.runner.run()
+        verified = _clock()
+        chunks = [self._commit(*each, buffers.logits) for each in zip(self.active, proposals, trees, strict=True)]
+        emitted = sum(len(chunk.tokens) for chunk in chunks)
+        self._account(began, drafted, passed, verified, buffers.input_ids.shape, emitted)
+        if any(chunk.finish_reason for chunk in chunks):
+            self._retire()
+        return chunks
+
+    # Prefill -------------------------------------------------------------------------------------------------------
+
+    def _prefill(self, sequence: SequenceState) -> Chunk:
+        began = _clock()
+        prompt, row = sequence.request.prompt, sequence.row
+        self.runner.select(row, 1)
+        for start in range(0, len(prompt), self.options.prefill_chunk):
+            part = prompt[start : start + self.options.prefill_chunk]
+            logits = self._prompt_pass(row, start, part)
+            self.cache.commit(row, range(len(part)))
+        first = sequence.sampler.draw(logits[0, 0], len(prompt))
+        chunk = sequence.append([first])
+        for drafter in self.drafters:
+            drafter.begin(sequence.index, prompt)
+            drafter.commit(sequence.index, chunk.tokens)
+        took = _clock() - began
+        self.seconds.prefill += took
+        sequence.stats.seconds = Seconds(prefill=took)
+        return chunk
+
+    def _prompt_pass(self, row: int, start: int, part: Sequence[int]) -> FloatArray:
+        count = len(part)
+        rows = max(count, self.options.min_rows)  # padding rows stand behind the real ones and are overwritten later
+        self.cache.reserve(start + rows)
+        buffers = self.runner.prepare(rows, 1, start + rows)
+        buffers.input_ids[0, :count] = part
+        buffers.input_ids[0, count:] = 0
+        buffers.position_ids[0, :count] = np.arange(start, start + count)
+        buffers.position_ids[0, count:] = start
+        buffers.write_indices[0] = start
+        buffers.logit_rows[0, 0] = count - 1
+        mask = buffers.attention_mask
+        mask[..., :start] = True
+        mask[0, 0, :, start:] = np.tri(rows, dtype=np.bool_)
+        self.runner.run()
+        return buffers.logits
+
+    # Propose -------------------------------------------------------------------------------------------------------
+
+    def _propose(self) -> list[Proposal]:
+        batch = len(self.active)
+        proposals = [Proposal.empty(s.index, s.tokens[-1]) for s in self.active]
+        if not self.drafters:
+            return proposals
+        most = self.options.most_drafts
+        for drafter in self.drafters:
+            requests = [DraftRequest(s.index, s.row, s.tokens, min(most, s.remaining - 1)) for s in self.active]
+            if drafter.pass_ms:
+                self._weigh(drafter, requests, proposals)
+                if not any(request.limit for request in requests):
+                    continue
+            drafter.select(batch)
+            for proposal, draft in zip(proposals, drafter.propose(requests), strict=True):
+                if draft is not None:
+                    proposal.add(drafter, draft)
+        for sequence, proposal in zip(self.active, proposals, strict=True):
+            sequence.stats.drafted += len(proposal.tree) - 1
+        return proposals
+
+    def _weigh(self, drafter: Drafter, requests: Sequence[DraftRequest], proposals: Sequence[Proposal]) -> None:
+        """Let a drafter that costs passes of its own draft only as far as it pays."""
+        batch = len(requests)
+        floor = self.schedule.floor(drafter, batch)
+        for request, proposal in zip(requests, proposals, strict=True):
+            request.limit = self.schedule.worth_drafting(drafter, request.request, proposal, request.limit, batch)
+            request.floor = floor
+            request.rate = self.schedule.acceptance.rates(drafter, request.request)
+
+    # Verify --------------------------------------------------------------------------------------------------------
+
+    def _fill(self, trees: Sequence[TokenTree]) -> StepBuffers:
+        batch = len(trees)
+        rows = max(self.options.min_rows, *map(len, trees)) if batch > 1 else max(self.options.min_rows, len(trees[0]))
+        lengths = self.cache.lengths
+        slots = max(lengths[:batch]) + rows
+        self.cache.reserve(slots)
+        self.runner.select(0, batch)
+        buffers = self.runner.prepare(rows, rows, slots)
+        buffers.logit_rows[:] = np.arange(rows)
+        mask = buffers.attention_mask
+        for i, tree in enumerate(trees):
+            start, count = lengths[i], len(tree)
+            buffers.input_ids[i, :count] = tree.tokens
+            buffers.position_ids[i, :count] = tree.positions(start)
+            buffers.write_indices[i] = start
+            mask[i, 0, :count, :start] = True
+            mask[i, 0, :count, start : start + count] = tree.ancestors()
+            mask[i, 0, :count, start + count :] = False
+            if count < rows:  # padding: token 0, sees itself only
+                buffers.input_ids[i, count:] = 0
+                buffers.position_ids[i, count:] = start
+                mask[i, 0, count:, :] = False
+                padding = np.arange(count, rows)
+                mask[i, 0, padding, start + padding] = True
+        return buffers
+
+    # Commit --------------------------------------------------------------------------------------------------------
+
+    def _commit(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, logits: FloatArray) -> Chunk:
+        verdict = self._verdict(sequence, proposal, tree, logits[sequence.row])
+        self.cache.commit(sequence.row, verdict.path)
+        chunk = sequence.append(verdict.tokens)
+        for part in proposal.parts:
+            self.schedule.acceptance.learn(part.drafter, part.draft, chunk.tokens, sequence.index)
+        self._count(sequence, proposal, tree, len(chunk.tokens), verdict)
+        for drafter in self.drafters:
+            drafter.commit(sequence.index, chunk.tokens)
+        return chunk
+
+    def _verdict(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, logits: FloatArray) -> Verdict:
+        start = len(sequence.tokens) - 1
+        sampled = proposal.sampled
+        if sampled is not None and sampled.probs is not None and not sequence.request.params.greedy:
+            return verify_chain(tree.tokens[1:], sampled.probs, logits, sequence.sampler, start)
+        return verify_tree(tree, logits, sequence.sampler.draw, start)
+
+    def _count(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, kept: int, verdict: Verdict) -> None:
+        stats = sequence.stats
+        stats.rounds += 1
+        if len(tree) == 1:
+            return
+        accepted = min(len(verdict.path) - 1, kept)
+        stats.verified += len(tree) - 1
+        stats.accepted += accepted
+        # Every drafter is credited for what it proposed of the verified rows, shared ones included.
+        for part in proposal.parts:
+            counts = stats.per_drafter.setdefault(part.drafter.name, DrafterCounts())
+            drafted, hits = proposal.credit(part, tree, verdict.tokens[:accepted])
+            counts.drafted += drafted
+            counts.accepted += hits
+
+    def _account(
+        self, began: float, drafted: float, passed: float, verified: float, shape: tuple[int, ...], emitted: int
+    ) -> None:
+        done = _clock()
+        self.seconds.draft += drafted - began
+        self.seconds.verify += verified - passed
+        self.seconds.host += (passed - drafted) + (done - verified)
+        self.schedule.observe(shape[0], shape[1], emitted, (verified - passed) * 1e3, (done - began) * 1e3)
+
+    # Retire --------------------------------------------------------------------------------------------------------
+
+    def _retire(self) -> None:
+        """Drop finished sequences; the last active one takes the cache row of each."""
+        for row in range(len(self.active) - 1, -1, -1):
+            gone = self.active[row]
+            if not gone.finished:
+                continue
+            prefill = gone.stats.seconds.prefill
+            gone.stats.seconds = replace(self.seconds, prefill=prefill)
+            self._forget(gone)
+            last = self.active.pop()
+            if last is not gone:
+                self.cache.replace(row, last.row)
+                last.row = row
+                self.active[row] = last
+
+    def _forget(self, sequence: SequenceState) -> None:
+        self.schedule.acceptance.forget(sequence.index)
+        for drafter in self.drafters:
+            drafter.end(sequence.index)

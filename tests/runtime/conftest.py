@@ -1,0 +1,114 @@
+"""Tiny real graphs, exported once per session, and helpers to run loops over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from dspark_runtime.backends.engine import EngineOptions
+from dspark_runtime.backends.ort import OrtEngine
+from dspark_runtime.contract import CacheLayer
+from dspark_runtime.costs import PassCosts
+from dspark_runtime.drafters.base import Drafter
+from dspark_runtime.loop import DecodingLoop, LoopOptions
+from dspark_runtime.request import Limits, make_requests
+from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.schedule import Schedule
+from dspark_runtime.sequence import Generation
+from tokenizers import Tokenizer
+
+from tests import tiny_models
+
+ALL_LAYERS = (0, 1, 2, 3)
+FEW_LAYERS = (0, 3)
+
+
+@dataclass
+class Tiny:
+    """A tiny model: its engines and how to generate with it."""
+
+    directory: Path
+    cache: tuple[CacheLayer, ...]
+    target: OrtEngine
+    self_all: OrtEngine
+    self_few: OrtEngine
+    tokenizer: Tokenizer
+    vocab_size: int = tiny_models.VOCAB
+    positions: int = tiny_models.MAX_POSITIONS
+    drafts: int = field(default=4)
+
+    def loop(
+        self,
+        prompts: Sequence[Sequence[int]],
+        drafters: Sequence[Drafter] = (),
+        *,
+        fixed: int | None = 4,
+        tokens: int = 40,
+        params: SamplingParams | None = None,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        eos: Sequence[int] = (),
+        options: LoopOptions | None = None,
+    ) -> DecodingLoop:
+        """A loop, not yet started; ``fixed`` drafts per pass, or None for the adaptive schedule."""
+        requests = make_requests(
+            prompts,
+            Limits(self.vocab_size, self.positions),
+            max_new_tokens=tokens,
+            params=params,
+            seed=seed,
+            stop=stop,
+            eos=eos,
+        )
+        schedule = Schedule(PassCosts(), fixed=fixed)
+        return DecodingLoop(self.target, schedule, drafters, requests, self.tokenizer, options)
+
+    def generate(self, prompts: Sequence[Sequence[int]], *args: object, **kwargs: object) -> list[Generation]:
+        """Run a loop to its end."""
+        loop = self.loop(prompts, *args, **kwargs)  # type: ignore[arg-type]
+        for _ in loop:
+            pass
+        return loop.generations()
+
+    def tokens(self, prompts: Sequence[Sequence[int]], *args: object, **kwargs: object) -> list[list[int]]:
+        """The tokens of :meth:`generate`."""
+        return [generation.tokens for generation in self.generate(prompts, *args, **kwargs)]
+
+
+def export_tiny(arch: str, directory: Path) -> Tiny:
+    """Export target and two self-draft graphs of a tiny model and load them."""
+    from dspark_export.graphs.save import save_graphs
+    from dspark_export.graphs.self_draft import export_self_draft
+    from dspark_export.graphs.target import export_target
+    from dspark_export.tracing.geometry import probe
+
+    config, model = tiny_models.make(arch)
+    graphs = {
+        "target": export_target(model),
+        "self_all": export_self_draft(model, ALL_LAYERS),
+        "self_few": export_self_draft(model, FEW_LAYERS),
+    }
+    save_graphs(graphs, directory)
+    cache = tuple(probe(config))
+    options = EngineOptions(threads=1)
+    layers = {"target": None, "self_all": ALL_LAYERS, "self_few": FEW_LAYERS}
+    engines = {
+        name: OrtEngine(directory / f"{name}.onnx", name=name, cache=cache, layers=layers[name], options=options)
+        for name in graphs
+    }
+    tokenizer: Tokenizer = tiny_models.tokenizer().backend_tokenizer
+    return Tiny(directory, cache, engines["target"], engines["self_all"], engines["self_few"], tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny llama."""
+    return export_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_windowed(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A tiny gemma3 with sliding-window layers (window 8)."""
+    return export_tiny("gemma3_text", tmp_path_factory.mktemp("gemma3"))
