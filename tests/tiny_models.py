@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 VOCAB = 384
 MAX_POSITIONS = 512
 WINDOW = 8
+LAYERS = 3
 BOS, EOS, PAD = 0, 1, 2
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": MAX_POSITIONS,
@@ -44,7 +45,7 @@ _MLA: dict[str, Any] = {
     "n_group": 2,
     "topk_group": 1,
 }
-_LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention"] * 2
+_LOCAL_AND_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
 
 _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -63,7 +64,7 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
     "qwen2": (
         "Qwen2Config",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2, "tie_word_embeddings": True},
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 24, "tie_word_embeddings": True}),
     "phi3": ("Phi3Config", {"sliding_window": WINDOW}),
@@ -100,13 +101,13 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "GPT2Config",
         {
             "n_embd": 64,
-            "n_layer": 4,
+            "n_layer": LAYERS,
             "n_head": 4,
             "n_positions": MAX_POSITIONS,
             "scale_attn_by_inverse_layer_idx": True,
         },
     ),
-    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
     "olmo2": ("Olmo2Config", {}),
 }
 

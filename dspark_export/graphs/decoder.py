@@ -1,72 +1,105 @@
-"""The module that is traced for ``target`` and ``self_draft``: a model's own forward, called through the seams."""
+"""A model traced once, and the graphs cut from that trace.
+
+Tracing runs the model's own forward through the seams, with a marker at the output of every decoder layer. A graph
+contract then says which layers run, whose outputs are tapped and which cache tensors go in and out; cutting the trace
+down to it is rewiring at the markers, so a second graph of the same model costs no second trace.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
+import onnx_ir as ir
+import onnx_ir.passes.common as common
 import torch
+from dspark_runtime.contract import HIDDEN_TAPS, GraphContract, decoder_contract
+from dspark_runtime.errors import ExportError
 from transformers import PreTrainedModel
 
+from dspark_export.tracing.example import example_inputs
+from dspark_export.tracing.geometry import probe
+from dspark_export.tracing.operators import LAYER_NUMBER, LAYER_OUTPUT, MARKER_DOMAIN
 from dspark_export.tracing.seams import CacheSeam, Pass, pairs, seamed
+from dspark_export.tracing.to_onnx import match_contract, trace
+
+EMBEDDING = -1
+"""The tap number of the embedding's output, which is what layer 0 reads."""
 
 
-def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The list of decoder layers, wherever the architecture keeps it."""
-    wanted = model.config.get_text_config().num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == wanted)
+class DecoderTrace:
+    """The traced decoder of ``model``; weights are referenced, not copied.
 
+    ``cache`` is the geometry of every layer's cache, ``dtype`` the model's in the contract's spelling, ``vocab_size``
+    the rows of the output head (which may exceed the tokenizer's vocabulary).
 
-class SkippedLayer(torch.nn.Module):
-    """Stands where a decoder layer was: passes the hidden state on. It has no weights and no cache."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        return hidden_states
-
-
-@contextmanager
-def only_layers(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
-    """While active, ``model`` runs only ``layers``. They keep their numbers, weight names and cache slots."""
-    stack = decoder_layers(model)
-    originals = list(stack)
-    for number in set(range(len(stack))) - set(layers):
-        stack[number] = SkippedLayer()
-    try:
-        yield
-    finally:
-        for number, layer in enumerate(originals):
-            stack[number] = layer
-
-
-class Decoder(torch.nn.Module):
-    """One pass of ``model`` with the contract's inputs and outputs as flat positional tensors.
-
-    ``layers`` are those whose cache goes in and out; ``taps`` are layer numbers whose raw outputs are returned
-    (-1: the embedding's), ascending.
+    Raises:
+        UnsupportedArchitecture: the model's attention or cache does not fit the contract.
+        ExportError: torch cannot trace the model.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int], taps: Sequence[int] = ()) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.cache = probe(model.config)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.hidden_size = int(model.config.get_text_config().hidden_size)
+        contract = decoder_contract("decoder", self.cache, self.vocab_size, self.dtype)
+        with seamed(model):
+            self._trace = trace(_SeamedDecoder(model), contract, example_inputs(contract))
+
+    @classmethod
+    def of(cls, source: PreTrainedModel | DecoderTrace) -> DecoderTrace:
+        """``source`` if it is a trace, the trace of it if it is a model."""
+        return source if isinstance(source, cls) else cls(source)  # type: ignore[arg-type]
+
+    def cut(self, contract: GraphContract, layers: tuple[int, ...], taps: tuple[int, ...] = ()) -> ir.Model:
+        """The graph that runs only ``layers`` and returns the outputs of ``taps`` (both ascending)."""
+        model = self._trace.clone()
+        model.graph.name = contract.name
+        outputs = _rewire(model.graph, frozenset(layers))
+        if taps:
+            _add_taps(model.graph, [outputs[n] for n in taps])
+        _keep(model.graph.outputs, [spec.name for spec in contract.outputs])
+        common.RemoveUnusedNodesPass()(model)
+        _keep(model.graph.inputs, [spec.name for spec in contract.inputs])
+        ir.passes.Sequential(common.RemoveUnusedOpsetsPass(), common.NameFixPass())(model)
+        match_contract(model, contract)
+        return model
+
+
+class _SeamedDecoder(torch.nn.Module):
+    """One pass of ``model``: the contract's inputs and outputs as flat positional tensors, all layers, no taps."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.layers, self.taps = tuple(layers), tuple(taps)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         input_ids, position_ids, attention_mask, write_indices, logit_rows, *past = inputs
         step = Pass(attention_mask, position_ids, write_indices)
-        cache = CacheSeam(pairs(past, self.layers), step)
-        tapped: dict[int, torch.Tensor] = {}
-        hooks = [self._gather_before_head(logit_rows), *self._tap(tapped)]
+        cache = CacheSeam(pairs(past, range(len(past) // 2)), step)
+        hooks = [*self._mark_layers(), self._gather_before_head(logit_rows)]
         try:
             with step.active():
                 out = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
         finally:
             for hook in hooks:
                 hook.remove()
-        taps = (torch.cat([tapped[n] for n in self.taps], dim=-1),) if self.taps else ()
-        present = [tensor for layer in self.layers for tensor in cache.present[layer]]
-        return (out.logits.float(), *taps, *present)
+        present = [tensor for layer in sorted(cache.present) for tensor in cache.present[layer]]
+        return (out.logits.float(), *present)
+
+    def _mark_layers(self) -> list[torch.utils.hooks.RemovableHandle]:
+        mark = torch.ops.dspark.layer_output
+        layers = decoder_layers(self.model)
+
+        def entering(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (mark(args[0], EMBEDDING), *args[1:])
+
+        def leaving(number: int) -> torch.utils.hooks.RemovableHandle:
+            return layers[number].register_forward_hook(lambda module, args, output: mark(output, number))
+
+        return [layers[0].register_forward_pre_hook(entering), *(leaving(n) for n in range(len(layers)))]
 
     def _gather_before_head(self, rows: torch.Tensor) -> torch.utils.hooks.RemovableHandle:
+        """The head runs only on the wanted rows; what the model does to logits afterwards stays its own."""
+
         def gather(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
             (hidden,) = args
             index = rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
@@ -74,41 +107,40 @@ class Decoder(torch.nn.Module):
 
         return self.model.get_output_embeddings().register_forward_pre_hook(gather)
 
-    def _tap(self, tapped: dict[int, torch.Tensor]) -> list[torch.utils.hooks.RemovableHandle]:
-        stack = decoder_layers(self.model)
-        hooks = []
-        for number in self.taps:
-            if number == -1:
 
-                def entering(module: torch.nn.Module, args: tuple[torch.Tensor, ...], _n: int = number) -> None:
-                    tapped[_n] = args[0]
-
-                hooks.append(stack[0].register_forward_pre_hook(entering))
-            else:
-
-                def leaving(module: torch.nn.Module, args: object, output: torch.Tensor, _n: int = number) -> None:
-                    tapped[_n] = output
-
-                hooks.append(stack[number].register_forward_hook(leaving))
-        return hooks
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The list of decoder layers, wherever the architecture keeps it."""
+    wanted = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == wanted:
+            return module
+    raise ExportError(f"{model.config.model_type}: no list of {wanted} decoder layers was found in the model")
 
 
-@contextmanager
-def traceable(model: PreTrainedModel, layers: Sequence[int] | None = None) -> Iterator[None]:
-    """``model`` with the seams in place and, when given, only ``layers`` left in it."""
-    with seamed(model):
-        if layers is None:
-            yield
-        else:
-            with only_layers(model, layers):
-                yield
+def _rewire(graph: ir.Graph, layers: frozenset[int]) -> dict[int, ir.Value]:
+    """Take the markers out, and with them every layer not in ``layers``. Returns what each layer leaves behind."""
+    markers = {
+        node.attributes[LAYER_NUMBER].as_int(): node
+        for node in graph
+        if (node.domain, node.op_type) == (MARKER_DOMAIN, LAYER_OUTPUT)
+    }
+    outputs: dict[int, ir.Value] = {}
+    for number in sorted(markers):
+        node = markers[number]
+        hidden = node.inputs[0] if number == EMBEDDING or number in layers else outputs[number - 1]
+        assert hidden is not None
+        outputs[number] = hidden
+        node.outputs[0].replace_all_uses_with(hidden)
+        graph.remove(node, safe=True)
+    return outputs
 
 
-def vocab_size(model: PreTrainedModel) -> int:
-    """Rows of the output head, which may exceed the tokenizer's vocabulary."""
-    return int(model.get_output_embeddings().weight.shape[0])
+def _add_taps(graph: ir.Graph, tapped: list[ir.Value]) -> None:
+    node = ir.node("Concat", tapped, attributes={"axis": -1}, name="node_hidden_taps")
+    node.outputs[0].name, node.outputs[0].dtype = HIDDEN_TAPS, tapped[0].dtype
+    graph.append(node)
+    graph.outputs.insert(1, node.outputs[0])
 
 
-def dtype_name(model: PreTrainedModel) -> str:
-    """The model's dtype in the contract's spelling: ``float32``, ``float16`` or ``bfloat16``."""
-    return str(model.dtype).removeprefix("torch.")
+def _keep(values: list[ir.Value], names: list[str]) -> None:
+    values[:] = [value for value in values if value.name in names]

@@ -19,23 +19,19 @@ import onnx_ir as ir
 from dspark_runtime.contract import decoder_contract
 from transformers import PreTrainedModel
 
-from dspark_export.graphs.decoder import Decoder, dtype_name, traceable, vocab_size
+from dspark_export.graphs.decoder import DecoderTrace
 from dspark_export.graphs.layer_choice import check_layers
-from dspark_export.tracing.example import example_inputs
-from dspark_export.tracing.geometry import probe
-from dspark_export.tracing.to_onnx import trace
 
 
-def export_self_draft(model: PreTrainedModel, layers: Sequence[int]) -> ir.Model:
-    """The graph of ``model`` cut down to ``layers`` (ascending target layer numbers); weights are referenced.
+def export_self_draft(source: PreTrainedModel | DecoderTrace, layers: Sequence[int]) -> ir.Model:
+    """The graph of a model (or of its trace) cut down to ``layers``, ascending target layer numbers.
 
     Raises:
         UsageError: ``layers`` is empty, out of range, repeats or is not ascending.
         UnsupportedArchitecture: the model's attention or cache does not fit the contract.
         ExportError: torch cannot trace the model.
     """
-    cache = probe(model.config)
-    chosen = check_layers(layers, len(cache))
-    contract = decoder_contract("self_draft", cache, vocab_size(model), dtype_name(model), layers=chosen)
-    with traceable(model, chosen):
-        return trace(Decoder(model, chosen), contract, example_inputs(contract))
+    trace = DecoderTrace.of(source)
+    chosen = check_layers(layers, len(trace.cache))
+    contract = decoder_contract("self_draft", trace.cache, trace.vocab_size, trace.dtype, layers=chosen)
+    return trace.cut(contract, chosen)

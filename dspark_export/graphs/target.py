@@ -29,14 +29,11 @@ from dspark_runtime.contract import decoder_contract
 from dspark_runtime.errors import UsageError
 from transformers import PreTrainedModel
 
-from dspark_export.graphs.decoder import Decoder, dtype_name, traceable, vocab_size
-from dspark_export.tracing.example import example_inputs
-from dspark_export.tracing.geometry import probe
-from dspark_export.tracing.to_onnx import trace
+from dspark_export.graphs.decoder import EMBEDDING, DecoderTrace
 
 
-def export_target(model: PreTrainedModel, *, taps: Sequence[int] = ()) -> ir.Model:
-    """The target graph of ``model``; weights are referenced, not copied.
+def export_target(source: PreTrainedModel | DecoderTrace, *, taps: Sequence[int] = ()) -> ir.Model:
+    """The target graph of a model (or of its trace, where several graphs are wanted); weights are referenced.
 
     Args:
         taps: layer numbers whose raw outputs ``hidden_taps`` concatenates, in ascending order; -1 is the embedding.
@@ -46,13 +43,10 @@ def export_target(model: PreTrainedModel, *, taps: Sequence[int] = ()) -> ir.Mod
         UnsupportedArchitecture: the model's attention or cache does not fit the contract.
         ExportError: torch cannot trace the model.
     """
-    config = model.config.get_text_config()
-    taps = tuple(sorted(set(taps)))
-    if taps and not -1 <= taps[0] <= taps[-1] < config.num_hidden_layers:
-        raise UsageError(f"taps {list(taps)}: the model has layers 0 to {config.num_hidden_layers - 1}, and -1")
-    cache = probe(model.config)
-    contract = decoder_contract(
-        "target", cache, vocab_size(model), dtype_name(model), taps_width=len(taps) * config.hidden_size
-    )
-    with traceable(model):
-        return trace(Decoder(model, range(len(cache)), taps), contract, example_inputs(contract))
+    trace = DecoderTrace.of(source)
+    layers, wanted = tuple(range(len(trace.cache))), tuple(sorted(set(taps)))
+    if any(tap not in (EMBEDDING, *layers) for tap in wanted):
+        raise UsageError(f"taps {list(wanted)}: the model has layers 0 to {layers[-1]}, and -1 for the embedding")
+    width = len(wanted) * trace.hidden_size
+    contract = decoder_contract("target", trace.cache, trace.vocab_size, trace.dtype, taps_width=width)
+    return trace.cut(contract, layers, wanted)

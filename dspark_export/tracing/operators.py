@@ -8,6 +8,7 @@ PyTorch and is the numerical reference of its own graph.
 | ``dspark::attention`` | ``Attention`` with a bool mask, grouped heads, optional softcap |
 | ``dspark::tensor_scatter`` | ``TensorScatter`` on axis 2, linear |
 | ``dspark::cache_view`` | ``Shape`` of the mask, ``Slice`` of the cache to its last dimension |
+| ``dspark::layer_output`` | a marker node in domain ``dspark.trace``, gone once graphs are cut from the trace |
 """
 
 from __future__ import annotations
@@ -15,11 +16,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx
 import torch
 from dspark_runtime.contract import OPSET
-from onnxscript.values import Opset
+from onnxscript.values import Op, Opset
+
+MARKER_DOMAIN, LAYER_OUTPUT, LAYER_NUMBER = "dspark.trace", "LayerOutput", "layer"
 
 _onnx = Opset("", OPSET)
+_marker = Op(
+    Opset(MARKER_DOMAIN, 1),
+    LAYER_OUTPUT,
+    onnx.defs.OpSchema(
+        LAYER_OUTPUT,
+        MARKER_DOMAIN,
+        1,
+        inputs=[onnx.defs.OpSchema.FormalParameter("hidden", "T")],
+        outputs=[onnx.defs.OpSchema.FormalParameter("same", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "hidden state")],
+        attributes=[onnx.defs.OpSchema.Attribute(LAYER_NUMBER, onnx.defs.OpSchema.AttrType.INT)],
+    ),
+)
 
 
 @torch.library.custom_op("dspark::attention", mutates_args=())
@@ -82,6 +99,17 @@ def _(present: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return present.new_empty(present.shape[0], present.shape[1], mask.shape[-1], present.shape[3])
 
 
+@torch.library.custom_op("dspark::layer_output", mutates_args=())
+def layer_output(hidden: torch.Tensor, layer: int) -> torch.Tensor:
+    """``hidden`` itself, marked as the raw output of decoder layer ``layer`` (-1: of the embedding)."""
+    return hidden.clone()
+
+
+@layer_output.register_fake
+def _(hidden: torch.Tensor, layer: int) -> torch.Tensor:
+    return torch.empty_like(hidden)
+
+
 def _onnx_attention(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float = 0.0) -> Any:
     if softcap:
         return _onnx.Attention(query, key, value, mask, scale=scale, softcap=softcap)[0]
@@ -99,8 +127,13 @@ def _onnx_cache_view(present: Any, mask: Any) -> Any:
     return _onnx.Slice(present, start, kv_len, axis)
 
 
+def _onnx_layer_output(hidden: Any, layer: int) -> Any:
+    return _marker(hidden, layer=layer)
+
+
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.dspark.attention.default: _onnx_attention,
     torch.ops.dspark.tensor_scatter.default: _onnx_tensor_scatter,
     torch.ops.dspark.cache_view.default: _onnx_cache_view,
+    torch.ops.dspark.layer_output.default: _onnx_layer_output,
 }

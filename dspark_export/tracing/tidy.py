@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
-from onnxscript import optimizer, rewriter
+from onnxscript import optimizer
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 """Node metadata: the list of module paths a node came from, outermost first (``... 'model.model.layers.3' ...``)."""
@@ -25,7 +25,6 @@ def tidy(model: ir.Model) -> None:
 
     common.InlinePass()(model)
     optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)
-    rewriter.rewrite(model)
     store_linear_weights_transposed(model)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),

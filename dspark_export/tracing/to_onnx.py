@@ -54,10 +54,9 @@ def trace(module: torch.nn.Module, contract: GraphContract, example: Sequence[to
             raise ExportError(f"{contract.name}: torch cannot trace this model: {_root_cause(error)}") from error
     assert program is not None
     model = program.model
-    model.graph.name = contract.name
     _name_weights(model)
     tidy(model)
-    _match_contract(model, contract)
+    match_contract(model, contract)
     return model
 
 
@@ -75,7 +74,12 @@ def _name_weights(model: ir.Model) -> None:
             value.name = value.name.removeprefix(_WRAPPER)
 
 
-def _match_contract(model: ir.Model, contract: GraphContract) -> None:
+def match_contract(model: ir.Model, contract: GraphContract) -> None:
+    """Check the names of inputs and outputs, in order, and give them the contract's shapes.
+
+    Raises:
+        ExportError: a name is missing, too many or out of order.
+    """
     for kind, values, specs in (
         ("inputs", model.graph.inputs, contract.inputs),
         ("outputs", model.graph.outputs, contract.outputs),

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from dspark_export.graphs.decoder import DecoderTrace
 from dspark_export.graphs.save import save_graphs
 from dspark_export.graphs.self_draft import export_self_draft
 from dspark_export.graphs.target import export_target
 from tests import tiny_models
 
-DRAFT_LAYERS = (0, 2, 3)
+DRAFT_LAYERS = (0, 2)
+TAPS = (-1, 0, 2)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     @functools.cache
     def export(arch: str) -> Exported:
         _, model = tiny_models.make(arch)
-        graphs = {"target": export_target(model), "self_draft": export_self_draft(model, DRAFT_LAYERS)}
+        trace = DecoderTrace(model)
+        graphs = {"target": export_target(trace, taps=TAPS), "self_draft": export_self_draft(trace, DRAFT_LAYERS)}
         paths = save_graphs(graphs, tmp_path_factory.mktemp(arch))
         return Exported(model, paths["target"], paths["self_draft"])
 

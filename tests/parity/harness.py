@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import torch
-from dspark_runtime.contract import past_name, present_name
 from transformers import PreTrainedModel
 
 CAPACITY = 96
@@ -62,7 +61,7 @@ class GraphRunner:
                     dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.type]
                     self.past[value.name] = ort.OrtValue.ortvalue_from_numpy(np.full(shape, fill, dtype))
 
-    def step(self, trees: Sequence[Tree], **extra: np.ndarray) -> list[np.ndarray]:
+    def step(self, trees: Sequence[Tree]) -> list[np.ndarray]:
         """One pass over a tree per sequence; returns the logits [nodes, vocab] of each. Commits nothing."""
         tokens = max(len(tree.tokens) for tree in trees)
         kv_len = max(self.lengths) + tokens
@@ -127,11 +126,6 @@ class GraphRunner:
             for b, slot in enumerate(start):
                 cache[b, :, slot:] = value
             cache_value.update_inplace(cache)
-
-
-def cache_names(layers: Sequence[int]) -> list[tuple[str, str]]:
-    """(past, present) of every cache tensor of ``layers``."""
-    return [(past_name(i, part), present_name(i, part)) for i in layers for part in ("key", "value")]
 
 
 @torch.no_grad()

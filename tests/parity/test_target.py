@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
-from tests.parity.conftest import Exported
+from dspark_export.graphs.decoder import decoder_layers
+from tests.parity.conftest import TAPS, Exported
 from tests.parity.harness import CAPACITY, GraphRunner, Tree, assert_close, plain_logits, tree_logits
 from tests.tiny_models import ARCHITECTURES, VOCAB, WINDOW
 
@@ -116,3 +118,21 @@ def test_only_the_asked_rows_come_out(arch: str, exported: Export) -> None:
     assert logits.dtype == np.float32
     assert_close(logits[0], plain_logits(made.model, prompt)[rows[0]])
     assert n < CAPACITY
+
+
+@every_architecture
+def test_taps_are_the_raw_layer_outputs(arch: str, exported: Export) -> None:
+    made, rng = exported(arch), np.random.default_rng(7)
+    prompt = text(rng, 9)
+    n = len(prompt)
+    mask = np.tril(np.ones((n, n), bool))[None, None]
+    runner = GraphRunner(made.target, batch=1)
+    taps = runner.run(np.array([prompt]), np.arange(n)[None], mask, np.zeros(1, np.int64), np.array([[0]]))[1]
+    seen: list[torch.Tensor] = []
+    layers = decoder_layers(made.model)
+    hooks = [layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))]
+    hooks += [layers[i].register_forward_hook(lambda m, a, output: seen.append(output)) for i in TAPS if i >= 0]
+    plain_logits(made.model, prompt)
+    for hook in hooks:
+        hook.remove()
+    assert_close(taps[0], torch.cat([hidden[0] for hidden in seen], dim=-1).numpy())
