@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 MAX_BYTES = 8 * 2**20
 MAX_DEPTH = 24
 MAX_DIM = 2**31 - 1
@@ -81,9 +82,11 @@ def load_config(folder: Path, name: str, trust: Trust) -> PretrainedConfig:
 
     try:
         with quiet():
-            return AutoConfig.from_pretrained(folder, local_files_only=True, **trust.code_options())
+            config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, **trust.code_options())
     except Exception as cause:  # transformers raises whatever its config classes raise
         raise InvalidConfig(f"transformers refuses the {CONFIG} of {name}: {first_line(cause)}") from cause
+    declared_end_ids(folder, config, name)
+    return config
 
 
 def _what_is_there(folder: Path) -> str:
@@ -230,4 +233,16 @@ def check_token_ids(value: Any, key: str, vocab: int | None, where: str, error: 
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0 or (vocab and token >= vocab):
             raise error(f"{where}: {key} {token!r} is no id of a vocabulary of {vocab}")
+    return ids
+
+
+def declared_end_ids(folder: Path, config: PretrainedConfig, name: str) -> list[int]:
+    """End ids of generation_config.json and of the config, in that order; InvalidConfig if one is out of range."""
+    text = config.get_text_config()
+    generation: dict[str, Any] = {}
+    if (folder / GENERATION).exists() or (folder / GENERATION).is_symlink():
+        generation = read_json(checked_file(folder, GENERATION, InvalidConfig), InvalidConfig)
+    ids = []
+    for value, where in ((generation.get("eos_token_id"), GENERATION), (text.eos_token_id, CONFIG)):
+        ids += check_token_ids(value, "eos_token_id", text.vocab_size, f"{name}: {where}", InvalidConfig)
     return ids

@@ -33,13 +33,13 @@ def resolve(model: str, revision: str | None = None, trust: Trust | None = None)
     """
     trust = trust or Trust.closed()
     path = Path(model).expanduser()
-    if path.is_dir() or path.is_file():
+    if model and (path.is_dir() or path.is_file()):
         if revision is not None:
             raise UsageError(f"--revision {revision} applies to hub models, {model} is a local path; leave it out")
         return _from_gguf(path) if path.is_file() else _from_folder("local", path, model, None, trust)
     if _looks_local(model) or not is_hub_id(model):
         raise ModelNotFound(
-            f"no file or folder {model}; pass a hub id (owner/name), a folder with config.json, or a .gguf file"
+            f"no file or folder {model!r}; pass a hub id (owner/name), a folder with config.json, or a .gguf file"
         )
     return _from_hub(model, revision, trust)
 

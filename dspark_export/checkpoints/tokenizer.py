@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dspark_runtime.errors import InvalidTokenizer
 
-from dspark_export.checkpoints.config import check_token_ids, read_json
+from dspark_export.checkpoints.config import declared_end_ids
 from dspark_export.checkpoints.files import checked_file
 from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_export.checkpoints.trust import Trust
@@ -108,23 +108,9 @@ def load_tokenizer(folder: Path, config: PretrainedConfig, name: str, trust: Tru
     if isinstance(template, dict):
         template = template.get("default")
     special = {role: str(text) for role, text in wrapper.special_tokens_map.items() if isinstance(text, str)}
-    files = TokenizerFiles(backend, template, special, tuple(_stop_ids(folder, config, name)))
+    files = TokenizerFiles(backend, template, special, tuple(declared_end_ids(folder, config, name)))
     files.check(config.get_text_config().vocab_size, name)
     return files
-
-
-def _stop_ids(folder: Path, config: PretrainedConfig, name: str) -> list[int]:
-    """End ids of generation_config.json and the config, in that order."""
-    text = config.get_text_config()
-    generation: dict[str, Any] = {}
-    if (folder / "generation_config.json").exists():
-        path = checked_file(folder, "generation_config.json", InvalidTokenizer)
-        generation = read_json(path, InvalidTokenizer)
-    where = f"{name}: generation_config.json"
-    ids = check_token_ids(generation.get("eos_token_id"), "eos_token_id", text.vocab_size, where, InvalidTokenizer)
-    return ids + check_token_ids(
-        text.eos_token_id, "eos_token_id", text.vocab_size, f"{name}: config", InvalidTokenizer
-    )
 
 
 def eos_token_ids(tokenizer: TokenizerFiles, vocab: int) -> list[int]:
