@@ -12,13 +12,13 @@ import onnx_ir.passes.common as common
 import torch
 from dspark_runtime.contract import HIDDEN_TAPS, GraphContract, decoder_contract
 from dspark_runtime.errors import ExportError
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dspark_export.tracing.example import example_inputs
-from dspark_export.tracing.geometry import probe
+from dspark_export.tracing.geometry import probe, skeleton
 from dspark_export.tracing.operators import LAYER_NUMBER, LAYER_OUTPUT, MARKER_DOMAIN
 from dspark_export.tracing.seams import CacheSeam, Pass, pairs, seamed
-from dspark_export.tracing.to_onnx import match_contract, trace
+from dspark_export.tracing.to_onnx import dynamic_shapes, match_contract, trace
 
 EMBEDDING = -1
 """The tap number of the embedding's output, which is what layer 0 reads."""
@@ -106,6 +106,15 @@ class _SeamedDecoder(torch.nn.Module):
             return (torch.gather(hidden, 1, index),)
 
         return self.model.get_output_embeddings().register_forward_pre_hook(gather)
+
+
+def trace_skeleton(config: PretrainedConfig) -> None:
+    """Trace the architecture of ``config`` without weights, to find out whether it can be; torch's errors pass."""
+    model = skeleton(config)
+    contract = decoder_contract("decoder", probe(config), config.get_text_config().vocab_size, "float32")
+    with torch.device("meta"), seamed(model), torch.no_grad():
+        example = tuple(tensor.to("meta") for tensor in example_inputs(contract))
+        torch.export.export(_SeamedDecoder(model), example, dynamic_shapes=(dynamic_shapes(contract),), strict=False)
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:

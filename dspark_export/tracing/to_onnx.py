@@ -26,15 +26,6 @@ def trace(module: torch.nn.Module, contract: GraphContract, example: Sequence[to
     Raises:
         ExportError: torch could not trace the module or translate an operator.
     """
-    dims: dict[str, torch.export.Dim] = {}
-
-    def dynamic(shape: Sequence[int | str]) -> dict[int, torch.export.Dim]:
-        return {
-            axis: dims.setdefault(name, torch.export.Dim(name, max=_MAX_DIM))
-            for axis, name in enumerate(shape)
-            if isinstance(name, str)
-        }
-
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
@@ -43,7 +34,7 @@ def trace(module: torch.nn.Module, contract: GraphContract, example: Sequence[to
                 tuple(example),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=(tuple(dynamic(spec.shape) for spec in contract.inputs),),
+                dynamic_shapes=(dynamic_shapes(contract),),
                 custom_translation_table=TRANSLATION,
                 input_names=[spec.name for spec in contract.inputs],
                 output_names=[spec.name for spec in contract.outputs],
@@ -58,6 +49,18 @@ def trace(module: torch.nn.Module, contract: GraphContract, example: Sequence[to
     tidy(model)
     match_contract(model, contract)
     return model
+
+
+def dynamic_shapes(contract: GraphContract) -> tuple[dict[int, torch.export.Dim], ...]:
+    """For every input, the axes that are symbolic in the contract; equal names are one dimension."""
+    dims: dict[str, torch.export.Dim] = {}
+
+    def dim(name: str) -> torch.export.Dim:
+        return dims.setdefault(name, torch.export.Dim(name, max=_MAX_DIM))
+
+    return tuple(
+        {axis: dim(size) for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in contract.inputs
+    )
 
 
 def _root_cause(error: BaseException) -> str:

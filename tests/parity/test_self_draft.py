@@ -28,7 +28,7 @@ def without_other_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTr
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
-    stack[:] = []
+    del stack[:]
     stack.extend(kept)
     cut.config.num_hidden_layers = len(layers)
     if getattr(cut.config, "layer_types", None):

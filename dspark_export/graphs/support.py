@@ -1,0 +1,180 @@
+"""Which architectures can be exported, decided from the config alone, before any weight is loaded.
+
+A type is *tested* when a parity test compares its graphs with plain transformers. Others are refused unless asked for;
+then they are first run and traced without weights, so that what cannot be traced is still refused early.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dspark_runtime.errors import DsparkError, UnsupportedArchitecture
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+TESTED = frozenset(
+    {
+        "deepseek_v2",
+        "deepseek_v3",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+    }
+)
+"""``model_type`` of every architecture with a parity test."""
+
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary embeddings whose frequencies do not depend on how long the text has become."""
+
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_MEDIA_CONFIGS = ("vision_config", "audio_config", "speech_config", "image_config")
+_RECURRENT = ("mamba", "rwkv", "xlstm", "recurrent", "jamba", "bamba", "zamba", "falcon_h1", "nemotron_h")
+_ALIBI = ("bloom", "mpt")
+
+
+def check_supported(config: PretrainedConfig, *, allow_untested: bool = False) -> None:
+    """Return if the model that ``config`` describes can be exported.
+
+    Args:
+        allow_untested: also accept a type without a parity test, if a copy of it without weights can be traced.
+
+    Raises:
+        UnsupportedArchitecture: with the reason, and with what can be done about it where something can.
+    """
+    kind = config.model_type
+    for find_reason in _RULES:
+        reason = find_reason(config)
+        if reason is not None:
+            raise UnsupportedArchitecture(f"{kind}: {reason}")
+    if kind in TESTED:
+        return
+    if not allow_untested:
+        raise UnsupportedArchitecture(
+            f"{kind}: no parity test covers this architecture; tested are {', '.join(sorted(TESTED))}. Allow untested "
+            "architectures to try it, and compare its output with transformers before you trust it"
+        )
+    _trace_without_weights(config)
+
+
+def _encoder_decoder(config: PretrainedConfig) -> str | None:
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        return "it has an encoder and cross-attention; only decoders that read just their own text can be exported"
+    return None
+
+
+def _media(config: PretrainedConfig) -> str | None:
+    for name in _MEDIA_CONFIGS:
+        if getattr(config, name, None) is not None:
+            return f"it also reads images or sound ({name}); give a text-only checkpoint of the same family"
+    return None
+
+
+def _not_causal(config: PretrainedConfig) -> str | None:
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "transformers has no causal language model of this type"
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+        return "its attention is bidirectional: it embeds texts and does not continue them"
+    return None
+
+
+def _recurrent(config: PretrainedConfig) -> str | None:
+    if any(part in config.model_type for part in _RECURRENT):
+        return (
+            "it keeps a recurrent state. Rejected draft tokens can be dropped from a key/value cache but not from a "
+            "state, so only attention decoders can be exported"
+        )
+    return None
+
+
+def _layer_types(config: PretrainedConfig) -> str | None:
+    unknown = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES)
+    if unknown:
+        return (
+            f"layers of the kind {', '.join(unknown)} cannot be verified under a tree mask; "
+            f"known are {' and '.join(sorted(_LAYER_TYPES))}"
+        )
+    return None
+
+
+def _attention_extras(config: PretrainedConfig) -> str | None:
+    if config.model_type == "gpt_oss":
+        return "its attention has sinks, which the standard Attention operator cannot express"
+    if config.model_type in _ALIBI or getattr(config, "alibi", False):
+        return "it places tokens by an attention bias (ALiBi), which a bool mask cannot carry"
+    if getattr(config, "reorder_and_upcast_attn", False):
+        return "reorder_and_upcast_attn goes around transformers' attention interface; set it to false in config.json"
+    return None
+
+
+def _rope(config: PretrainedConfig) -> str | None:
+    for parameters in _rope_parameters(config.get_text_config()):
+        kind = parameters.get("rope_type", "default")
+        if kind not in ROPE_TYPES:
+            return (
+                f"its rotary embedding is of type {kind}, whose frequencies depend on the length of the text: cached "
+                f"keys would have to change as it grows. Supported are {', '.join(sorted(ROPE_TYPES))}"
+            )
+    return None
+
+
+def _rope_parameters(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
+    """The rotary settings of a config: one set, or one for each kind of layer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in given.values() if isinstance(value, dict)]
+    yield from nested or [given]
+
+
+def _quantized(config: PretrainedConfig) -> str | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    given = settings if isinstance(settings, dict) else settings.to_dict()
+    return (
+        f"its weights are stored quantized ({given.get('quant_method', 'unknown method')}), which cannot be traced; "
+        "give the checkpoint in fp32, fp16 or bf16 and choose a precision for the bundle"
+    )
+
+
+_RULES: tuple[Callable[[PretrainedConfig], str | None], ...] = (
+    _encoder_decoder,
+    _media,
+    _recurrent,
+    _not_causal,
+    _layer_types,
+    _attention_extras,
+    _rope,
+    _quantized,
+)
+
+
+def _trace_without_weights(config: PretrainedConfig) -> None:
+    """Run and trace the first layers of the architecture on the meta device."""
+    from dspark_export.graphs.decoder import trace_skeleton
+    from dspark_export.tracing.geometry import probe
+
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers = min(2, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    try:
+        probe(config)
+        trace_skeleton(small)
+    except DsparkError:
+        raise
+    except Exception as error:  # an architecture nobody tested may raise anything
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise UnsupportedArchitecture(
+            f"{config.model_type}: transformers' code for it cannot be traced ({type(error).__name__}: {first_line})"
+        ) from error
