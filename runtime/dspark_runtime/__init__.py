@@ -1,0 +1,51 @@
+"""Run time of dspark-export: opens a bundle and generates text with speculative decoding.
+
+Imports neither torch nor transformers nor onnx. Names load on first use, so that reading a manifest needs no backend.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dspark_runtime.api import SPECULATION_MODES, Bundle, Stream
+    from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
+    from dspark_runtime.errors import DsparkError
+    from dspark_runtime.sequence import Chunk, Generation
+    from dspark_runtime.statistics import Statistics
+    from dspark_runtime.tree import TokenTree
+
+_PLACES = {
+    "SPECULATION_MODES": "api",
+    "Bundle": "api",
+    "Chunk": "sequence",
+    "Draft": "drafters.base",
+    "DraftRequest": "drafters.base",
+    "Drafter": "drafters.base",
+    "DsparkError": "errors",
+    "Generation": "sequence",
+    "Statistics": "statistics",
+    "Stream": "api",
+    "TokenTree": "tree",
+}
+
+__all__ = [
+    "SPECULATION_MODES",
+    "Bundle",
+    "Chunk",
+    "Draft",
+    "DraftRequest",
+    "Drafter",
+    "DsparkError",
+    "Generation",
+    "Statistics",
+    "Stream",
+    "TokenTree",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"dspark_runtime.{_PLACES[name]}"), name)

@@ -1,0 +1,296 @@
+"""Chat templates: programs that come with a model, run in a sandbox with limits.
+
+Jinja's immutable sandbox refuses attribute escapes and changes to its arguments. It knows no limit of time or size, so
+loops, string operations, filters and calls are counted here on top. What is *not* defended: a template may still print
+something misleading, which is why its output is only ever tokenized.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import FILTERS
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dspark_runtime.errors import ChatTemplateError
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TemplateLimits:
+    """Bounds of one rendering: characters of the template, of any text it makes and of all its output, parts of any
+    value it makes, loop turns, seconds."""
+
+    template_chars: int = 512_000
+    output_chars: int = 4_000_000
+    values: int = 200_000
+    loop_turns: int = 500_000
+    seconds: float = 5.0
+
+
+class ChatTemplate:
+    """One compiled template.
+
+    Args:
+        source: the Jinja text.
+        variables: what templates expect beside the messages, such as ``bos_token`` and ``eos_token``.
+        limits: bounds of each rendering.
+
+    Raises:
+        ChatTemplateError: the template is too large or malformed.
+    """
+
+    def __init__(
+        self, source: str, variables: Mapping[str, Any] | None = None, limits: TemplateLimits | None = None
+    ) -> None:
+        self._limits = limits or TemplateLimits()
+        self._variables = dict(variables or {})
+        if len(source) > self._limits.template_chars:
+            raise ChatTemplateError(
+                f"the chat template has {len(source)} characters; at most {self._limits.template_chars} are read"
+            )
+        self._environment = _Environment(self._limits)
+        try:
+            self._template = self._environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
+            raise ChatTemplateError(f"the chat template is malformed: {error}") from error
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The conversation as one text; raises ChatTemplateError where the template fails or exceeds a limit."""
+        budget = self._environment.budget = _Budget(self._limits)
+        context = {
+            **self._variables,
+            **variables,
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        pieces, size = [], 0
+        try:
+            for piece in self._template.generate(context):
+                pieces.append(piece)
+                size += len(piece)
+                budget.check_size(size)
+        except ChatTemplateError:
+            raise
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"the chat template failed: {error}") from error
+        except RecursionError as error:
+            raise ChatTemplateError("the chat template calls itself without end") from error
+        except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError, AttributeError) as error:
+            raise ChatTemplateError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        return "".join(pieces)
+
+
+class _Budget:
+    """What one rendering may still spend."""
+
+    def __init__(self, limits: TemplateLimits) -> None:
+        self._limits = limits
+        self._turns = 0
+        self._emitted = 0
+        self._deadline = time.monotonic() + limits.seconds
+
+    def turn(self) -> None:
+        self._turns += 1
+        if self._turns > self._limits.loop_turns:
+            raise ChatTemplateError(f"the chat template made more than {self._limits.loop_turns} loop turns or calls")
+        if time.monotonic() > self._deadline:
+            raise ChatTemplateError(f"the chat template ran longer than {self._limits.seconds} seconds")
+
+    def check_size(self, size: int) -> None:
+        if size > self._limits.output_chars:
+            raise ChatTemplateError(f"the chat template made more than {self._limits.output_chars} characters of text")
+
+    def check(self, value: Any) -> Any:
+        if isinstance(value, str | bytes):
+            self.check_size(len(value))
+        elif isinstance(value, list | tuple | dict):
+            self._check_weight(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            self.check_size(value.bit_length())
+        return value
+
+    def emit(self, size: int) -> None:
+        self._emitted += size
+        self.check_size(self._emitted)
+
+    def _check_weight(self, value: Any) -> None:
+        """Count a value with everything in it: lists that hold each other twice grow exponentially when written out."""
+        pending, seen = [value], 0
+        while pending:
+            inner = pending.pop()
+            seen += 1
+            if isinstance(inner, dict):
+                pending.extend(inner.values())
+            elif isinstance(inner, list | tuple):
+                pending.extend(inner)
+            if seen > self._limits.values:
+                raise ChatTemplateError(f"the chat template made a value with more than {self._limits.values} parts")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with every operation that can grow or repeat going through the budget."""
+
+    intercepted_binops = frozenset(["+", "*", "**", "%", "//", "-", "/"])
+    intercepted_unops = frozenset()
+
+    def __init__(self, limits: TemplateLimits) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock])
+        self.budget = _Budget(limits)
+        self._limits = limits
+        self.filters = {name: self._guarded(function) for name, function in self.filters.items()}
+        self.filters["tojson"] = self._guarded(_tojson)
+        # Filters that see the context are never computed while compiling.
+        for name in ("counted", "joined", "emitted", "built"):
+            self.filters[f"_{name}"] = getattr(self, f"_{name}")
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+        self.globals.pop("lipsum", None)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        for loop in list(template.find_all(nodes.For)):
+            loop.iter = _through("_counted", loop.iter)
+        for joined in list(template.find_all(nodes.Concat)):  # `a ~ b` is no operator to the sandbox
+            joined.nodes = [_through("_joined", nodes.List(joined.nodes, lineno=joined.lineno))]
+        for output in list(template.find_all(nodes.Output)):
+            output.nodes = [_through("_emitted", _as_expression(node)) for node in output.nodes]
+        for build in list(template.find_all((nodes.Assign, nodes.Call, nodes.Filter, nodes.Compare))):
+            _guard_displays(build)
+        return template
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self.budget.turn()
+        if operator == "*":
+            for text, count in ((left, right), (right, left)):
+                if isinstance(text, str | bytes | list | tuple) and isinstance(count, int):
+                    self.budget.check_size(len(text) * count)
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            self.budget.check_size(left.bit_length() * max(right, 0))
+        if operator == "%" and isinstance(left, str | bytes):
+            raise ChatTemplateError("the chat template formats text with %, which is not allowed; use ~ or replace")
+        return self.budget.check(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Guard one call; the odd names leave all others to the template's keyword arguments."""
+        __self.budget.turn()
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str | bytes):
+            __self._check_text_call(owner, __obj.__name__, args, kwargs)
+        return __self.budget.check(super().call(__context, __obj, *args, **kwargs))
+
+    def _check_text_call(self, owner: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, int):
+                self.budget.check_size(abs(value))
+        if name == "expandtabs":
+            self.budget.check_size(len(owner) * max([8, *(abs(v) for v in args if isinstance(v, int))]))
+        if name == "replace" and len(args) >= 2 and all(isinstance(text, str | bytes) for text in args[:2]):
+            self.budget.check_size(len(owner) + (len(owner) + 1) * len(args[1]) // max(1, len(args[0])))
+        if name == "join" and args and isinstance(args[0], str | list | tuple):
+            self.budget.check_size(len(owner) * len(args[0]))
+
+    def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self.budget.turn()
+            values = [v for v in (*args, *kwargs.values())]
+            for value in values:
+                if isinstance(value, int) and not isinstance(value, bool) and function in _SIZED:
+                    self.budget.check_size(abs(value))
+            if function is _REPLACE:
+                texts = [v for v in values if isinstance(v, str)]
+                if len(texts) >= 3:
+                    self.budget.check_size(len(texts[0]) + (len(texts[0]) + 1) * len(texts[2]) // max(1, len(texts[1])))
+            if function is _FORMAT:
+                raise ChatTemplateError("the chat template uses the filter format, which is not allowed; use ~")
+            return self.budget.check(function(*args, **kwargs))
+
+        for mark in ("jinja_pass_arg",):  # which of context, environment and eval_ctx the filter is handed first
+            if hasattr(function, mark):
+                setattr(guarded, mark, getattr(function, mark))
+        return guarded
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        if isinstance(getattr(value, "__self__", None), str) and value.__name__ in ("format", "format_map"):
+            raise ChatTemplateError(f"the chat template calls str.{value.__name__}, which is not allowed; use ~")
+        return None
+
+    @jinja2.pass_context
+    def _counted(self, _: Any, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self.budget.turn()
+            yield value
+
+    @jinja2.pass_context
+    def _joined(self, _: Any, values: Sequence[Any]) -> str:
+        self.budget.turn()
+        self.budget.check(values)
+        return str(self.budget.check("".join(str(value) for value in values)))
+
+    @jinja2.pass_context
+    def _emitted(self, _: Any, value: Any) -> Any:
+        self.budget.check(value)
+        text = value if isinstance(value, str | jinja2.Undefined) else str(value)
+        self.budget.emit(len(text) if isinstance(text, str) else 0)
+        return text
+
+    @jinja2.pass_context
+    def _built(self, _: Any, value: Any) -> Any:
+        return self.budget.check(value)
+
+
+def _through(name: str, node: Any) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+def _as_expression(node: nodes.Expr) -> nodes.Expr:
+    return nodes.Const(node.data, lineno=node.lineno) if isinstance(node, nodes.TemplateData) else node
+
+
+def _guard_displays(node: nodes.Node) -> None:
+    """Have lists, tuples and dicts that ``node`` builds from variables weighed as they are made."""
+    for field, value in list(node.iter_fields()):
+        display = isinstance(value, nodes.List | nodes.Dict | nodes.Tuple) and getattr(value, "ctx", "load") == "load"
+        if display and value.find(nodes.Name) is not None:
+            setattr(node, field, _through("_built", value))
+
+
+_DEFAULTS = FILTERS
+_SIZED = frozenset(_DEFAULTS[name] for name in ("center", "indent", "wordwrap", "truncate", "batch", "slice", "round"))
+_REPLACE, _FORMAT = _DEFAULTS["replace"], _DEFAULTS["format"]
+
+
+class _GenerationBlock(Extension):
+    """``{% generation %} ... {% endgeneration %}`` marks what an assistant wrote; for rendering it is plain content."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
+    """JSON as templates expect it: not escaped for HTML, unlike jinja's own filter."""
+    if indent is not None and not 0 <= indent <= 32:
+        raise ChatTemplateError(f"the chat template asks tojson for an indent of {indent}; 0 to 32 are possible")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise ChatTemplateError(f"the chat template refuses this conversation: {message}")
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern[:200])
