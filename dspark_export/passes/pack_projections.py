@@ -1,6 +1,6 @@
-"""Pack the query, key and value projections of a layer into one matrix product.
+"""Pack projections of a layer that read the same activations (query, key and value) into one matrix product.
 
-Three small products read the same activations; one product with the weights side by side and a ``Split`` behind it
+Small products read the same activations; one product with the weights side by side and a ``Split`` behind it
 does the same work in one launch. The packed weight is concatenated when it is written, never held beside its parts.
 """
 
@@ -11,21 +11,26 @@ import onnx_ir as ir
 
 from dspark_export.passes import match
 
-_PARTS = ("q_proj", "k_proj", "v_proj")
+GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class PackProjections(ir.passes.InPlacePass):
-    """Packs ``q_proj``, ``k_proj`` and ``v_proj`` of every layer where all three read the same value."""
+    """Packs the named ``groups`` of projections of every layer where all members read the same value."""
+
+    def __init__(self, groups: tuple[str, ...] = ("qkv_proj",)) -> None:
+        super().__init__()
+        self._groups = groups
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Return the same model and whether a layer was packed."""
+        """Return the same model and whether a group was packed."""
         packed = 0
-        products = [n for n in model.graph if n.op_type == "MatMul" and _weight_name(n, _PARTS[0])]
-        for query in products:
-            group = _siblings(query)
-            if group is not None:
-                _pack(model.graph, group)
-                packed += 1
+        for name in self._groups:
+            parts = GROUPS[name]
+            for first in [n for n in model.graph if n.op_type == "MatMul" and _weight_name(n, parts[0])]:
+                members = _siblings(first, parts)
+                if members is not None:
+                    _pack(model.graph, members, parts[0], name)
+                    packed += 1
         if packed:
             match.remove_unused(model)
         return ir.passes.PassResult(model, modified=packed > 0)
@@ -38,20 +43,20 @@ def _weight_name(node: ir.Node, part: str) -> str | None:
     return weight.name if f".{part}." in weight.name and len(list(weight.uses())) == 1 else None
 
 
-def _siblings(query: ir.Node) -> list[ir.Node] | None:
-    """The three projections that read one value, in q, k, v order."""
-    x = query.inputs[0]
+def _siblings(first: ir.Node, parts: tuple[str, ...]) -> list[ir.Node] | None:
+    """The projections named ``parts`` of one module that read one value, in that order."""
+    x = first.inputs[0]
     if x is None:
         return None
-    prefix = (_weight_name(query, _PARTS[0]) or "").split(".q_proj.")[0]
-    found = [query]
-    for part in _PARTS[1:]:
+    prefix = (_weight_name(first, parts[0]) or "").split(f".{parts[0]}.")[0]
+    found = [first]
+    for part in parts[1:]:
         for use in x.uses():
             name = _weight_name(use.node, part) if use.node.op_type == "MatMul" else None
             if name is not None and name.split(f".{part}.")[0] == prefix:
                 found.append(use.node)
                 break
-    if len(found) != 3 or any(n.outputs[0].is_graph_output() for n in found):
+    if len(found) != len(parts) or any(n.outputs[0].is_graph_output() for n in found):
         return None
     biased = [_bias(n) is not None for n in found]
     return found if all(biased) or not any(biased) else None
@@ -76,9 +81,9 @@ def _joined(values: list[ir.Value], axis: int, name: str) -> ir.LazyTensor:
     return ir.LazyTensor(concatenate, dtype=tensors[0].dtype, shape=ir.Shape(shape), name=name)
 
 
-def _pack(graph: ir.Graph, group: list[ir.Node]) -> None:
+def _pack(graph: ir.Graph, group: list[ir.Node], part: str, packed_name: str) -> None:
     weights = [n.inputs[1] for n in group]
-    name = weights[0].name.replace(".q_proj.", ".qkv_proj.")
+    name = weights[0].name.replace(f".{part}.", f".{packed_name}.")
     packed = match.add_initializer(graph, name, _joined(weights, 1, name))
     widths = [int(w.const_value.shape[1]) for w in weights]
     product = ir.node("MatMul", [group[0].inputs[0], packed], num_outputs=1, name=f"{name}/MatMul")
@@ -87,14 +92,14 @@ def _pack(graph: ir.Graph, group: list[ir.Node]) -> None:
     if all(b is not None for b in biases):
         ends = biases
         vectors = [match.other_operand(b, n.outputs[0]) for b, n in zip(biases, group, strict=True)]
-        bias_name = vectors[0].name.replace(".q_proj.", ".qkv_proj.")
+        bias_name = vectors[0].name.replace(f".{part}.", f".{packed_name}.")
         bias = match.add_initializer(graph, bias_name, _joined(vectors, 0, bias_name))
         nodes.append(ir.node("Add", [product.outputs[0], bias], num_outputs=1, name=f"{name}/Add"))
     split = ir.node(
         "Split",
         [nodes[-1].outputs[0], match.int64_constant(graph, widths)],
         attributes={"axis": -1},
-        num_outputs=3,
+        num_outputs=len(group),
         name=f"{name}/Split",
     )
     leading = list(group[0].outputs[0].shape)[:-1]

@@ -46,10 +46,7 @@ class GraphRunner:
     """A graph, one set of cache buffers bound as past and as present, and the committed length of each sequence."""
 
     def __init__(self, path: Path, batch: int, *, fill: float = 0.0, caches: GraphRunner | None = None) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(path, self.options(), providers=["CPUExecutionProvider"])
         self.lengths = [0] * batch if caches is None else caches.lengths
         self.past: dict[str, ort.OrtValue] = {}
         for value in self.session.get_inputs():
@@ -60,6 +57,13 @@ class GraphRunner:
                     shape = [{"batch": batch, "capacity": CAPACITY}.get(d, d) for d in value.shape]
                     dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.type]
                     self.past[value.name] = ort.OrtValue.ortvalue_from_numpy(np.full(shape, fill, dtype))
+
+    def options(self) -> ort.SessionOptions:
+        """How the session runs; a subclass may differ."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        return options
 
     def step(self, trees: Sequence[Tree]) -> list[np.ndarray]:
         """One pass over a tree per sequence; returns the logits [nodes, vocab] of each. Commits nothing."""

@@ -1,0 +1,78 @@
+"""What ``--precision`` does to a graph.
+
+``fp32``, ``fp16`` and ``bf16`` are the type the model is loaded and traced in; nothing is left to do here. ``int8`` and
+``int4`` quantize the weights of a float32 graph by blocks and check that it really happened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import onnx_ir as ir
+
+from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights
+from dspark_runtime.errors import ExportError, UsageError
+
+Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+TRACED_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32", "int4": "float32"}
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+_WORTH_NAMING = 1 << 14
+
+
+@dataclass(frozen=True)
+class PrecisionSettings:
+    """``weights`` as on the command line; the rest applies to int8 and int4 only."""
+
+    weights: Weights = "fp32"
+    block_size: int = 32
+    symmetric: bool = True
+    head: bool = True
+    embedding: bool = True
+
+    def __post_init__(self) -> None:
+        if self.weights not in get_args(Weights):
+            raise UsageError(f"precision {self.weights!r} does not exist; choose one of {', '.join(get_args(Weights))}")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a quantized weight, None for float weights."""
+        return {"int8": 8, "int4": 4}.get(self.weights)
+
+
+@dataclass(frozen=True)
+class PrecisionReport:
+    """Names of the weights that were quantized, and of matrices of note that were not."""
+
+    quantized: tuple[str, ...] = ()
+    left_in_float: tuple[str, ...] = field(default=())
+
+
+def apply_precision(model: ir.Model, settings: PrecisionSettings) -> PrecisionReport:
+    """Quantize ``model`` in place as ``settings`` say. Raises ExportError when not one weight could be quantized."""
+    if settings.bits is None:
+        return PrecisionReport()
+    rewrite = QuantizeWeights(
+        BlockQuantization(
+            settings.bits, settings.block_size, settings.symmetric, settings.head, settings.embedding
+        )
+    )
+    rewrite(model)
+    if not any(not name.endswith(".rows") for name in rewrite.quantized):
+        raise ExportError(
+            f"precision {settings.weights} with block_size {settings.block_size} quantized no weight: the matrix products "
+            f"of this model have input widths that are no multiple of it; choose a smaller --block-size "
+            f"({', '.join(map(str, BLOCK_SIZES))}) or another --precision"
+        )
+    left = [
+        name
+        for name, value in model.graph.initializers.items()
+        if value.dtype is not None
+        and value.dtype.is_floating_point()
+        and not name.endswith("weight_scale")
+        and value.shape is not None
+        and len(value.shape) >= 2
+        and value.const_value is not None
+        and value.const_value.size >= _WORTH_NAMING
+    ]
+    return PrecisionReport(tuple(rewrite.quantized), tuple(sorted({*left, *rewrite.skipped})))

@@ -1,0 +1,143 @@
+"""Block quantization: the arithmetic, the graph around it, and that nothing large is silently left in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark_export import passes
+from dspark_export.graphs.save import save_graphs
+from dspark_export.passes.precision import PrecisionSettings, apply_precision
+from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights, quantize_blocks
+from dspark_runtime.errors import ExportError
+from tests import tiny_models
+from tests.parity.harness import GraphRunner, Tree, assert_close, plain_logits
+
+
+def restored(parts: dict[str, np.ndarray], block: int) -> np.ndarray:
+    quantized = parts["weight_q"].astype(np.float32)
+    grouped = quantized.reshape(-1, block, quantized.shape[1])
+    points = parts.get("weight_zero_point")
+    shift = 0.0 if points is None else points.astype(np.float32)[:, None]
+    return ((grouped - shift) * parts["weight_scale"][:, None]).reshape(quantized.shape)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.sampled_from([4, 8]),
+    symmetric=st.booleans(),
+    block=st.sampled_from([16, 32, 64]),
+    groups=st.integers(1, 4),
+    width=st.integers(1, 9),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_weight_is_within_half_a_step(
+    bits: int, symmetric: bool, block: int, groups: int, width: int, seed: int
+) -> None:
+    weight = np.random.default_rng(seed).standard_normal((groups * block, width)).astype(np.float32)
+    parts = quantize_blocks(weight, BlockQuantization(bits, block, symmetric))
+    step = np.repeat(np.abs(parts["weight_scale"]), block, axis=0)
+    error = np.abs(restored(parts, block) - weight)
+    # The 4-bit range has one step more on one side, so the far end of the other may be clipped by up to a step.
+    assert (error <= step * (1.0 if bits == 4 else 0.5) + 1e-6).all()
+    assert float((error > step * 0.5 + 1e-6).mean()) <= 2 / block
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    for bits in (4, 8):
+        parts = quantize_blocks(np.zeros((32, 2), np.float32), BlockQuantization(bits))
+        assert not restored(parts, 32).any()
+
+
+LAYERS = tiny_models.LAYERS
+
+
+@pytest.fixture
+def quantized(traced: Callable, tmp_path: Path) -> Callable[[str], Path]:
+    def make(weights: str) -> Path:
+        standard = passes.optimize(traced("llama")[1].clone())
+        apply_precision(standard, PrecisionSettings(weights))
+        variant = passes.for_ort_cpu(standard, tiny_models.MAX_POSITIONS)
+        return save_graphs({"standard": standard, "variant": variant}, tmp_path)["variant"]
+
+    return make
+
+
+class Fused(GraphRunner):
+    """Runs the quantized kernel with float32 arithmetic (its default rounds the activations to 8 bits)."""
+
+    def options(self) -> ort.SessionOptions:
+        options = super().options()
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        return options
+
+
+class Literal(GraphRunner):
+    """Runs the graph as it is written: dequantize, then multiply, in float32."""
+
+    def options(self) -> ort.SessionOptions:
+        options = super().options()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return options
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_fused_kernels_compute_what_the_graph_says(weights: str, traced: Callable, quantized: Callable) -> None:
+    path = quantized(weights)
+    prompt = [int(t) for t in np.random.default_rng(0).integers(3, tiny_models.VOCAB, 24)]
+    fused = Fused(path, batch=1).step([Tree.chain(prompt)])[0]
+    literal = Literal(path, batch=1).step([Tree.chain(prompt)])[0]
+    assert_close(fused, literal)
+    assert_close(Literal(path.with_name("standard.onnx"), batch=1).step([Tree.chain(prompt)])[0], literal)
+    error = np.abs(literal - plain_logits(traced("llama")[0], prompt)).mean()
+    assert 1e-4 < error < {"int8": 0.02, "int4": 0.3}[weights]
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_onnxruntime_runs_its_quantized_kernel(weights: str, quantized: Callable, tmp_path: Path) -> None:
+    path = quantized(weights)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kernels = [n.op_type for n in ir.load(tmp_path / "loaded.onnx").graph]
+    assert kernels.count("MatMulNBits") == LAYERS * 5 + 1 and "MatMul" not in kernels
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("embedding", [True, False])
+def test_head_and_embedding_are_included_on_request(head: bool, embedding: bool, traced: Callable) -> None:
+    graph = passes.optimize(traced("llama")[1].clone())
+    rewrite = QuantizeWeights(BlockQuantization(8, head=head, embedding=embedding))
+    rewrite(graph)
+    assert ("lm_head.weight" in rewrite.quantized) == head
+    assert ("model.embed_tokens.weight.rows" in rewrite.quantized) == embedding
+    left = {n for n, v in graph.graph.initializers.items() if v.shape is not None and len(v.shape) == 2 and v.dtype == ir.DataType.FLOAT}
+    assert ("lm_head.weight" in left) != head and ("model.embed_tokens.weight" in left) != embedding
+
+
+def test_a_tied_head_is_quantized_from_the_embedding(traced: Callable) -> None:
+    graph = passes.optimize(traced("qwen3")[1].clone())
+    rewrite = QuantizeWeights(BlockQuantization(8))
+    rewrite(graph)
+    assert {"lm_head.weight.T", "lm_head.weight.rows"} <= set(rewrite.quantized)
+    assert "lm_head.weight" not in graph.graph.initializers
+
+
+def test_weights_that_cannot_be_quantized_are_named(traced: Callable) -> None:
+    graph = passes.optimize(traced("llama")[1].clone())
+    report = apply_precision(graph, PrecisionSettings("int8", block_size=64))
+    assert any("mlp.down_proj" in name for name in report.left_in_float)  # 96 inputs are no multiple of 64
+
+
+def test_nothing_quantized_is_an_error(traced: Callable) -> None:
+    graph = passes.optimize(traced("llama")[1].clone())
+    with pytest.raises(ExportError, match="block_size 4096"):
+        apply_precision(graph, PrecisionSettings("int8", block_size=4096))
