@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from dspark_runtime.backends.engine import Engine
 from dspark_runtime.kv_cache import round_up
@@ -23,7 +25,7 @@ class PassCosts:
     quickly (another machine, a longer context, a throttled processor), the shape over rows slowly.
     """
 
-    def __init__(self, known: Mapping[int, float] | None = None, most_rows: int = 256) -> None:
+    def __init__(self, known: Mapping[int, float] | None = None, most_rows: int = 128) -> None:
         points = dict(known or {})
         if 1 not in points or len(points) < 2:
             points = {rows: ratio * points.get(1, _GUESS_MS) for rows, ratio in _GUESS.items()}
@@ -36,11 +38,13 @@ class PassCosts:
         self._shape = np.interp(self._rows, rows, [points[r] for r in rows])
         self._scale = 1.0
         self._seen = 0
+        self._near: dict[int, npt.NDArray[np.float64]] = {}
         self._ms: list[float] = self._shape.tolist()
 
     def ms(self, rows: int) -> float:
         """Expected milliseconds of a pass over ``rows`` rows."""
-        return self._ms[rows - 1] if rows <= len(self._ms) else self._ms[-1] * rows / len(self._ms)
+        known = len(self._ms)
+        return self._ms[rows - 1] if rows <= known else self._ms[-1] * rows / known
 
     def observe(self, rows: int, ms: float) -> None:
         """Learn from one pass. Single outliers (a hiccup of the machine) count as at most twice the expected time."""
@@ -50,8 +54,10 @@ class PassCosts:
         ratio = min(max(ms / self._ms[rows - 1], 0.01 if new else 0.5), 100.0 if new else 2.0)
         self._seen += 1
         self._scale *= ratio ** max(0.1, 1.0 / self._seen)
-        # Rows near the observed count share what it taught.
-        self._shape *= ratio ** (0.05 / (1.0 + np.abs(self._rows - rows) * (4.0 / rows)))
+        near = self._near.get(rows)
+        if near is None:  # row counts near the observed one share what it taught
+            near = self._near[rows] = 0.05 / (1.0 + np.abs(self._rows - rows) * (4.0 / rows))
+        self._shape *= np.exp(near * math.log(ratio))
         self._ms = (self._shape * self._scale).tolist()
 
 

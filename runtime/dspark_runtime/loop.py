@@ -39,6 +39,8 @@ from dspark_runtime.statistics import DrafterCounts, Seconds
 from dspark_runtime.tree import TokenTree
 from dspark_runtime.verify import Verdict, verify_chain, verify_tree
 
+_FIRST_SLOTS = 2048  # slots beyond the prompt to begin with; memory is only committed once it is written to
+_COUNT = np.arange(256)
 _clock = time.perf_counter
 
 
@@ -75,8 +77,8 @@ class DecodingLoop:
         self.seconds = Seconds()
         longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
         prompt = max(len(r.prompt) for r in requests)
-        first = min(round_up(max(2 * prompt, 512)), round_up(longest + MOST_ROWS))
-        self.cache = KvCache(engine.allocate(len(requests), first), limit=round_up(longest + MOST_ROWS))
+        most = round_up(longest + MOST_ROWS)  # rows of a pass that are not accepted need slots too
+        self.cache = KvCache(engine.allocate(len(requests), min(most, round_up(prompt + _FIRST_SLOTS))), most)
         self.runner = engine.open(self.cache.memory)
         self._cancelled = False
 
@@ -198,7 +200,7 @@ class DecodingLoop:
         self.cache.reserve(slots)
         self.runner.select(0, batch)
         buffers = self.runner.prepare(rows, rows, slots)
-        buffers.logit_rows[:] = np.arange(rows)
+        buffers.logit_rows[:] = _COUNT[:rows]
         mask = buffers.attention_mask
         for i, tree in enumerate(trees):
             start, count = lengths[i], len(tree)
