@@ -16,12 +16,31 @@ def optimize(model: ir.Model) -> ir.Model:
     return model
 
 
-def for_ort_cpu(model: ir.Model, max_positions: int) -> ir.Model:
-    """The ``onnxruntime-cpu`` variant of an optimized graph: a clone that shares every weight with ``model``."""
+def for_ort_cpu(model: ir.Model, max_positions: int, *, any_batch: bool = False) -> ir.Model:
+    """A variant of an optimized graph for ONNX Runtime on the CPU: a clone that shares every weight with ``model``.
+
+    With ``any_batch`` the attention stays in the standard form, which takes several sequences in one pass.
+    """
     from dspark_export.passes.drop_noops import DropNoops
     from dspark_export.passes.ort_cpu_attention import OrtCpuAttention
     from dspark_export.passes.ort_cpu_skip_norm import OrtCpuSkipNorm
+    from dspark_export.passes.widen_to_float32 import WidenToFloat32
 
     variant = model.clone()
-    ir.passes.Sequential(OrtCpuAttention(max_positions), OrtCpuSkipNorm(), DropNoops())(variant)
+    attention = () if any_batch else (OrtCpuAttention(max_positions),)
+    ir.passes.Sequential(WidenToFloat32(), DropNoops(), *attention, OrtCpuSkipNorm(), DropNoops())(variant)
     return variant
+
+
+def ort_cpu_variants(model: ir.Model, max_positions: int) -> dict[str, ir.Model]:
+    """The variants worth shipping, by their name in the manifest.
+
+    ``onnxruntime-cpu`` takes one sequence a pass. More sequences run the standard graph, unless that computes in half
+    precision, which the CPU cannot: then there is ``onnxruntime-cpu-batch`` as well.
+    """
+    from dspark_export.passes.widen_to_float32 import is_half
+
+    variants = {"onnxruntime-cpu": for_ort_cpu(model, max_positions)}
+    if is_half(model):
+        variants["onnxruntime-cpu-batch"] = for_ort_cpu(model, max_positions, any_batch=True)
+    return variants
