@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dspark_runtime.errors import ModelNotFound
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.py", "*.tiktoken")
 _SUBFOLDERS = "*/*"
@@ -52,10 +56,10 @@ class HubSnapshot:
 
     def remote_names(self) -> list[str]:
         """Names of all files of the repository, or of those in the cache when the hub cannot be asked."""
-        from huggingface_hub import list_repo_files
+        from huggingface_hub import HfApi
 
         try:
-            return list_repo_files(self.id, revision=self.commit)
+            return list(HfApi().list_repo_files(self.id, revision=self.commit))
         except Exception:  # only decorates messages: the cache is the next best answer, offline it is the only one
             return sorted(path.name for path in self.directory.iterdir())
 
@@ -83,15 +87,21 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
     except errors.HFValidationError as cause:
         raise ModelNotFound(f"{model!r} is no valid hub id: {cause}") from cause
     except errors.LocalEntryNotFoundError as cause:
+        if isinstance(cause.__cause__, errors.HfHubHTTPError):
+            raise ModelNotFound(_refused(model, at, cause.__cause__)) from cause
         raise ModelNotFound(_unreachable(model, at, cause)) from cause
     except errors.HfHubHTTPError as cause:
-        code = cause.response.status_code
-        login = "; set HF_TOKEN to a token that may read it" if code in (401, 403) else "; try again later"
-        raise ModelNotFound(f"the hub answered {code} for {model}{at}{login}") from cause
+        raise ModelNotFound(_refused(model, at, cause)) from cause
     except (errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) as cause:
         raise ModelNotFound(_unreachable(model, at, cause)) from cause
     except OSError as cause:
         raise ModelNotFound(f"{model}{at} could not be downloaded: {' '.join(str(cause).split())[:300]}") from cause
+
+
+def _refused(model: str, at: str, answer: HfHubHTTPError) -> str:
+    code = answer.response.status_code
+    login = "set HF_TOKEN to a token that may read it" if code in (401, 403) else "try again later"
+    return f"the hub answered {code} for {model}{at}; {login}"
 
 
 def _unreachable(model: str, at: str, cause: BaseException) -> str:

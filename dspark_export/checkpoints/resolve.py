@@ -72,7 +72,7 @@ def _from_hub(model: str, revision: str | None, trust: Trust) -> Checkpoint:
     snapshot.fetch_files(
         [SINGLE] if not (snapshot.directory / INDEX).exists() else shard_names(snapshot.directory, model)
     )
-    weights = find_weights(snapshot.directory, model, trust, snapshot.remote_names())
+    weights = find_weights(snapshot.directory, model, trust, snapshot.remote_names)
     if weights.pickled:
         snapshot.fetch_files(list(weights.names))
     return _with_weights("hub", weights, config, model, snapshot.commit, trust)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,8 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
     return mapping
 
 
-def find_weights(folder: Path, name: str, trust: Trust, listing: list[str] | None = None) -> WeightFiles:
-    """The weight files of ``folder``; ``listing`` are all names a hub repository has, downloaded or not.
+def find_weights(folder: Path, name: str, trust: Trust, listing: Callable[[], list[str]] | None = None) -> WeightFiles:
+    """The weight files of ``folder``; ``listing`` gives all names a hub repository has, downloaded or not.
 
     Raises InvalidWeights if there are none and UntrustedCheckpoint if there are only pickles and the gate is closed.
     """
@@ -59,7 +60,7 @@ def find_weights(folder: Path, name: str, trust: Trust, listing: list[str] | Non
         return WeightFiles(folder, (SINGLE,))
     if shards := shard_names(folder, name):
         return WeightFiles(folder, tuple(shards))
-    present = listing if listing is not None else sorted(path.name for path in folder.iterdir())
+    present = listing() if listing is not None else sorted(path.name for path in folder.iterdir())
     if pickles := [file for file in present if file.endswith(PICKLE_SUFFIXES) and "/" not in file]:
         trust.require_for_pickle(name, pickles)
         return WeightFiles(folder, tuple(pickles), pickled=True)

@@ -16,12 +16,19 @@ from tests.export.test_checkpoints_trust import pickled
 from tests.export.test_checkpoints_weights import shards
 
 
+def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT does, which huggingface_hub reads only when it is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serve(Hub({"owner/model": write_checkpoint(tmp_path / "remote")})) as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        point_to(running.url, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield running
 
@@ -48,7 +55,7 @@ def test_the_cache_serves_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_cache_serves_an_unreachable_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     resolve("owner/model")
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    point_to("http://127.0.0.1:9", monkeypatch)
     assert resolve("owner/model").revision == COMMIT
 
 
@@ -113,7 +120,7 @@ def test_offline_with_a_cold_cache(hub: Hub, tmp_path: Path, monkeypatch: pytest
 
 
 def test_unreachable_with_a_cold_cache(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    point_to("http://127.0.0.1:9", monkeypatch)
     caught = refusal("owner/model", tmp_path / "out" / "bundle")
     assert type(caught) is ModelNotFound and "cannot be reached" in str(caught)
 
