@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dspark_runtime.bundle import GRAPH_DIR, TOKENIZER_DIR, GraphEntry, Manifest
-from dspark_runtime.errors import ExportError
+from dspark_runtime.bundle import GRAPH_DIR, TOKENIZER_DIR, BundleFiles, GraphEntry, Manifest, ModelFacts, Variant
 
 from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle_writer import BundleWriter
@@ -80,10 +79,11 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         stages.enter("trace")
         graphs = _trace(model, layers)
         stages.enter("optimize")
-        graphs = _optimize(graphs, model, options)
+        graphs = _optimize(graphs, options)
         stages.enter("save")
-        entries = _save(graphs, writer.dir / GRAPH_DIR, options, layers)
-        manifest = _describe(checkpoint, model, options, entries, layers, agreement)
+        facts = _facts(checkpoint, model)
+        entries = _save(graphs, writer.dir / GRAPH_DIR, options, layers, facts.max_positions)
+        manifest = _describe(checkpoint, facts, options, entries, layers, agreement)
         stages.enter("tokenizer")
         checkpoint.save_tokenizer(writer.dir / TOKENIZER_DIR)
         del graphs, model
@@ -116,66 +116,75 @@ def _self_draft(
 
 
 def _trace(model: PreTrainedModel, layers: Sequence[int] | None) -> dict[str, ir.Model]:
+    from dspark_export.graphs.decoder import DecoderTrace
     from dspark_export.graphs.self_draft import export_self_draft
     from dspark_export.graphs.target import export_target
 
-    graphs = {"target": export_target(model)}
+    trace = DecoderTrace(model)
+    graphs = {"target": export_target(trace)}
     if layers is not None:
-        graphs["self_draft"] = export_self_draft(model, layers)
+        graphs["self_draft"] = export_self_draft(trace, layers)
     return graphs
 
 
-def _optimize(graphs: dict[str, ir.Model], model: PreTrainedModel, options: BuildOptions) -> dict[str, ir.Model]:
+def _optimize(graphs: dict[str, ir.Model], options: BuildOptions) -> dict[str, ir.Model]:
     from dspark_export.passes import optimize
-    from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights
+    from dspark_export.passes.precision import PrecisionSettings, apply_precision
 
-    optimized = {name: optimize(graph) for name, graph in graphs.items()}
-    if options.quantized:
-        settings = BlockQuantization(
-            bits=8 if options.precision == "int8" else 4,
-            block_size=options.block,
-            head=options.quantize_head,
-            embedding=options.quantize_embedding,
-        )
-        for name, graph in optimized.items():
-            quantize = QuantizeWeights(settings)
-            quantize(graph)
-            if not quantize.quantized:
-                raise ExportError(
-                    f"no weight of the {name} graph could be quantized in blocks of {options.block}; "
-                    "choose a smaller --block-size or another --precision"
-                )
-    return optimized
+    settings = PrecisionSettings(
+        options.precision, options.block, head=options.quantize_head, embedding=options.quantize_embedding
+    )
+    for graph in graphs.values():
+        optimize(graph)
+        apply_precision(graph, settings)
+    return graphs
 
 
 def _save(
-    graphs: dict[str, ir.Model], folder: Path, options: BuildOptions, layers: Sequence[int] | None
+    graphs: dict[str, ir.Model], folder: Path, options: BuildOptions, layers: Sequence[int] | None, positions: int
 ) -> list[GraphEntry]:
+    """Write every graph, standard and for ONNX Runtime's CPU provider, and the verify graph; return their entries."""
     from dspark_export.graphs.save import save_graphs
     from dspark_export.graphs.verify import build_verify_model
-    from dspark_export.manifest import graph_entry
+    from dspark_export.manifest import file_stem, graph_entry
+    from dspark_export.passes import ort_cpu_variants
 
-    verify = build_verify_model()
-    save_graphs({**graphs, "verify": verify}, folder, DATA_FILE)
-    entries = [
-        graph_entry(name, "standard", graph, folder, options.dtype, layers if name == "self_draft" else None)
-        for name, graph in graphs.items()
+    forms: list[tuple[str, Variant, ir.Model]] = []
+    for name, graph in graphs.items():
+        forms.append((name, "standard", graph))
+        forms += [(name, variant, model) for variant, model in ort_cpu_variants(graph, positions).items()]
+    forms.append(("verify", "standard", build_verify_model()))
+    save_graphs({file_stem(name, variant): model for name, variant, model in forms}, folder, DATA_FILE)
+    return [
+        graph_entry(
+            name,
+            variant,
+            model,
+            folder,
+            options.dtype if variant == "standard" and name != "verify" else "float32",
+            layers if name == "self_draft" else None,
+        )
+        for name, variant, model in forms
     ]
-    return [*entries, graph_entry("verify", "standard", verify, folder, "float32", None)]
+
+
+def _facts(checkpoint: Checkpoint, model: PreTrainedModel) -> ModelFacts:
+    from dspark_export.manifest import model_facts
+    from dspark_export.tracing.geometry import probe
+
+    return model_facts(checkpoint, model, probe(model.config))
 
 
 def _describe(
     checkpoint: Checkpoint,
-    model: PreTrainedModel,
+    facts: ModelFacts,
     options: BuildOptions,
     entries: Sequence[GraphEntry],
     layers: Sequence[int] | None,
     agreement: float | None,
 ) -> Manifest:
-    from dspark_export.manifest import drafters, manifest, model_facts
-    from dspark_export.tracing.geometry import probe
+    from dspark_export.manifest import drafters, manifest
 
-    facts = model_facts(checkpoint, model, probe(model.config))
     return manifest(checkpoint, options, facts, entries, drafters(layers, agreement))
 
 
@@ -184,6 +193,6 @@ def _measure(writer: BundleWriter, manifest: Manifest, options: BuildOptions) ->
     from dspark_export.measure import measure
 
     writer.preview(manifest)
-    found = measure(writer.dir, threads=options.threads)
+    found = measure(BundleFiles.open(writer.dir, verify=False), options.threads)
     precision = manifest.precision.model_copy(update={"row_noise": found.row_noise})
     return manifest.model_copy(update={"costs": found.costs, "precision": precision})

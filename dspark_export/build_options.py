@@ -19,7 +19,7 @@ AUTO, NONE, LAYERS = "auto", "none", "layers="
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """One build. ``self_draft`` is ``auto``, ``none`` or ``layers=...``; ``threads`` None: as many as there are cores.
+    """One build. ``exact`` None: exact for float weights, where it costs next to nothing. ``self_draft`` is ``auto``, ``none`` or ``layers=...``; ``threads`` None: as many as there are cores.
 
     Raises UsageError for combinations that make no sense.
     """
@@ -31,7 +31,7 @@ class BuildOptions:
     quantize_head: bool = True
     quantize_embedding: bool = True
     block_size: int | None = None
-    exact: bool = True
+    exact: bool | None = None
     self_draft: str = AUTO
     threads: int | None = None
     overwrite: bool = False
@@ -55,6 +55,11 @@ class BuildOptions:
     def quantized(self) -> bool:
         """Whether weights are stored as integers in blocks."""
         return self.precision in QUANTIZED
+
+    @property
+    def exact_text(self) -> bool:
+        """Whether the bundle's own setting is that speculative text always equals plain text."""
+        return not self.quantized if self.exact is None else self.exact
 
     @property
     def block(self) -> int:

@@ -27,7 +27,8 @@ from dspark_export.checkpoints import Checkpoint
 
 _TOOLS = ("torch", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
-ORT_CPU: Variant = "onnxruntime-cpu"
+INT8_ACTIVATIONS = 4
+"""ONNX Runtime's accuracy level of quantized products: activations rounded to 8 bits, the fast kernels."""
 
 
 def file_stem(name: str, variant: str) -> str:
@@ -132,14 +133,14 @@ def drafters(layers: Sequence[int] | None, agreement: float | None) -> tuple[Dra
 def precision(options: BuildOptions) -> Precision:
     """How weights are stored; row noise is added once it was measured."""
     if not options.quantized:
-        return Precision(weights=options.precision, exact=options.exact)
+        return Precision(weights=options.precision, exact=options.exact_text)
     return Precision(
         weights=options.precision,
         block_size=options.block,
         head=options.quantize_head,
         embedding=options.quantize_embedding,
-        exact=options.exact,
-        accuracy_level=None if options.exact else 4,
+        exact=options.exact_text,
+        accuracy_level=INT8_ACTIVATIONS,
     )
 
 

@@ -57,8 +57,13 @@ def build(
     quantize_embedding: Annotated[bool, typer.Option(help="int8, int4: quantize the embedding too.")] = True,
     block_size: Annotated[int | None, typer.Option(help="int8, int4: weights per scale (default: 32).")] = None,
     exact: Annotated[
-        bool, typer.Option(help="Kernels whose result does not depend on how many rows a pass has.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--exact/--no-exact",
+            help="Never run a row alone, so that speculation cannot change a rounding (default: unless int8 or int4).",
+            show_default=False,
+        ),
+    ] = None,
     self_draft: Annotated[str, typer.Option(help="auto, none, or layers=0-9,20 or layers=every=2.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Threads for measuring (default: all cores).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in --out.")] = False,

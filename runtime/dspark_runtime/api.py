@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from dspark_runtime.backends.engine import Engine, EngineOptions
-from dspark_runtime.bundle import BundleFiles, GraphEntry, Manifest
+from dspark_runtime.bundle import BundleFiles, GraphEntry, Manifest, Variant
 from dspark_runtime.chat_template import Message
 from dspark_runtime.costs import PassCosts
 from dspark_runtime.drafters.base import Drafter
@@ -30,7 +30,8 @@ from dspark_runtime.text import TextCodec
 SPECULATION_MODES = ("auto", "off", "ngram", "self-draft", "ngram+self-draft")
 Speculate = str | Drafter | Sequence[Drafter]
 Prompt = str | bytes | Sequence[int]
-_VARIANT = "onnxruntime-cpu"
+# Graph variants to look for, by whether several sequences share a pass; the standard graph takes any number.
+_VARIANTS: dict[bool, tuple[Variant, ...]] = {False: ("onnxruntime-cpu",), True: ("onnxruntime-cpu-batch",)}
 
 
 class Stream:
@@ -70,7 +71,6 @@ class Bundle:
         self.codec = TextCodec(files.tokenizer_dir)
         positions = self.manifest.model.max_positions
         self.limits = Limits(self.manifest.model.vocab_size, min(positions, capacity or positions))
-        self.target = self.engine("target")
         self.schedule = Schedule(self._costs())
 
     @classmethod
@@ -84,18 +84,18 @@ class Bundle:
         spinning: bool = True,
         verify_digests: bool = True,
     ) -> Bundle:
-        """Check the bundle at ``path`` and load its target.
+        """Check the bundle at ``path``; its graphs are loaded when they are first needed.
 
         Args:
             threads: threads of one operator; None for one per physical core.
-            exact: speculative text must equal plain text whatever the precision; None for the bundle's own setting.
+            exact: speculative text must equal plain text whatever the precision: no pass runs a single row alone,
+                whose kernels round differently. None for the bundle's own setting.
             capacity: most tokens of prompt and text together; None for all positions of the model.
             spinning: worker threads wait busily, which is faster while nothing else wants the processor.
             verify_digests: compare every file with its digest first.
 
         Raises:
             BundleError: no bundle, or a damaged or incompatible one.
-            BackendError: ONNX Runtime is missing or cannot load the graph.
         """
         if capacity is not None and (isinstance(capacity, bool) or capacity < 2):
             raise UsageError(f"capacity={capacity}: give at least 2 tokens, or None for all the model has")
@@ -109,13 +109,18 @@ class Bundle:
         """The bundle's manifest."""
         return self.files.manifest
 
-    def engine(self, name: str) -> Engine:
-        """The engine of graph ``name``, loaded on first use."""
-        if name not in self._engines:
+    @property
+    def target(self) -> Engine:
+        """The engine that runs one sequence at a time."""
+        return self.engine("target")
+
+    def engine(self, name: str, batched: bool = False) -> Engine:
+        """The engine of graph ``name``, loaded on first use; ``batched`` if passes hold more than one sequence."""
+        graph: GraphEntry = self.files.graph(name, prefer=_VARIANTS[batched])
+        if graph.file not in self._engines:
             from dspark_runtime.backends.ort import OrtEngine
 
-            graph: GraphEntry = self.files.graph(name, prefer=_VARIANT)
-            self._engines[name] = OrtEngine(
+            self._engines[graph.file] = OrtEngine(
                 self.files.path(graph.file),
                 name=name,
                 cache=self.manifest.model.cache,
@@ -123,7 +128,7 @@ class Bundle:
                 dtype=graph.dtype,
                 options=self._engine_options,
             )
-        return self._engines[name]
+        return self._engines[graph.file]
 
     def generate(
         self,
@@ -176,9 +181,10 @@ class Bundle:
         )
         _check_range("draft_length", draft_length, 0, 31)
         _check_range("batch_size", batch_size, 1, 1024)
-        drafters = self._drafters(speculate)
+        batched = min(len(requests), batch_size) > 1
+        drafters = self._drafters(speculate, batched)
         schedule = self.schedule if draft_length is None else Schedule(self.schedule.costs, fixed=draft_length)
-        result = Stream(self._loops(requests, drafters, schedule, batch_size))
+        result = Stream(self._loops(requests, self.engine("target", batched), drafters, schedule, batch_size))
         if stream:
             return result
         for _ in result:
@@ -190,17 +196,18 @@ class Bundle:
         return self.generate(self.codec.encode_chat(messages), stream=stream, **options)
 
     def _loops(
-        self, requests: Sequence[Request], drafters: Sequence[Drafter], schedule: Schedule, batch_size: int
+        self,
+        requests: Sequence[Request],
+        target: Engine,
+        drafters: Sequence[Drafter],
+        schedule: Schedule,
+        batch_size: int,
     ) -> Iterator[DecodingLoop]:
         # A row of one sequence alone may go through other kernels than the same row among others.
-        options = LoopOptions(min_rows=2 if self.exact and self._rows_matter else 1)
+        options = LoopOptions(min_rows=2 if self.exact else 1)
         for start in range(0, len(requests), batch_size):
             part = requests[start : start + batch_size]
-            yield DecodingLoop(self.target, schedule, drafters, part, self.codec.tokenizer, options)
-
-    @property
-    def _rows_matter(self) -> bool:
-        return self.manifest.precision.weights in ("int4", "int8")
+            yield DecodingLoop(target, schedule, drafters, part, self.codec.tokenizer, options)
 
     def _encode(self, prompt: Prompt, chat: bool) -> list[int]:
         if chat:
@@ -214,7 +221,7 @@ class Bundle:
         known = costs.ms.get("target", {}) if costs is not None else {}
         return PassCosts({int(rows): ms for rows, ms in known.items() if ms > 0})
 
-    def _drafters(self, speculate: Speculate) -> list[Drafter]:
+    def _drafters(self, speculate: Speculate, batched: bool) -> list[Drafter]:
         if isinstance(speculate, Drafter):
             return [speculate]
         if not isinstance(speculate, str):
@@ -230,7 +237,7 @@ class Bundle:
             return []
         drafters: list[Drafter] = [] if speculate == "self-draft" else [NgramDrafter()]
         if speculate in ("self-draft", "ngram+self-draft") or (speculate == "auto" and self._self_draft_may_pay()):
-            drafters.append(self._self_drafter())
+            drafters.append(self._self_drafter(batched))
         return drafters
 
     def _self_draft_entry(self) -> tuple[float, float] | None:
@@ -260,20 +267,23 @@ class Bundle:
             for n in range(1, 9)
         )
 
-    def _self_drafter(self) -> SelfDrafter:
+    def _self_drafter(self, batched: bool) -> SelfDrafter:
         known = self._self_draft_entry()
         if known is None:
             raise IncompatibleBundle(
                 "this bundle has no self-draft graph; build it again with --self-draft, or use speculate='ngram'"
             )
-        return SelfDrafter(self.engine("self_draft"), known[0], known[1])
+        return SelfDrafter(self.engine("self_draft", batched), known[0], known[1])
 
 
 def _accuracy(manifest: Manifest, exact: bool) -> int:
-    """Arithmetic of quantized products: float32 where text must not depend on the rows of a pass, else int8."""
-    if manifest.precision.weights not in ("int4", "int8"):
+    """Arithmetic of quantized products: 8-bit activations, unless exact text was seen to need float32 ones."""
+    precision = manifest.precision
+    if precision.weights not in ("int4", "int8"):
         return 0
-    return 1 if exact else manifest.precision.accuracy_level or 4
+    noise = precision.row_noise
+    proven = noise is not None and noise.without_single_rows == 0.0
+    return 1 if exact and not proven else precision.accuracy_level or 4
 
 
 def _is_single(prompt: object) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -48,7 +48,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 GraphName = Literal["target", "self_draft", "verify"]
-Variant = Literal["standard", "onnxruntime-cpu"]
+Variant = Literal["standard", "onnxruntime-cpu", "onnxruntime-cpu-batch"]
 
 
 class _Record(BaseModel):
@@ -119,9 +119,14 @@ class DrafterEntry(_Record):
 
 
 class RowNoise(_Record):
-    """Largest logit difference between a pass over one row and passes over ``rows`` rows, seen over ``positions``."""
+    """How far logits move with the number of rows of a pass, seen over ``positions`` of a text and ``rows``.
+
+    ``max_abs_logit_diff`` is the largest difference between a pass over one row and one over more;
+    ``without_single_rows`` that among passes over two rows and more, which is all that the exact setting runs.
+    """
 
     max_abs_logit_diff: Annotated[float, Field(ge=0)]
+    without_single_rows: Annotated[float, Field(ge=0)]
     rows: tuple[Positive, ...]
     positions: Positive
 
@@ -322,15 +327,15 @@ class BundleFiles:
         """Folder with tokenizer.json and its companions."""
         return self.root / TOKENIZER_DIR
 
-    def graph(self, name: str, prefer: str = "standard") -> GraphEntry:
-        """The graph ``name`` in the preferred variant, else the standard one; IncompatibleBundle if there is none."""
+    def graph(self, name: str, prefer: Sequence[Variant] = ()) -> GraphEntry:
+        """The graph ``name`` in the first variant of ``prefer`` there is, else the standard one.
+
+        Raises IncompatibleBundle if there is none.
+        """
         variants = {graph.variant: graph for graph in self.manifest.graphs if graph.name == name}
-        for variant, graph in variants.items():
-            if variant == prefer:
-                return graph
-        for variant, graph in variants.items():
-            if variant == "standard":
-                return graph
+        for variant in (*prefer, "standard"):
+            if variant in variants:
+                return variants[variant]
         have = ", ".join(sorted({graph.name for graph in self.manifest.graphs}))
         raise IncompatibleBundle(
             f"the bundle {self.root} has no graph {name!r} (it has {have}); build it again with that graph"

@@ -1,4 +1,4 @@
-"""Opening bundles: what is accepted, and every way a folder can be no bundle, a damaged one or one of another version."""
+"""Opening bundles: what is accepted, and every way a folder can be none, a damaged one or one of another version."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from dspark_runtime.bundle import BundleFiles, Manifest
 from dspark_runtime.errors import BundleError, DamagedBundle, IncompatibleBundle
 
@@ -77,7 +76,7 @@ def test_open_gives_manifest_and_paths(tmp_path: Path) -> None:
     bundle = BundleFiles.open(write_bundle(tmp_path / "bundle"))
     assert bundle.manifest.model.cache[1].key_dim == 4
     assert bundle.path("onnx/weights.data").read_bytes() == WEIGHTS
-    assert bundle.graph("target", prefer="onnxruntime-cpu").variant == "standard"
+    assert bundle.graph("target", prefer=["onnxruntime-cpu"]).variant == "standard"
     assert not bundle.has_graph("self_draft")
     with pytest.raises(IncompatibleBundle, match=r"self_draft.*it has target"):
         bundle.graph("self_draft")
@@ -90,7 +89,7 @@ def test_preferred_variant_wins(tmp_path: Path) -> None:
         manifest["graphs"].append(manifest["graphs"][0] | {"variant": "onnxruntime-cpu"})
 
     bundle = BundleFiles.open(write_bundle(tmp_path / "bundle", add_variant))
-    assert bundle.graph("target", prefer="onnxruntime-cpu").variant == "onnxruntime-cpu"
+    assert bundle.graph("target", prefer=["onnxruntime-cpu"]).variant == "onnxruntime-cpu"
     assert bundle.graph("target").variant == "standard"
 
 
