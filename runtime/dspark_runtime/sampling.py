@@ -90,7 +90,7 @@ def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def uniforms(seed: int, request: int, stream: int, positions: npt.ArrayLike) -> FloatArray:
     """float32 uniforms in [0, 1) of the given positions; ``seed`` and ``request`` are 64-bit numbers."""
     key = _mix(np.array([seed], np.uint64) + _GOLDEN)
-    key = _mix(key ^ np.array([request], np.uint64)) + np.uint64(stream) * _MIX1
+    key = _mix(key ^ np.array([request], np.uint64)) + np.array([stream], np.uint64) * _MIX1
     bits = _mix(_mix(key) + np.asarray(positions, np.uint64) * _GOLDEN)
     return ((bits >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
 

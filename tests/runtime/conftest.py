@@ -21,9 +21,6 @@ from tokenizers import Tokenizer
 
 from tests import tiny_models
 
-ALL_LAYERS = (0, 1, 2, 3)
-FEW_LAYERS = (0, 3)
-
 
 @dataclass
 class Tiny:
@@ -79,21 +76,24 @@ class Tiny:
 
 def export_tiny(arch: str, directory: Path) -> Tiny:
     """Export target and two self-draft graphs of a tiny model and load them."""
+    from dspark_export.graphs.decoder import DecoderTrace
     from dspark_export.graphs.save import save_graphs
     from dspark_export.graphs.self_draft import export_self_draft
     from dspark_export.graphs.target import export_target
     from dspark_export.tracing.geometry import probe
 
     config, model = tiny_models.make(arch)
+    cache = tuple(probe(config))
+    every, few = tuple(range(len(cache))), (0, len(cache) - 1)
+    trace = DecoderTrace.of(model)
     graphs = {
-        "target": export_target(model),
-        "self_all": export_self_draft(model, ALL_LAYERS),
-        "self_few": export_self_draft(model, FEW_LAYERS),
+        "target": export_target(trace),
+        "self_all": export_self_draft(trace, every),
+        "self_few": export_self_draft(trace, few),
     }
     save_graphs(graphs, directory)
-    cache = tuple(probe(config))
     options = EngineOptions(threads=1)
-    layers = {"target": None, "self_all": ALL_LAYERS, "self_few": FEW_LAYERS}
+    layers = {"target": None, "self_all": every, "self_few": few}
     engines = {
         name: OrtEngine(directory / f"{name}.onnx", name=name, cache=cache, layers=layers[name], options=options)
         for name in graphs
