@@ -8,7 +8,7 @@ indices and other small constants stay inside them, because ONNX Runtime must kn
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,7 @@ import torch
 
 ALIGNMENT = 4096
 INLINE_BYTES = 1024
+PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,20 @@ class WeightFile:
         )
 
     def _write(self, tensor: ir.TensorProtocol) -> _Place:
-        data = _bytes_of(tensor)
-        content = (tensor.dtype.name, tuple(int(d) for d in tensor.shape), hashlib.blake2b(data).digest())
-        if content not in self._by_content:
-            offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
-            self._file.seek(offset)
-            self._file.write(data)
-            self._by_content[content] = _Place(offset, data.nbytes)
-        return self._by_content[content]
+        """Append ``tensor``; if its bytes turn out to be in the file already, take it back and use those."""
+        end = self._file.tell()
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        self._file.seek(offset)
+        digest, length = hashlib.blake2b(), 0
+        for part in _bytes_of(tensor):
+            digest.update(part)
+            self._file.write(part)
+            length += part.nbytes
+        content = (tensor.dtype.name, tuple(int(d) for d in tensor.shape), digest.digest())
+        if content in self._by_content:
+            self._file.seek(end)
+            self._file.truncate()
+        return self._by_content.setdefault(content, _Place(offset, length))
 
 
 def save_graphs(graphs: Mapping[str, ir.Model], directory: Path, data_file: str = "weights.data") -> dict[str, Path]:
@@ -101,9 +108,13 @@ def _identity(tensor: ir.TensorProtocol) -> object:
     return id(tensor)
 
 
-def _bytes_of(tensor: ir.TensorProtocol) -> memoryview:
-    """The little-endian bytes of ``tensor``, without a copy where its memory already is in that order."""
+def _bytes_of(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
+    """The little-endian bytes of ``tensor`` in order. A transposed weight is turned around piece by piece."""
     raw = getattr(tensor, "raw", None)
-    if isinstance(raw, torch.Tensor):
-        return memoryview(raw.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return memoryview(tensor.tobytes())
+    if not isinstance(raw, torch.Tensor):
+        yield memoryview(tensor.tobytes())
+        return
+    raw = raw.detach()
+    row_bytes = raw[0].numel() * raw.element_size() if raw.dim() else raw.element_size()
+    for part in raw.split(max(1, PIECE_BYTES // max(1, row_bytes))) if raw.dim() else (raw,):
+        yield memoryview(part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
