@@ -71,7 +71,8 @@ class Bundle:
         self.codec = TextCodec(files.tokenizer_dir)
         positions = self.manifest.model.max_positions
         self.limits = Limits(self.manifest.model.vocab_size, min(positions, capacity or positions))
-        self.schedule = Schedule(self._costs())
+        self._min_rows = 2 if exact else 1  # a row alone goes through other kernels than the same row among others
+        self.schedule = Schedule(self._costs(), min_rows=self._min_rows)
 
     @classmethod
     def open(
@@ -183,7 +184,7 @@ class Bundle:
         _check_range("batch_size", batch_size, 1, 1024)
         batched = min(len(requests), batch_size) > 1
         drafters = self._drafters(speculate, batched)
-        schedule = self.schedule if draft_length is None else Schedule(self.schedule.costs, fixed=draft_length)
+        schedule = self.schedule if draft_length is None else Schedule(self.schedule.costs, draft_length, self._min_rows)
         result = Stream(self._loops(requests, self.engine("target", batched), drafters, schedule, batch_size))
         if stream:
             return result
@@ -203,8 +204,7 @@ class Bundle:
         schedule: Schedule,
         batch_size: int,
     ) -> Iterator[DecodingLoop]:
-        # A row of one sequence alone may go through other kernels than the same row among others.
-        options = LoopOptions(min_rows=2 if self.exact else 1)
+        options = LoopOptions(min_rows=self._min_rows)
         for start in range(0, len(requests), batch_size):
             part = requests[start : start + batch_size]
             yield DecodingLoop(target, schedule, drafters, part, self.codec.tokenizer, options)

@@ -101,19 +101,25 @@ class Schedule:
     """Chooses the rows of each pass and keeps the ledger. One per opened bundle; it learns over all requests.
 
     ``fixed``: verify that many drafts whatever they promise (for tests and measurements), None to choose.
+    ``min_rows``: rows every sequence has in every pass, so that the first drafts may cost nothing.
     """
 
-    def __init__(self, costs: PassCosts, fixed: int | None = None) -> None:
+    def __init__(self, costs: PassCosts, fixed: int | None = None, min_rows: int = 1) -> None:
         self.costs = costs
+        self.min_rows = min_rows
         self.acceptance = Acceptance()
         self.fixed = fixed
         self._lost_ms = 0.0
         self._all_ms = 0.0
 
+    def round_ms(self, batch: int, rows: int = 1) -> float:
+        """Expected milliseconds of a round in which each of ``batch`` sequences has ``rows`` rows; 1 is plain."""
+        return self.costs.ms(batch * max(rows, self.min_rows)) + HOST_MS
+
     @property
     def throttled(self) -> bool:
         """Whether speculation has lost more than it may."""
-        return self._lost_ms > ALLOWANCE * self._all_ms + self.costs.ms(1)
+        return self._lost_ms > ALLOWANCE * self._all_ms + self.round_ms(1)
 
     def choose(self, proposals: Sequence[Proposal], batch: int) -> list[TokenTree]:
         """The tree to verify for each sequence: the best part of its proposal, or only its anchor."""
@@ -129,10 +135,10 @@ class Schedule:
 
     def _best_rows(self, values: Sequence[Sequence[float]], longest: int, batch: int) -> int:
         gain = float(batch)
-        best, best_rows = gain / (self.costs.ms(batch) + HOST_MS) * MARGIN, 0
+        best, best_rows = gain / self.round_ms(batch) * MARGIN, 0
         for rows in range(1, longest + 1):
             gain += sum(v[rows - 1] for v in values if rows <= len(v))
-            speed = gain / (self.costs.ms(batch * (rows + 1)) + HOST_MS)
+            speed = gain / self.round_ms(batch, rows + 1)
             if speed > best:
                 best, best_rows = speed, rows
         return best_rows
@@ -163,13 +169,13 @@ class Schedule:
             return 0
         _, values = self._ranked(proposal)
         rows = self._best_rows([values], len(values), batch) if values else 0
-        speed = (1.0 + sum(values[:rows])) / (self.costs.ms(batch * (rows + 1)) + HOST_MS)
+        speed = (1.0 + sum(values[:rows])) / self.round_ms(batch, rows + 1)
         rate = self.acceptance.rate(drafter, _ANY, request)
         best, best_length, gain, reach = speed * MARGIN, 0, 1.0, 1.0
         for length in range(1, limit + 1):
             reach *= rate
             gain += reach
-            own = gain / (self.costs.ms(batch * (length + 1)) + length * drafter.pass_ms + HOST_MS)
+            own = gain / (self.round_ms(batch, length + 1) + length * drafter.pass_ms)
             if own > best:
                 best, best_length = own, length
         return best_length
@@ -179,7 +185,7 @@ class Schedule:
         if self.fixed is not None:
             return 0.0
         row_ms = (self.costs.ms(4 * batch) - self.costs.ms(2 * batch)) / 2
-        return min((drafter.pass_ms + row_ms) / (self.costs.ms(batch) + HOST_MS), 1.0)
+        return min((drafter.pass_ms + row_ms) / self.round_ms(batch), 1.0)
 
     def observe(self, batch: int, rows: int, emitted: int, pass_ms: float, round_ms: float) -> None:
         """Account for one round.
@@ -194,9 +200,9 @@ class Schedule:
         expected = self.costs.ms(batch * rows)
         self.costs.observe(batch * rows, pass_ms)
         self._all_ms += round_ms
-        if rows > 1:
+        if rows > self.min_rows:
             spent = min(round_ms, (round_ms - pass_ms) + 1.5 * expected)  # a hiccup is not the drafter's fault
-            plain = emitted / batch * (self.costs.ms(batch) + HOST_MS)
+            plain = emitted / batch * self.round_ms(batch)
             # Gains are remembered up to a point: they must not pay for a long stretch of losses.
             self._lost_ms = max(self._lost_ms + spent - plain, -5.0 * plain)
 
