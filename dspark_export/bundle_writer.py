@@ -138,17 +138,19 @@ class BundleWriter:
 
     def _put_in_place(self) -> None:
         self._check_free()
-        replacing = self.out.is_dir() and any(self.out.iterdir())
-        if replacing:
-            os.rename(self.out, self._replaced)
         try:
+            if self.out.is_dir() and any(self.out.iterdir()):
+                os.rename(self.out, self._replaced)
             os.rename(self.dir, self.out)
         except BaseException:
-            if replacing:
-                os.rename(self._replaced, self.out)
+            self._restore_replaced()
             raise
         _fsync(self.out.parent)
         shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _restore_replaced(self) -> None:
+        if self._replaced.is_dir() and not os.path.lexists(self.out):
+            os.rename(self._replaced, self.out)
 
     def _check_free(self) -> None:
         if not os.path.lexists(self.out):
@@ -164,11 +166,9 @@ class BundleWriter:
 
     def _remove_leftovers(self) -> None:
         """Needs the lock. A build killed between the two renames of an overwrite leaves the old bundle set aside."""
+        self._restore_replaced()
         if self._replaced.is_dir():
-            if os.path.lexists(self.out):
-                shutil.rmtree(self._replaced)
-            else:
-                os.rename(self._replaced, self.out)
+            shutil.rmtree(self._replaced)
         prefix = f".{self.out.name}.partial-"
         for entry in self.out.parent.iterdir():
             if entry.name.startswith(prefix) and entry.name[len(prefix) :].isdigit():

@@ -1,0 +1,127 @@
+"""Runs one build per fault, each in a forked child, so that the libraries are imported only once.
+
+``python -m tests.export.fault_driver MODEL FOLDER`` writes one JSON line per fault: its name, how the child ended, and
+what was left in the child's folder. The child does to itself, when the wanted stage begins, what the fault is.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from dspark_runtime.errors import DsparkError
+
+from dspark_export.build import Stage, build
+from dspark_export.build_options import BuildOptions
+
+STAGES: tuple[Stage, ...] = (
+    "check",
+    "load",
+    "self-draft",
+    "trace",
+    "optimize",
+    "save",
+    "tokenizer",
+    "measure",
+    "commit",
+)
+NOBODY = 65534
+
+
+def at(stage: Stage, action: Callable[[], None]) -> Callable[[Stage], None]:
+    """A listener that acts when ``stage`` begins."""
+    return lambda now: action() if now == stage else None
+
+
+def kill() -> None:
+    """What the kernel does to a process out of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt() -> None:
+    """Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def small_files() -> None:
+    """No file may grow beyond 30 kB from now on: writing the weights fails half-way."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def full_disk() -> None:
+    """Every write by Python fails from now on as on a full disk."""
+    import builtins
+
+    original = builtins.open
+
+    def failing(file: object, mode: str = "r", *args: object, **kwargs: object) -> object:
+        if isinstance(file, str | os.PathLike) and any(letter in mode for letter in "wax+"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return original(file, mode, *args, **kwargs)  # type: ignore[call-overload]
+
+    builtins.open = failing  # type: ignore[assignment]
+    Path.open = lambda self, mode="r", *a, **k: failing(self, mode, *a, **k)  # type: ignore[method-assign,assignment]
+
+
+def run(model: str, out: Path, listener: Callable[[Stage], None], user: int | None) -> int:
+    """Build in a forked child; its exit code, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if user is not None:
+                os.setuid(user)
+            build(BuildOptions(model=model, out=out, self_draft="none", threads=1), listener)
+            code = 0
+        except DsparkError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            code = error.exit_code
+        except KeyboardInterrupt:
+            code = 130
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main(model: str, folder: Path) -> None:
+    """All faults, then one undisturbed build into each folder that a killed build left dirty."""
+    import dspark_export.graphs.target  # so that the children need not import it
+
+    def report(name: str, code: int, out: Path) -> None:
+        left = sorted(path.name for path in out.parent.iterdir())
+        complete = (out / "manifest.json").exists()
+        print(json.dumps({"fault": name, "code": code, "left": left, "complete": complete}), flush=True)
+
+    def fault(name: str, listener: Callable[[Stage], None], user: int | None = None, mode: int = 0o755) -> Path:
+        out = folder / name / "bundle"
+        out.parent.mkdir(mode=mode)
+        report(name, run(model, out, listener, user), out)
+        return out
+
+    for stage in STAGES:
+        out = fault(f"kill-{stage}", at(stage, kill))
+        report(f"rerun-{stage}", run(f"{model}-missing", out, lambda stage: None, None), out)
+        fault(f"interrupt-{stage}", at(stage, interrupt))
+    fault("small-files", at("save", small_files))
+    fault("full-disk-save", at("save", full_disk))
+    fault("full-disk-tokenizer", at("tokenizer", full_disk))
+    fault("full-disk-commit", at("commit", full_disk))
+    if os.geteuid() == 0:
+        fault("read-only", lambda stage: None, user=NOBODY)
+    else:
+        fault("read-only", lambda stage: None, mode=0o555)
+    report("undisturbed", run(model, folder / "kill-save" / "bundle", lambda stage: None, None), out)
+    del dspark_export
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
