@@ -21,8 +21,10 @@ MEASURED_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 class PassCosts:
     """Milliseconds of a target pass by its rows (of all sequences together).
 
-    ``known`` are measurements ``{rows: ms}`` to start from. Observed passes correct two things: the overall scale
-    quickly (another machine, a longer context, a throttled processor), the shape over rows slowly.
+    ``known`` are measurements ``{rows: ms}`` to start from. Observed passes correct two things. A plain pass sets
+    the scale (another machine, a longer context, a throttled processor). A speculative one corrects the shape at its
+    rows and, less, around them; its part in the scale is small, so that the cost of plain decoding cannot drift away
+    while all passes are speculative.
     """
 
     def __init__(self, known: Mapping[int, float] | None = None, most_rows: int = 128) -> None:
@@ -37,7 +39,8 @@ class PassCosts:
         self._rows = np.arange(1, most_rows + 1, dtype=np.float64)
         self._shape = np.interp(self._rows, rows, [points[r] for r in rows])
         self._scale = 1.0
-        self._seen = 0
+        self._anchor = 1  # rows of the last plain pass: up to there the shape stays as it is
+        self._seen: dict[int, int] = {}
         self._near: dict[int, npt.NDArray[np.float64]] = {}
         self._ms: list[float] = self._shape.tolist()
 
@@ -46,19 +49,30 @@ class PassCosts:
         known = len(self._ms)
         return self._ms[rows - 1] if rows <= known else self._ms[-1] * rows / known
 
-    def observe(self, rows: int, ms: float) -> None:
+    def observe(self, rows: int, ms: float, plain: bool) -> None:
         """Learn from one pass. Single outliers (a hiccup of the machine) count as at most twice the expected time."""
         if rows > len(self._ms) or ms <= 0:
             return
-        new = self._seen < 4  # nothing is known about this machine yet: believe any factor
-        ratio = min(max(ms / self._ms[rows - 1], 0.01 if new else 0.5), 100.0 if new else 2.0)
-        self._seen += 1
-        self._scale *= ratio ** max(0.1, 1.0 / self._seen)
-        near = self._near.get(rows)
-        if near is None:  # row counts near the observed one share what it taught
-            near = self._near[rows] = 0.05 / (1.0 + np.abs(self._rows - rows) * (4.0 / rows))
-        self._shape *= np.exp(near * math.log(ratio))
+        seen = self._seen.get(rows, 0)
+        bound = 100.0 if seen < 2 else 2.0  # little is known yet: believe any factor
+        ratio = min(max(ms / self._ms[rows - 1], 1.0 / bound), bound)
+        self._seen[rows] = seen + 1
+        step = max(0.1, 1.0 / (seen + 1))
+        if plain:
+            self._scale *= ratio**step
+            self._anchor = rows
+        else:
+            self._scale *= ratio**0.01
+            change = np.exp(self._nearness(rows) * (step * math.log(ratio)))
+            self._shape[self._anchor :] *= change[self._anchor :]
         self._ms = (self._shape * self._scale).tolist()
+
+    def _nearness(self, rows: int) -> npt.NDArray[np.float64]:
+        """How far an observation of ``rows`` rows teaches about other numbers: 1 at itself, falling to both sides."""
+        near = self._near.get(rows)
+        if near is None:
+            near = self._near[rows] = 1.0 / (1.0 + np.abs(self._rows - rows) * (4.0 / rows))
+        return near
 
 
 def measure_pass_ms(

@@ -5,7 +5,8 @@ product of the acceptance of the classes on its path. Rows are taken by falling 
 ``(1 + sum of s) / cost`` grows: this is the scheduler of DSpark (paper, algorithm 1) for one pass, with trees. Where no
 proposal beats plain decoding by the margin, the pass is a plain one.
 
-Estimates can be wrong, so a ledger bounds what that may cost: it adds up the time speculative rounds took beyond what
+A plain pass runs now and then even where speculation pays, so that what it saves stays measured. Estimates can still be
+wrong, so a ledger bounds what that may cost: it adds up the time speculative rounds took beyond what
 plain decoding would have taken for the same tokens. While it stands above 1.5% of all decode time, rounds are plain.
 Proposals are compared with the emitted text also when they were not verified, so a drafter that starts to be right is
 noticed without paying for a try.
@@ -28,6 +29,7 @@ MARGIN = 1.02  # a proposal must promise this much more speed than plain decodin
 ALLOWANCE = 0.015  # share of decode time that wrong estimates may cost
 HOST_MS = 0.1  # host time of a round, whatever its rows
 
+PLAIN_EVERY = 64  # at least one round in so many is plain
 _ANY: Hashable = "any"
 
 
@@ -111,6 +113,7 @@ class Schedule:
         self.fixed = fixed
         self._lost_ms = 0.0
         self._all_ms = 0.0
+        self._since_plain: dict[int, int] = {}  # speculative rounds since the last plain one, by batch
 
     def round_ms(self, batch: int, rows: int = 1) -> float:
         """Expected milliseconds of a round in which each of ``batch`` sequences has ``rows`` rows; 1 is plain."""
@@ -127,11 +130,14 @@ class Schedule:
         longest = max(len(order) for order, _ in ranked)
         if self.fixed is not None:
             rows = min(longest, self.fixed)
-        elif longest == 0 or self.throttled:
+        elif longest == 0 or self.throttled or self._plain_due(batch):
             rows = 0
         else:
             rows = self._best_rows([values for _, values in ranked], longest, batch)
         return [_cut(proposal, order[:rows]) for proposal, (order, _) in zip(proposals, ranked, strict=True)]
+
+    def _plain_due(self, batch: int) -> bool:
+        return self._since_plain.get(batch, PLAIN_EVERY) >= PLAIN_EVERY
 
     def _best_rows(self, values: Sequence[Sequence[float]], longest: int, batch: int) -> int:
         gain = float(batch)
@@ -165,7 +171,7 @@ class Schedule:
         """
         if self.fixed is not None:
             return min(limit, self.fixed)
-        if self.throttled:
+        if self.throttled or self._plain_due(batch):
             return 0
         _, values = self._ranked(proposal)
         rows = self._best_rows([values], len(values), batch) if values else 0
@@ -198,13 +204,17 @@ class Schedule:
             round_ms: time of the whole round, drafting included.
         """
         expected = self.costs.ms(batch * rows)
-        self.costs.observe(batch * rows, pass_ms)
+        is_plain = rows <= self.min_rows
+        self.costs.observe(batch * rows, pass_ms, is_plain)
         self._all_ms += round_ms
-        if rows > self.min_rows:
-            spent = min(round_ms, (round_ms - pass_ms) + 1.5 * expected)  # a hiccup is not the drafter's fault
-            plain = emitted / batch * self.round_ms(batch)
-            # Gains are remembered up to a point: they must not pay for a long stretch of losses.
-            self._lost_ms = max(self._lost_ms + spent - plain, -5.0 * plain)
+        if is_plain:
+            self._since_plain[batch] = 0
+            return
+        self._since_plain[batch] = self._since_plain.get(batch, PLAIN_EVERY) + 1
+        spent = min(round_ms, (round_ms - pass_ms) + 2 * expected)  # a hiccup is not the drafter's fault
+        plain = emitted / batch * self.round_ms(batch)
+        # Gains are remembered up to a point: they must not pay for a long stretch of losses.
+        self._lost_ms = max(self._lost_ms + spent - plain, -5.0 * plain)
 
 
 def _cut(proposal: Proposal, rows: Sequence[int]) -> TokenTree:
