@@ -15,9 +15,11 @@ from dspark_runtime.errors import ExportError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dspark_export.tracing.example import example_inputs
+from dspark_export.tracing.experts import TRACE_DOMAIN
 from dspark_export.tracing.geometry import probe, skeleton
-from dspark_export.tracing.operators import LAYER_NUMBER, LAYER_OUTPUT, MARKER_DOMAIN
+from dspark_export.tracing.operators import LAYER_NUMBER, LAYER_OUTPUT
 from dspark_export.tracing.seams import CacheSeam, Pass, pairs, seamed
+from dspark_export.tracing.tidy import remove_unreachable_nodes
 from dspark_export.tracing.to_onnx import dynamic_shapes, match_contract, trace
 
 EMBEDDING = -1
@@ -56,9 +58,10 @@ class DecoderTrace:
         outputs = _rewire(model.graph, frozenset(layers))
         if taps:
             _add_taps(model.graph, [outputs[n] for n in taps])
-        _keep(model.graph.outputs, [spec.name for spec in contract.outputs])
-        common.RemoveUnusedNodesPass()(model)
-        _keep(model.graph.inputs, [spec.name for spec in contract.inputs])
+        wanted = {spec.name for spec in contract.outputs}
+        model.graph.outputs[:] = [value for value in model.graph.outputs if value.name in wanted]
+        remove_unreachable_nodes(model.graph)
+        _keep_inputs(model.graph.inputs, [spec.name for spec in contract.inputs])
         ir.passes.Sequential(common.RemoveUnusedOpsetsPass(), common.NameFixPass())(model)
         match_contract(model, contract)
         return model
@@ -131,7 +134,7 @@ def _rewire(graph: ir.Graph, layers: frozenset[int]) -> dict[int, ir.Value]:
     markers = {
         node.attributes[LAYER_NUMBER].as_int(): node
         for node in graph
-        if (node.domain, node.op_type) == (MARKER_DOMAIN, LAYER_OUTPUT)
+        if (node.domain, node.op_type) == (TRACE_DOMAIN, LAYER_OUTPUT)
     }
     outputs: dict[int, ir.Value] = {}
     for number in sorted(markers):
@@ -151,5 +154,8 @@ def _add_taps(graph: ir.Graph, tapped: list[ir.Value]) -> None:
     graph.outputs.insert(1, node.outputs[0])
 
 
-def _keep(values: list[ir.Value], names: list[str]) -> None:
+def _keep_inputs(values: list[ir.Value], names: list[str]) -> None:
+    for value in values:
+        if value.name not in names and value.uses():
+            raise ExportError(f"the graph still reads {value.name}, which its contract does not have")
     values[:] = [value for value in values if value.name in names]

@@ -8,7 +8,8 @@ PyTorch and is the numerical reference of its own graph.
 | ``dspark::attention`` | ``Attention`` with a bool mask, grouped heads, optional softcap |
 | ``dspark::tensor_scatter`` | ``TensorScatter`` on axis 2, linear |
 | ``dspark::cache_view`` | ``Shape`` of the mask, ``Slice`` of the cache to its last dimension |
-| ``dspark::layer_output`` | a marker node in domain ``dspark.trace``, gone once graphs are cut from the trace |
+| ``dspark::grouped_linear`` | a ``Loop`` over the chosen experts, see ``experts.py`` |
+| ``dspark::layer_output`` | a marker node gone once graphs are cut from the trace |
 """
 
 from __future__ import annotations
@@ -21,22 +22,34 @@ import torch
 from dspark_runtime.contract import OPSET
 from onnxscript.values import Op, Opset
 
-MARKER_DOMAIN, LAYER_OUTPUT, LAYER_NUMBER = "dspark.trace", "LayerOutput", "layer"
+from dspark_export.tracing.experts import TRACE_DOMAIN, grouped_linear_body
+
+LAYER_OUTPUT, LAYER_NUMBER = "LayerOutput", "layer"
 
 _onnx = Opset("", OPSET)
-_marker = Op(
-    Opset(MARKER_DOMAIN, 1),
-    LAYER_OUTPUT,
-    onnx.defs.OpSchema(
-        LAYER_OUTPUT,
-        MARKER_DOMAIN,
-        1,
-        inputs=[onnx.defs.OpSchema.FormalParameter("hidden", "T")],
-        outputs=[onnx.defs.OpSchema.FormalParameter("same", "T")],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "hidden state")],
-        attributes=[onnx.defs.OpSchema.Attribute(LAYER_NUMBER, onnx.defs.OpSchema.AttrType.INT)],
-    ),
-)
+
+
+def _internal(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...] = ()) -> Op:
+    """An operator that exists between translation and the end of tracing only; integers are its only attributes."""
+    schema = onnx.defs.OpSchema
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    return Op(
+        Opset(TRACE_DOMAIN, 1),
+        name,
+        schema(
+            name,
+            TRACE_DOMAIN,
+            1,
+            inputs=[schema.FormalParameter(given, "tensor(int64)" if given == "expert" else "T") for given in inputs],
+            outputs=[schema.FormalParameter("out", "T")],
+            type_constraints=[("T", floats, "the model's type")],
+            attributes=[schema.Attribute(given, schema.AttrType.INT) for given in attributes],
+        ),
+    )
+
+
+_layer_output = _internal(LAYER_OUTPUT, ("hidden",), (LAYER_NUMBER,))
+_grouped_linear = _internal("grouped_linear_body", ("rows", "weight", "expert"))
 
 
 @torch.library.custom_op("dspark::attention", mutates_args=())
@@ -128,7 +141,7 @@ def _onnx_cache_view(present: Any, mask: Any) -> Any:
 
 
 def _onnx_layer_output(hidden: Any, layer: int) -> Any:
-    return _marker(hidden, layer=layer)
+    return _layer_output(hidden, layer=layer)
 
 
 TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -136,4 +149,8 @@ TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.dspark.tensor_scatter.default: _onnx_tensor_scatter,
     torch.ops.dspark.cache_view.default: _onnx_cache_view,
     torch.ops.dspark.layer_output.default: _onnx_layer_output,
+    torch.ops.dspark.grouped_linear.default: lambda rows, weight, expert: _grouped_linear(rows, weight, expert),
 }
+
+FUNCTIONS = (grouped_linear_body,)
+"""Bodies of internal operators that are more than one standard operator; inlined when tracing is done."""

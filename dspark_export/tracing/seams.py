@@ -1,5 +1,5 @@
-"""Seams in transformers: attention, masks and cache, each replaced by a form that a graph with a static-shaped,
-in-place cache can express. Nothing here knows a model type; the model decides which layer uses which seam how.
+"""Seams in transformers: attention, masks, cache and experts, each replaced by a form that a graph with an in-place
+cache can express. Nothing here knows a model type; the model decides which layer uses which seam how.
 
 One pass is described by a :class:`Pass`. The mask seam reads it from a context variable, because transformers hands
 a mask function neither the caller's mask nor its cache.
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from dspark_runtime.errors import UnsupportedArchitecture
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
 
 from dspark_export.tracing import operators  # noqa: F401  (defines torch.ops.dspark)
+from dspark_export.tracing.experts import experts_seam
 from dspark_export.tracing.rotary import real_rotary
 
 SEAM = "dspark"
@@ -144,6 +146,7 @@ def install() -> None:
     """Register the seams with transformers under the name ``dspark`` (once per process)."""
     AttentionInterface.register(SEAM, _attention_seam)
     AttentionMaskInterface.register(SEAM, _mask_seam)
+    ExpertsInterface.register(SEAM, experts_seam)
 
 
 @contextmanager
@@ -154,7 +157,7 @@ def seamed(model: PreTrainedModel) -> Iterator[None]:
     has_experts = model._can_set_experts_implementation()
     model.set_attn_implementation(SEAM)
     if has_experts:
-        model.set_experts_implementation("batched_mm")
+        model.set_experts_implementation(SEAM)
     try:
         with real_rotary(model):
             yield

@@ -9,6 +9,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
+from dspark_runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS
 from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import optimizer
 
@@ -33,6 +34,7 @@ def tidy(model: ir.Model) -> None:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     )(model)
     share_equal_constants(model, weights)
+    read_sizes_from_fixed_inputs(model)
     ir.passes.Sequential(
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -41,6 +43,75 @@ def tidy(model: ir.Model) -> None:
         common.NameFixPass(),
     )(model)
     keep_only_module_paths(model)
+
+
+_SIZE_SOURCES = {
+    "batch": (INPUT_IDS, 0),
+    "tokens": (INPUT_IDS, 1),
+    "kv_len": (ATTENTION_MASK, 3),
+    "rows": (LOGIT_ROWS, 1),
+}
+
+
+def read_sizes_from_fixed_inputs(model: ir.Model) -> None:
+    """Sizes are read from the inputs every graph has. The tracer takes them from any input, a cache tensor as well,
+    and that would keep a layer's cache alive in a graph that does not run the layer.
+    """
+    inputs = {value.name: value for value in model.graph.inputs}
+    for node in model.graph:
+        value = node.inputs[0] if node.op_type == "Shape" and not node.domain else None
+        if value is None or value.shape is None or value is not inputs.get(value.name):
+            continue
+        start = node.attributes.get_int("start", 0)
+        end = node.attributes.get_int("end", len(value.shape))
+        dim = value.shape[start]
+        source = _SIZE_SOURCES.get(str(dim.value)) if isinstance(dim, ir.SymbolicDim) else None
+        if end != start + 1 or source is None:
+            continue
+        name, axis = source
+        node.replace_input_with(0, inputs[name])
+        node.attributes["start"], node.attributes["end"] = ir.AttrInt64("start", axis), ir.AttrInt64("end", axis + 1)
+
+
+def remove_unreachable_nodes(graph: ir.Graph) -> None:
+    """Remove every node no graph output depends on, those that hold subgraphs included."""
+    live: set[ir.Node] = set()
+    pending = [value.producer() for value in graph.outputs]
+    while pending:
+        node = pending.pop()
+        if node is None or node in live:
+            continue
+        live.add(node)
+        pending += [value.producer() for value in _read_by(node)]
+    dead = [node for node in graph if node not in live]
+    for node in dead:
+        for inner in _with_inner_nodes(node):
+            for index in range(len(inner.inputs)):
+                inner.replace_input_with(index, None)
+    graph.remove(dead, safe=True)
+    used = {value for node in live for value in _read_by(node)} | set(graph.outputs)
+    for name, value in list(graph.initializers.items()):
+        if value not in used:
+            del graph.initializers[name]
+
+
+def _with_inner_nodes(node: ir.Node) -> list[ir.Node]:
+    inner = [
+        nested
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH
+        for nested in ir.traversal.RecursiveGraphIterator(attribute.as_graph())
+    ]
+    return [node, *inner]
+
+
+def _read_by(node: ir.Node) -> list[ir.Value]:
+    """Values ``node`` reads, its subgraphs' readings from outside included (and harmless inner ones)."""
+    read = [value for reader in _with_inner_nodes(node) for value in reader.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            read += list(attribute.as_graph().outputs)
+    return read
 
 
 def keep_only_module_paths(model: ir.Model) -> None:

@@ -10,7 +10,7 @@ import torch
 from dspark_runtime.contract import OPSET, GraphContract
 from dspark_runtime.errors import ExportError
 
-from dspark_export.tracing.operators import TRANSLATION
+from dspark_export.tracing.operators import FUNCTIONS, TRANSLATION
 from dspark_export.tracing.tidy import tidy
 
 _MAX_DIM = 1 << 24
@@ -46,8 +46,9 @@ def trace(module: torch.nn.Module, contract: GraphContract, example: Sequence[to
     assert program is not None
     model = program.model
     _name_weights(model)
-    tidy(model)
+    _define_functions(model)
     match_contract(model, contract)
+    tidy(model)
     return model
 
 
@@ -68,6 +69,13 @@ def _root_cause(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def _define_functions(model: ir.Model) -> None:
+    """Give the internal operators that need one a body, for ``tidy`` to inline."""
+    for script in FUNCTIONS:
+        function = ir.serde.deserialize_function(script.to_function_proto())
+        model.functions[function.identifier()] = function
 
 
 def _name_weights(model: ir.Model) -> None:

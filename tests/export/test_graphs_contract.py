@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections import Counter
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -120,3 +123,31 @@ def test_cache_geometry_is_what_the_model_really_keeps(
     found = probe(tiny_models.config(arch))
     assert len(found) == tiny_models.LAYERS
     assert {(layer.kv_heads, layer.key_dim, layer.value_dim, layer.window) for layer in found} == geometry
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "gemma3_text"])
+@pytest.mark.parametrize("layers", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_a_self_draft_reads_nothing_of_the_layers_it_leaves_out(arch: str, layers: tuple[int, ...]) -> None:
+    """ONNX Runtime opens it, so nothing hangs in the air; sizes are not read from another layer's cache."""
+    graph = export_self_draft(shared_trace(arch), layers)
+    proto = ir.to_proto(graph)
+    onnx.checker.check_model(proto, full_check=True)
+    for name in graph.graph.initializers:
+        numbers = {int(n) for n in re.findall(r"\blayers\.(\d+)\.", name)}
+        assert numbers <= set(layers)
+
+
+@functools.cache
+def shared_trace(arch: str) -> DecoderTrace:
+    return DecoderTrace(tiny_models.make(arch)[1])
+
+
+def test_an_expert_is_read_once_however_many_rows_chose_it() -> None:
+    """The traced form of transformers would gather one copy of an expert's matrices for each row and choice."""
+    graph = export_target(shared_trace("mixtral")).graph
+    loops = [node for node in graph if node.op_type == "Loop"]
+    assert len(loops) == 2 * tiny_models.LAYERS
+    for name, value in graph.initializers.items():
+        if ".experts." in name:
+            readers = [user.node.op_type for user in value.uses()]
+            assert readers == ["Gather"]

@@ -16,7 +16,7 @@ from dspark_export.graphs.self_draft import export_self_draft
 from dspark_export.graphs.target import export_target
 from tests import tiny_models
 
-DRAFT_LAYERS = (0, 2)
+DRAFT_LAYERS = (1, 2)
 TAPS = (-1, 0, 2)
 
 
