@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+
 from dspark_runtime.backends.engine import Engine, EngineOptions
 from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.bundle import BundleFiles, RowNoise, StepCosts
 from dspark_runtime.costs import MEASURED_ROWS, measure_pass_ms
 from dspark_runtime.kv_cache import round_up
-from tokenizers import Tokenizer
 
 CONTEXT = 256
 NOISE_ROWS = (2, 3, 5, 8, 16)
@@ -28,8 +29,8 @@ _TEXT = """A bicycle stays upright while it moves because small corrections neve
 front wheel turns a little to the left as well, and the contact points of the wheels move back under the weight of the \
 rider. def mean(values): return sum(values) / len(values). At 15 kilometres per hour the wheels turn about twice a \
 second; at 30 they turn four times, and the same lean is corrected in half the time. A heavy load on the handlebar \
-makes this slower. Question: a train leaves at 9:40 and arrives at 11:05. How long is the journey? Answer: from 9:40 to \
-10:40 is one hour, and from 10:40 to 11:05 are 25 minutes, so it takes 1 hour and 25 minutes."""
+makes this slower. Question: a train leaves at 9:40 and arrives at 11:05. How long is the journey? Answer: from 9:40 \
+to 10:40 is one hour, and from 10:40 to 11:05 are 25 minutes, so it takes 1 hour and 25 minutes."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dspark_runtime.errors import ExportError
 from dspark_export.passes import match
 from dspark_runtime import contract
+from dspark_runtime.errors import ExportError
 
 DOMAIN = "com.microsoft"
 MAX_TABLE_ROWS = 131072
@@ -68,7 +68,17 @@ class OrtCpuAttention(ir.passes.InPlacePass):
         cos, sin = tables if tables is not None else (None, None)
         node = ir.node(
             "GroupQueryAttention",
-            [*sources, cached_key.inputs[0], cached_value.inputs[0], seqlens, total, cos, sin, positions, self._bias(mask)],
+            [
+                *sources,
+                cached_key.inputs[0],
+                cached_value.inputs[0],
+                seqlens,
+                total,
+                cos,
+                sin,
+                positions,
+                self._bias(mask),
+            ],
             attributes={
                 "num_heads": heads,
                 "kv_num_heads": kv_heads,
@@ -94,7 +104,11 @@ class OrtCpuAttention(ir.passes.InPlacePass):
         """The kernel's output is already [batch, tokens, heads * width]: skip the transpose and reshape behind it."""
         transpose = match.only_consumer(attention.outputs[0], "Transpose")
         reshape = match.only_consumer(transpose.outputs[0], "Reshape") if transpose is not None else None
-        if reshape is not None and match.last_dim(reshape.outputs[0]) == heads * width and match.rank(reshape.outputs[0]) == 3:
+        if (
+            reshape is not None
+            and match.last_dim(reshape.outputs[0]) == heads * width
+            and match.rank(reshape.outputs[0]) == 3
+        ):
             match.replace_value(reshape.outputs[0], output)
             return
         shape = match.int64_constant(self._graph, [0, 0, heads, width])
@@ -103,9 +117,7 @@ class OrtCpuAttention(ir.passes.InPlacePass):
         match.insert_before(attention, [split, back])
         match.replace_value(attention.outputs[0], back.outputs[0])
 
-    def _rotary(
-        self, query: ir.Value, key: ir.Value
-    ) -> tuple[tuple[ir.Value, ir.Value] | None, ir.Value, ir.Value]:
+    def _rotary(self, query: ir.Value, key: ir.Value) -> tuple[tuple[ir.Value, ir.Value] | None, ir.Value, ir.Value]:
         """(cos and sin tables, query and key before rotation), or no tables and both as they are."""
         on_query, on_key = match.producer(query, "RotaryEmbedding"), match.producer(key, "RotaryEmbedding")
         if on_query is None or on_key is None or list(on_query.inputs[1:3]) != list(on_key.inputs[1:3]):
@@ -264,5 +276,7 @@ def _clone_subgraph(
             mapped[old] = new
         copies.append(copy)
     initializers = [v for k, v in mapped.items() if k in constants.values()]
-    graph = ir.Graph([feed], [mapped[output]], nodes=copies, initializers=initializers, opset_imports={"": contract.OPSET})
+    graph = ir.Graph(
+        [feed], [mapped[output]], nodes=copies, initializers=initializers, opset_imports={"": contract.OPSET}
+    )
     return ir.Model(graph, ir_version=11)

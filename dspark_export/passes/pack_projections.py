@@ -72,10 +72,10 @@ def _bias(node: ir.Node) -> ir.Node | None:
 
 def _joined(values: list[ir.Value], axis: int, name: str) -> ir.LazyTensor:
     tensors = [v.const_value for v in values]
-    shape = list(tensors[0].shape)
+    shape = [int(d) for d in tensors[0].shape]
     shape[axis] = sum(int(t.shape[axis]) for t in tensors)
 
-    def concatenate() -> ir.Tensor:
+    def concatenate() -> ir.Tensor[np.ndarray]:
         return ir.Tensor(np.concatenate([t.numpy() for t in tensors], axis=axis), dtype=tensors[0].dtype, name=name)
 
     return ir.LazyTensor(concatenate, dtype=tensors[0].dtype, shape=ir.Shape(shape), name=name)
@@ -111,4 +111,3 @@ def _pack(graph: ir.Graph, group: list[ir.Node], part: str, packed_name: str) ->
     match.insert_before(group[0], [*nodes, split])
     for old, new in zip(ends, split.outputs, strict=True):
         match.replace_value(old.outputs[0], new)
-

@@ -53,15 +53,13 @@ def apply_precision(model: ir.Model, settings: PrecisionSettings) -> PrecisionRe
     if settings.bits is None:
         return PrecisionReport()
     rewrite = QuantizeWeights(
-        BlockQuantization(
-            settings.bits, settings.block_size, settings.symmetric, settings.head, settings.embedding
-        )
+        BlockQuantization(settings.bits, settings.block_size, settings.symmetric, settings.head, settings.embedding)
     )
     rewrite(model)
     if not any(not name.endswith(".rows") for name in rewrite.quantized):
         raise ExportError(
-            f"precision {settings.weights} with block_size {settings.block_size} quantized no weight: the matrix products "
-            f"of this model have input widths that are no multiple of it; choose a smaller --block-size "
+            f"precision {settings.weights} with block_size {settings.block_size} quantized no weight: the matrix "
+            f"products of this model have input widths that are no multiple of it; choose a smaller --block-size "
             f"({', '.join(map(str, BLOCK_SIZES))}) or another --precision"
         )
     left = [

@@ -1,15 +1,16 @@
 """Weight-only block quantization in standard operators.
 
 Every large matrix product reads its weight through a blocked ``DequantizeLinear``: integers [in, out], one scale (and,
-asymmetric, one zero point) per ``block_size`` inputs of each output. ONNX Runtime fuses the pair into its own kernel when
-it loads the graph; TensorRT reads it as it stands. 4-bit blocks are made by ONNX Runtime's own quantizer, 8-bit blocks
-(which it does not write in this form) by the same rule with 8 bits: symmetric, scale = max |w| / 127.
+asymmetric, one zero point) per ``block_size`` inputs of each output. ONNX Runtime fuses the pair into its own kernel
+when it loads the graph; TensorRT reads it as it stands. 4-bit blocks are made by ONNX Runtime's own quantizer, 8-bit
+blocks (which it does not write in this form) by the same rule with 8 bits: symmetric, scale = max |w| / 127.
 
 The embedding table becomes 8-bit rows: gathered first and dequantized after, so that only the rows of a pass are read.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -81,8 +82,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
         blocks = _LazyBlocks(tensor, transposed, self.settings)
         name = f"{weight.name}.T" if transposed else weight.name
         parts = [
-            match.add_initializer(graph, f"{name}.{suffix}", part)
-            for suffix, part in blocks.tensors(str(name)).items()
+            match.add_initializer(graph, f"{name}.{suffix}", part) for suffix, part in blocks.tensors(str(name)).items()
         ]
         dequantize = ir.node(
             "DequantizeLinear",
@@ -148,7 +148,7 @@ class _LazyBlocks:
             kinds["weight_zero_point"] = ((groups, width), ir.DataType.UINT4)
         return {
             suffix: ir.LazyTensor(
-                lambda suffix=suffix: self._evaluate(suffix, f"{name}.{suffix}"),
+                functools.partial(self._evaluate, suffix, f"{name}.{suffix}"),
                 dtype=dtype,
                 shape=ir.Shape(shape),
                 name=f"{name}.{suffix}",
@@ -156,7 +156,7 @@ class _LazyBlocks:
             for suffix, (shape, dtype) in kinds.items()
         }
 
-    def _evaluate(self, suffix: str, name: str) -> ir.Tensor:
+    def _evaluate(self, suffix: str, name: str) -> ir.Tensor[np.ndarray]:
         array = self._tensor.numpy()
         weight = np.ascontiguousarray(array.T if self._transposed else array, dtype=np.float32)
         parts = quantize_blocks(weight, self._settings)
@@ -175,7 +175,7 @@ def _transposed_rows(tensor: ir.LazyTensor) -> ir.LazyTensor:
     """[blocks of width, rows] as [rows, blocks of width], still lazy."""
     shape = ir.Shape([int(tensor.shape[1]), int(tensor.shape[0])])
 
-    def evaluate() -> ir.Tensor:
+    def evaluate() -> ir.Tensor[np.ndarray]:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=tensor.name)
 
     return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=shape, name=tensor.name)

@@ -98,7 +98,9 @@ def test_the_variant_reads_the_cache_in_place(arch: str, rewritten: Callable[[st
         return
     assert variant["GroupQueryAttention"] == standard["Attention"] == LAYERS
     assert variant["TensorScatter"] == variant["Attention"] == variant["RotaryEmbedding"] == 0
-    tables = [n for n in made["variant"].graph if n.op_type == "GroupQueryAttention" and n.attributes["do_rotary"].as_int()]
+    tables = [
+        n for n in made["variant"].graph if n.op_type == "GroupQueryAttention" and n.attributes["do_rotary"].as_int()
+    ]
     assert len(tables) == standard["RotaryEmbedding"] // 2
 
 

@@ -119,7 +119,11 @@ def test_head_and_embedding_are_included_on_request(head: bool, embedding: bool,
     rewrite(graph)
     assert ("lm_head.weight" in rewrite.quantized) == head
     assert ("model.embed_tokens.weight.rows" in rewrite.quantized) == embedding
-    left = {n for n, v in graph.graph.initializers.items() if v.shape is not None and len(v.shape) == 2 and v.dtype == ir.DataType.FLOAT}
+    left = {
+        n
+        for n, v in graph.graph.initializers.items()
+        if v.shape is not None and len(v.shape) == 2 and v.dtype == ir.DataType.FLOAT
+    }
     assert ("lm_head.weight" in left) != head and ("model.embed_tokens.weight" in left) != embedding
 
 

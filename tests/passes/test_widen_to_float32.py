@@ -28,7 +28,11 @@ def test_variants_compute_in_float32_from_narrow_weights(arch: str, dtype: torch
     wanted = plain_logits(model.float(), prompt)
     for name, batch in (("onnxruntime-cpu", 1), ("onnxruntime-cpu-batch", 2)):
         graph = variants[name].graph
-        assert {v.dtype for v in (*graph.inputs, *graph.outputs)} <= {ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL}
+        assert {v.dtype for v in (*graph.inputs, *graph.outputs)} <= {
+            ir.DataType.FLOAT,
+            ir.DataType.INT64,
+            ir.DataType.BOOL,
+        }
         stored = graph.initializers["lm_head.weight"]
         assert stored.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
         for logits in GraphRunner(paths[name], batch=batch).step([Tree.chain(prompt)] * batch):
