@@ -73,7 +73,7 @@ def _bias(node: ir.Node) -> ir.Node | None:
 def _joined(values: list[ir.Value], axis: int, name: str) -> ir.LazyTensor:
     tensors = [v.const_value for v in values]
     shape = [int(d) for d in tensors[0].shape]
-    shape[axis] = sum(int(t.shape[axis]) for t in tensors)
+    shape[axis] = int(np.sum([t.shape[axis] for t in tensors]))
 
     def concatenate() -> ir.Tensor[np.ndarray]:
         return ir.Tensor(np.concatenate([t.numpy() for t in tensors], axis=axis), dtype=tensors[0].dtype, name=name)
