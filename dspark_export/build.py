@@ -6,16 +6,16 @@ output folder is claimed first, so that a folder that cannot be written is found
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dspark_runtime.bundle import GRAPH_DIR, TOKENIZER_DIR, BundleFiles, GraphEntry, Manifest, ModelFacts, Variant
-
 from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle_writer import BundleWriter
+from dspark_runtime.bundle import GRAPH_DIR, TOKENIZER_DIR, BundleFiles, GraphEntry, Manifest, ModelFacts, Variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -87,6 +87,7 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         stages.enter("tokenizer")
         checkpoint.save_tokenizer(writer.dir / TOKENIZER_DIR)
         del graphs, model
+        gc.collect()  # models are full of cycles; measuring needs the memory for a second copy
         stages.enter("measure")
         manifest = _measure(writer, manifest, options)
         stages.enter("commit")

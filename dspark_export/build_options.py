@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from dspark_runtime.errors import UsageError
-
 from dspark_export.checkpoints.trust import Trust
+from dspark_runtime.errors import UsageError
 
 Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 QUANTIZED = ("int8", "int4")
@@ -19,7 +18,10 @@ AUTO, NONE, LAYERS = "auto", "none", "layers="
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """One build. ``exact`` None: exact for float weights, where it costs next to nothing. ``self_draft`` is ``auto``, ``none`` or ``layers=...``; ``threads`` None: as many as there are cores.
+    """One build.
+
+    ``exact`` None: exact for float weights, where it costs next to nothing. ``self_draft`` is ``auto``, ``none`` or
+    ``layers=...``. ``threads`` None: as many as there are cores.
 
     Raises UsageError for combinations that make no sense.
     """

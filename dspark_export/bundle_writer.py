@@ -17,6 +17,7 @@ from types import TracebackType
 
 import filelock
 import onnx_ir as ir
+
 from dspark_runtime.bundle import MANIFEST, FileEntry, Manifest, check_regular_file, sha256_of, walk_files
 from dspark_runtime.errors import BundleBusy, BundleError, BundleNotWritten, DamagedBundle, DsparkError
 

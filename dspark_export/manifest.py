@@ -9,6 +9,10 @@ from importlib import metadata
 from pathlib import Path
 
 import onnx_ir as ir
+from transformers import PreTrainedModel
+
+from dspark_export.build_options import BuildOptions
+from dspark_export.checkpoints import Checkpoint
 from dspark_runtime.bundle import (
     GRAPH_DIR,
     DrafterEntry,
@@ -20,10 +24,6 @@ from dspark_runtime.bundle import (
 )
 from dspark_runtime.contract import CacheLayer, TensorSpec
 from dspark_runtime.errors import ExportError
-from transformers import PreTrainedModel
-
-from dspark_export.build_options import BuildOptions
-from dspark_export.checkpoints import Checkpoint
 
 _TOOLS = ("torch", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")

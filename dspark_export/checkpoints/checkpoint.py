@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dspark_runtime.bundle import Source, sha256_of
-from dspark_runtime.errors import InvalidWeights
-
 from dspark_export.checkpoints.gguf_file import GgufFile
-from dspark_export.checkpoints.library_calls import first_line, quiet
+from dspark_export.checkpoints.library_calls import first_line, no_gguf_bar, quiet
 from dspark_export.checkpoints.tokenizer import TokenizerFiles, eos_token_ids
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.checkpoints.weights import WeightFiles, check_finite, explain_report
+from dspark_runtime.bundle import Source, sha256_of
+from dspark_runtime.errors import InvalidWeights
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +90,10 @@ class Checkpoint:
         try:
             with quiet():
                 if self.gguf:
-                    model, report = AutoModelForCausalLM.from_pretrained(
-                        self.gguf.path.parent, gguf_file=self.gguf.path.name, **options
-                    )
+                    with no_gguf_bar():
+                        model, report = AutoModelForCausalLM.from_pretrained(
+                            self.gguf.path.parent, gguf_file=self.gguf.path.name, **options
+                        )
                 else:
                     assert self.weights is not None
                     options |= self.trust.weight_options(self.weights.pickled)

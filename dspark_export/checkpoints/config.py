@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark_runtime.errors import CheckpointError, InvalidConfig, ModelNotFound, UnsupportedArchitecture
-
 from dspark_export.checkpoints.files import checked_file
 from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_export.checkpoints.trust import Trust
+from dspark_runtime.errors import CheckpointError, InvalidConfig, ModelNotFound, UnsupportedArchitecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark_runtime.errors import InvalidConfig, InvalidWeights, UnsupportedArchitecture
-
 from dspark_export.checkpoints.library_calls import first_line, quiet
+from dspark_runtime.errors import InvalidConfig, InvalidWeights, UnsupportedArchitecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

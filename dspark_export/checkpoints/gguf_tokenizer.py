@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dspark_runtime.errors import InvalidTokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dspark_export.checkpoints.gguf_file import GgufFile
 from dspark_export.checkpoints.tokenizer import TokenizerFiles
+from dspark_runtime.errors import InvalidTokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dspark_runtime.errors import ModelNotFound, UsageError
-
 from dspark_export.checkpoints.checkpoint import Checkpoint, Kind
 from dspark_export.checkpoints.config import load_config
 from dspark_export.checkpoints.gguf_file import GgufFile
@@ -23,6 +21,7 @@ from dspark_export.checkpoints.weights import (
     read_headers,
     shard_names,
 )
+from dspark_runtime.errors import ModelNotFound, UsageError
 
 
 def resolve(model: str, revision: str | None = None, trust: Trust | None = None) -> Checkpoint:

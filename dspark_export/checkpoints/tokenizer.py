@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark_runtime.errors import InvalidTokenizer
-
 from dspark_export.checkpoints.config import declared_end_ids
 from dspark_export.checkpoints.files import checked_file
 from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_export.checkpoints.trust import Trust
+from dspark_runtime.errors import InvalidTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark_runtime.errors import InvalidConfig, InvalidWeights
-
 from dspark_export.checkpoints.config import read_json
 from dspark_export.checkpoints.files import checked_file
 from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_export.checkpoints.safetensors_file import FLOAT_DTYPES, StoredTensor, read_header
 from dspark_export.checkpoints.trust import PICKLE_SUFFIXES, Trust
+from dspark_runtime.errors import InvalidConfig, InvalidWeights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

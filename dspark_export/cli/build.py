@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -96,12 +97,20 @@ def build(
         trust=Trust.opened() if allow_unsafe_checkpoint else Trust.closed(),
     )
     with _terminable(), _shown(progress) as on_stage:
+        _quiet_exporter()
         result = run(options, on_stage)
     if as_json:
         summary = {"bundle": str(result.out), "seconds": result.seconds, "manifest": result.manifest.model_dump()}
         typer.echo(json.dumps(summary))
     else:
         _print_summary(result)
+
+
+def _quiet_exporter() -> None:
+    """Without notes about operators of packages that are not installed; torch sets its log levels when imported."""
+    import torch  # noqa: F401
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from dspark_runtime.bundle import BundleFiles, GraphEntry, Manifest
     from rich.table import Table
+
+    from dspark_runtime.bundle import BundleFiles, GraphEntry, Manifest, RowNoise
 
 
 def inspect(
@@ -79,10 +80,7 @@ def _overview(manifest: Manifest) -> Table:
         "positions": str(model.max_positions),
         "cache": shapes,
         "precision": _precision(manifest),
-        "row noise": "not measured"
-        if precision.row_noise is None
-        else f"{precision.row_noise.max_abs_logit_diff:.3g} between 1 row and {list(precision.row_noise.rows)} rows, "
-        f"over {precision.row_noise.positions} positions",
+        "row noise": _row_noise(precision.row_noise),
         "made by": f"{manifest.created_by}, {manifest.created_at}",
         "tools": ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items()),
     }
@@ -105,6 +103,16 @@ def _precision(manifest: Manifest) -> str:
     if precision.accuracy_level is not None:
         parts.append(f"accuracy level {precision.accuracy_level}")
     return ", ".join(parts)
+
+
+def _row_noise(noise: RowNoise | None) -> str:
+    if noise is None:
+        return "not measured"
+    rows = ", ".join(map(str, noise.rows))
+    return (
+        f"logits differ by up to {noise.max_abs_logit_diff:.3g} between passes over 1 and over {rows} rows, "
+        f"by {noise.without_single_rows:.3g} among the latter ({noise.positions} positions)"
+    )
 
 
 def _graphs(manifest: Manifest, counts: dict[str, dict[str, int]]) -> Table:
@@ -133,12 +141,12 @@ def _operators(file: str, count: dict[str, int]) -> Table:
 def _costs(manifest: Manifest) -> Table:
     costs = manifest.costs
     assert costs is not None
-    rows = sorted({int(row) for cost in costs.ms.values() for row in cost})
-    names = [str(row) for row in rows]
-    title = f"ms per pass by rows, {costs.threads} threads, {costs.device}, context {costs.context}"
-    table = _table(title, "graph", *names, right=tuple(names))
-    for graph, cost in costs.ms.items():
-        table.add_row(graph, *(f"{cost[row]:.2f}" if row in cost else "" for row in names))
+    names = list(costs.ms)
+    title = f"milliseconds of a pass, {costs.threads} threads, {costs.device}, context {costs.context}"
+    table = _table(title, "rows", *names, right=("rows", *names))
+    for row in sorted({int(row) for cost in costs.ms.values() for row in cost}):
+        cells = (costs.ms[name].get(str(row)) for name in names)
+        table.add_row(str(row), *("" if cell is None else f"{cell:.2f}" for cell in cells))
     return table
 
 

@@ -24,9 +24,10 @@ from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
-from dspark_runtime.errors import DsparkError
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
+
+from dspark_runtime.errors import DsparkError
 
 VERBS = ("build", "inspect", "generate", "bench", "doctor")
 BUG, INTERRUPTED = 70, 130

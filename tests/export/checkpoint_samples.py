@@ -11,9 +11,10 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from dspark_runtime.errors import DsparkError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from dspark_runtime.errors import DsparkError
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|turn|>")
 VOCAB = 320

@@ -16,10 +16,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from dspark_runtime.errors import DsparkError
-
 from dspark_export.build import Stage, build
 from dspark_export.build_options import BuildOptions
+from dspark_runtime.errors import DsparkError
 
 STAGES: tuple[Stage, ...] = (
     "check",

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.errors import BundleNotWritten, ModelNotFound
-
 from tests.export.checkpoint_samples import write_checkpoint
 from tests.export.fault_driver import STAGES
 

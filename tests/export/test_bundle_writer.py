@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from dspark_runtime.bundle import BundleFiles, Manifest
-from dspark_runtime.errors import BundleBusy, BundleError, BundleNotWritten, DamagedBundle
 
 from dspark_export.bundle_writer import BundleWriter
+from dspark_runtime.bundle import BundleFiles, Manifest
+from dspark_runtime.errors import BundleBusy, BundleError, BundleNotWritten, DamagedBundle
 from tests.runtime.test_bundle import manifest_dict
 
 

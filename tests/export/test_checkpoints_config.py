@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dspark_runtime.errors import (
     CheckpointError,
     InvalidConfig,
@@ -16,7 +17,6 @@ from dspark_runtime.errors import (
     UntrustedCheckpoint,
     UsageError,
 )
-
 from tests.export.checkpoint_samples import edit_config, refusal, write_checkpoint
 
 

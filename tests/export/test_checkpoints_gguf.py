@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+
+from dspark_export.checkpoints import resolve
+from dspark_export.checkpoints.gguf_file import GgufFile
+from dspark_export.checkpoints.gguf_tokenizer import load_gguf_tokenizer
 from dspark_runtime.errors import (
     InvalidConfig,
     InvalidTokenizer,
@@ -21,11 +26,6 @@ from dspark_runtime.errors import (
     ModelNotFound,
     UnsupportedArchitecture,
 )
-from tokenizers import Tokenizer
-
-from dspark_export.checkpoints import resolve
-from dspark_export.checkpoints.gguf_file import GgufFile
-from dspark_export.checkpoints.gguf_tokenizer import load_gguf_tokenizer
 from tests.export.checkpoint_samples import refusal, write_checkpoint
 from tests.export.gguf_samples import byte_vocabulary, metadata, sample_tensors, write_gguf
 

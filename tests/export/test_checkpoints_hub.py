@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dspark_runtime.errors import InvalidWeights, ModelNotFound, UntrustedCheckpoint
 from huggingface_hub import constants
 
 from dspark_export.checkpoints import Trust, resolve
+from dspark_runtime.errors import InvalidWeights, ModelNotFound, UntrustedCheckpoint
 from tests.export.checkpoint_samples import edit_config, refusal, write_checkpoint
 from tests.export.hub_server import COMMIT, Hub, serve
 from tests.export.test_checkpoints_trust import pickled

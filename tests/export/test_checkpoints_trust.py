@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import dspark_runtime
 import pytest
 import torch
-from dspark_runtime.errors import UntrustedCheckpoint
 from safetensors.torch import load_file
 
 import dspark_export
+import dspark_runtime
 from dspark_export.checkpoints import Trust, resolve
+from dspark_runtime.errors import UntrustedCheckpoint
 from tests.export.checkpoint_samples import edit_config, refusal, write_checkpoint
 
 GATE = "dspark_export/checkpoints/trust.py"

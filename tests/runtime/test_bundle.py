@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dspark_runtime.bundle import BundleFiles, Manifest
 from dspark_runtime.errors import BundleError, DamagedBundle, IncompatibleBundle
 
