@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle_writer import BundleWriter
@@ -153,7 +153,7 @@ def _save(
     forms: list[tuple[str, Variant, ir.Model]] = []
     for name, graph in graphs.items():
         forms.append((name, "standard", graph))
-        forms += [(name, variant, model) for variant, model in ort_cpu_variants(graph, positions).items()]
+        forms += [(name, cast("Variant", key), model) for key, model in ort_cpu_variants(graph, positions).items()]
     forms.append(("verify", "standard", build_verify_model()))
     save_graphs({file_stem(name, variant): model for name, variant, model in forms}, folder, DATA_FILE)
     return [

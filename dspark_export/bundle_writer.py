@@ -45,9 +45,9 @@ class BundleWriter:
     def __init__(self, out: str | os.PathLike[str], overwrite: bool = False) -> None:
         self.out = Path(os.path.abspath(out))
         self.overwrite = overwrite
-        self.dir = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
-        self._replaced = self.out.with_name(f".{self.out.name}.replaced")
-        self._lock_path = self.out.with_name(f".{self.out.name}.lock")
+        self.dir = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
+        self._replaced = self.out.parent / f".{self.out.name}.replaced"
+        self._lock_path = self.out.parent / f".{self.out.name}.lock"
         self._lock = filelock.FileLock(self._lock_path, timeout=0)
         self._committed = False
         self._made_parents: list[Path] = []

@@ -133,7 +133,7 @@ def _shown(progress: ProgressName) -> Iterator[Callable[[Stage], None]]:
         yield lambda stage: print(json.dumps({"stage": stage}), file=sys.stderr, flush=True)
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     hidden = progress is ProgressName.OFF or not console.is_terminal
@@ -144,7 +144,7 @@ def _shown(progress: ProgressName) -> Iterator[Callable[[Stage], None]]:
         console=console,
         disable=hidden,
     ) as bars:
-        running: list = []
+        running: list[TaskID] = []
 
         def on_stage(stage: Stage) -> None:
             for task in running:

@@ -92,7 +92,7 @@ def _overview(manifest: Manifest) -> Table:
 
 def _precision(manifest: Manifest) -> str:
     precision = manifest.precision
-    parts = [precision.weights]
+    parts: list[str] = [precision.weights]
     if precision.block_size:
         parts.append(f"blocks of {precision.block_size}")
         parts += [
@@ -116,9 +116,11 @@ def _row_noise(noise: RowNoise | None) -> str:
 
 
 def _graphs(manifest: Manifest, counts: dict[str, dict[str, int]]) -> Table:
+    from dspark_export.graphs.layer_choice import describe_layers
+
     table = _table("graphs", "graph", "variant", "dtype", "layers", "nodes", "file", right=("nodes",))
     for graph in manifest.graphs:
-        layers = "" if graph.layers is None else ",".join(map(str, graph.layers))
+        layers = "" if graph.layers is None else describe_layers(graph.layers)
         table.add_row(graph.name, graph.variant, graph.dtype, layers, str(sum(counts[graph.file].values())), graph.file)
     return table
 
@@ -127,7 +129,8 @@ def _drafters(manifest: Manifest) -> Table:
     table = _table("drafters", "drafter", "kind", "agreement", "settings", right=("agreement",))
     for drafter in manifest.drafters:
         agreement = "" if drafter.agreement is None else f"{drafter.agreement:.2f}"
-        table.add_row(drafter.name, drafter.kind, agreement, json.dumps(drafter.settings) if drafter.settings else "")
+        settings = {key: value for key, value in drafter.settings.items() if key != "layers"}  # among the graphs
+        table.add_row(drafter.name, drafter.kind, agreement, json.dumps(settings) if settings else "")
     return table
 
 
