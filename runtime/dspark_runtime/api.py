@@ -184,7 +184,9 @@ class Bundle:
         _check_range("batch_size", batch_size, 1, 1024)
         batched = min(len(requests), batch_size) > 1
         drafters = self._drafters(speculate, batched)
-        schedule = self.schedule if draft_length is None else Schedule(self.schedule.costs, draft_length, self._min_rows)
+        schedule = self.schedule
+        if draft_length is not None:
+            schedule = Schedule(schedule.costs, draft_length, self._min_rows)
         result = Stream(self._loops(requests, self.engine("target", batched), drafters, schedule, batch_size))
         if stream:
             return result

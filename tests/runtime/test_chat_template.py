@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 
 import pytest
+
 from dspark_runtime.chat_template import ChatTemplate, TemplateLimits
 from dspark_runtime.errors import ChatTemplateError
 
 MESSAGES = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Hi {{ x }} {% if %}"}]
 
 CHATML = """{%- for message in messages %}
-    {%- if loop.first and messages[0]['role'] != 'system' %}{{- '<|im_start|>system\\nDefault<|im_end|>\\n' }}{%- endif %}
+    {%- if loop.first and messages[0]['role'] != 'system' %}
+        {{- '<|im_start|>system\\nDefault<|im_end|>\\n' }}
+    {%- endif %}
     {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>' + '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
@@ -68,12 +71,12 @@ ATTACKS = {
     "percent format": "{{ '%1000000000d' % 1 }}",
     "str.format": "{{ '{:>1000000000}'.format(1) }}",
     "format filter": "{{ '%1000000000d' | format(1) }}",
-    "doubling": "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "doubling by ~": "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "doubling": "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "doubling by ~": "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     "replace": "{{ 'a'.replace('', 'b' * 3000000).replace('', 'c' * 3000000) }}",
     "replace filter": "{{ 'aaaaaaaaaa' | replace('a', 'b' * 3000000) }}",
-    "nested lists": "{% set n = namespace(l=[1]) %}{% for i in range(60) %}{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l }}",
-    "nested dicts": "{% set n = namespace(l=1) %}{% for i in range(60) %}{% set n.l = dict(a=n.l, b=n.l) %}{% endfor %}{{ n.l }}",
+    "nested lists": "{% set n = namespace(l=1) %}{% for i in range(60) %}{% set n.l = [n.l, n.l] %}{% endfor %}{{ n }}",
+    "dicts": "{% set n = namespace(l=1) %}{% for i in range(60) %}{% set n.l = dict(a=n.l, b=n.l) %}{% endfor %}",
     "10 MB of output": "{% for i in range(99999) %}{{ 'a' * 100 }}{% endfor %}",
     "10 MB of text": "{% for i in range(99999) %}" + "a" * 100 + "{% endfor %}",
     "10 MB into a variable": "{% set x %}{% for i in range(99999) %}" + "a" * 100 + "{% endfor %}{% endset %}",
@@ -102,7 +105,7 @@ def test_limits_can_be_set() -> None:
     with pytest.raises(ChatTemplateError, match="at most 10"):
         ChatTemplate("x" * 11, limits=TemplateLimits(template_chars=10))
     slow = "{% for a in range(90000) %}{% for b in range(5) %}{% endfor %}{% endfor %}"
-    with pytest.raises(ChatTemplateError, match="longer than 0.0"):
+    with pytest.raises(ChatTemplateError, match=r"longer than 0\.0"):
         ChatTemplate(slow, limits=TemplateLimits(seconds=0.0)).render(MESSAGES)
     with pytest.raises(ChatTemplateError, match="500 characters"):
         ChatTemplate("{{ 'a' * 600 }}", limits=TemplateLimits(output_chars=500)).render(MESSAGES)
