@@ -10,8 +10,6 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
-from dspark_runtime.contract import HIDDEN_TAPS, GraphContract, decoder_contract
-from dspark_runtime.errors import ExportError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dspark_export.tracing.example import example_inputs
@@ -21,6 +19,8 @@ from dspark_export.tracing.operators import LAYER_NUMBER, LAYER_OUTPUT
 from dspark_export.tracing.seams import CacheSeam, Pass, pairs, seamed
 from dspark_export.tracing.tidy import remove_unreachable_nodes
 from dspark_export.tracing.to_onnx import dynamic_shapes, match_contract, trace
+from dspark_runtime.contract import HIDDEN_TAPS, GraphContract, decoder_contract
+from dspark_runtime.errors import ExportError
 
 EMBEDDING = -1
 """The tap number of the embedding's output, which is what layer 0 reads."""

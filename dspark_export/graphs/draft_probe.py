@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from dspark_runtime.errors import ExportError
 from tokenizers import Tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
 from dspark_export.graphs.decoder import decoder_layers
 from dspark_export.tracing.geometry import probe
 from dspark_export.tracing.seams import CacheSeam, Pass, seamed
+from dspark_runtime.errors import ExportError
 
 PROMPTS = (
     "The history of the bicycle begins in the early nineteenth century, when a German baron built",

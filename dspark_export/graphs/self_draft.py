@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from dspark_runtime.contract import decoder_contract
 from transformers import PreTrainedModel
 
 from dspark_export.graphs.decoder import DecoderTrace
 from dspark_export.graphs.layer_choice import check_layers
+from dspark_runtime.contract import decoder_contract
 
 
 def export_self_draft(source: PreTrainedModel | DecoderTrace, layers: Sequence[int]) -> ir.Model:

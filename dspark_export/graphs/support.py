@@ -10,9 +10,10 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dspark_runtime.errors import DsparkError, UnsupportedArchitecture
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from dspark_runtime.errors import DsparkError, UnsupportedArchitecture
 
 TESTED = frozenset(
     {
@@ -61,8 +62,8 @@ def check_supported(config: PretrainedConfig, *, allow_untested: bool = False) -
         return
     if not allow_untested:
         raise UnsupportedArchitecture(
-            f"{kind}: no parity test covers this architecture; tested are {', '.join(sorted(TESTED))}. Allow untested "
-            "architectures to try it, and compare its output with transformers before you trust it"
+            f"{kind}: no parity test covers this architecture; tested are {', '.join(sorted(TESTED))}. Pass "
+            "--allow-untested-architecture to try it, and compare its output with transformers before you trust it"
         )
     _trace_without_weights(config)
 

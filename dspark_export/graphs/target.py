@@ -25,11 +25,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from dspark_runtime.contract import decoder_contract
-from dspark_runtime.errors import UsageError
 from transformers import PreTrainedModel
 
 from dspark_export.graphs.decoder import EMBEDDING, DecoderTrace
+from dspark_runtime.contract import decoder_contract
+from dspark_runtime.errors import UsageError
 
 
 def export_target(source: PreTrainedModel | DecoderTrace, *, taps: Sequence[int] = ()) -> ir.Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from dspark_runtime.contract import (
     ATTENTION_MASK,
     INPUT_IDS,

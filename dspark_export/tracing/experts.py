@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dspark_runtime.contract import OPSET
-from dspark_runtime.errors import UnsupportedArchitecture
 from onnxscript import script
 from onnxscript.values import Opset
+
+from dspark_runtime.contract import OPSET
+from dspark_runtime.errors import UnsupportedArchitecture
 
 TRACE_DOMAIN = "dspark.trace"
 """Domain of operators that never leave the tracer."""

@@ -19,10 +19,10 @@ from typing import Any
 
 import onnx
 import torch
-from dspark_runtime.contract import OPSET
 from onnxscript.values import Op, Opset
 
 from dspark_export.tracing.experts import TRACE_DOMAIN, grouped_linear_body
+from dspark_runtime.contract import OPSET
 
 LAYER_OUTPUT, LAYER_NUMBER = "LayerOutput", "layer"
 

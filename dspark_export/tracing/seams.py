@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from dspark_runtime.errors import UnsupportedArchitecture
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from dspark_export.tracing import operators  # noqa: F401  (defines torch.ops.dspark)
 from dspark_export.tracing.experts import experts_seam
 from dspark_export.tracing.rotary import real_rotary
+from dspark_runtime.errors import UnsupportedArchitecture
 
 SEAM = "dspark"
 

@@ -9,9 +9,10 @@ from collections.abc import Collection
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
-from dspark_runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS
 from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import optimizer
+
+from dspark_runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 """Node metadata: the list of module paths a node came from, outermost first (``... 'model.model.layers.3' ...``)."""

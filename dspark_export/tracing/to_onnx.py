@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 import torch
-from dspark_runtime.contract import OPSET, GraphContract
-from dspark_runtime.errors import ExportError
 
 from dspark_export.tracing.operators import FUNCTIONS, TRANSLATION
 from dspark_export.tracing.tidy import tidy
+from dspark_runtime.contract import OPSET, GraphContract
+from dspark_runtime.errors import ExportError
 
 _MAX_DIM = 1 << 24
 _WRAPPER = "model."

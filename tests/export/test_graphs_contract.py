@@ -10,14 +10,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from dspark_runtime.contract import decoder_contract
-from dspark_runtime.errors import UsageError
 
 from dspark_export.graphs.decoder import DecoderTrace
 from dspark_export.graphs.self_draft import export_self_draft
 from dspark_export.graphs.target import export_target
 from dspark_export.tracing.geometry import probe
 from dspark_export.tracing.tidy import SCOPES_KEY
+from dspark_runtime.contract import decoder_contract
+from dspark_runtime.errors import UsageError
 from tests import tiny_models
 
 SHARED = ("qwen3", "gemma2", "deepseek_v2")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from dspark_runtime.errors import UsageError
 
 from dspark_export.graphs.layer_choice import check_layers, describe_layers, parse_layers
+from dspark_runtime.errors import UsageError
 
 
 @pytest.mark.parametrize(

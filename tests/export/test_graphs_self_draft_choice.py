@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dspark_runtime.errors import UsageError
 from transformers import DynamicCache
 
 from dspark_export.graphs import self_draft_choice
 from dspark_export.graphs.draft_probe import DraftProbe
 from dspark_export.graphs.self_draft_choice import LayerCosts, agreement, choose, predict
+from dspark_runtime.errors import UsageError
 from tests import tiny_models
 from tests.parity.test_self_draft import without_other_layers
 

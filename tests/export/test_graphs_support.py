@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from dspark_runtime.errors import UnsupportedArchitecture
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from dspark_export.graphs.support import TESTED, check_supported
+from dspark_runtime.errors import UnsupportedArchitecture
 from tests import tiny_models
 
 TINY: dict[str, Any] = {

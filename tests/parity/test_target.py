@@ -136,3 +136,17 @@ def test_taps_are_the_raw_layer_outputs(arch: str, exported: Export) -> None:
     for hook in hooks:
         hook.remove()
     assert_close(taps[0], torch.cat([hidden[0] for hidden in seen], dim=-1).numpy())
+
+
+@pytest.mark.parametrize("arch", ["mistral", "gemma2", "gemma3_text", "qwen2", "phi3"])
+def test_the_window_moves_along_a_branch_and_not_along_the_slots(arch: str, exported: Export) -> None:
+    """Two branches deeper than the window, row by row in turn: a key's slot is twice as far away as its position."""
+    made, rng = exported(arch), np.random.default_rng(8)
+    prompt = Tree.chain(text(rng, 3))
+    size = 2 * WINDOW + 7
+    tree = Tree(tuple(text(rng, size)), (-1, 0, *range(size - 2)))
+    runner = GraphRunner(made.target, batch=1)
+    runner.step([prompt])
+    runner.commit(0, prompt, 2)
+    assert max(len(tree.path(node)) for node in range(size)) > WINDOW + 2
+    assert_close(runner.step([tree])[0], tree_logits(made.model, prompt.tokens, tree))
