@@ -66,7 +66,7 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         stages.enter("check")
         from dspark_export.checkpoints import resolve
 
-        checkpoint = resolve(options.model, options.revision, options.trust)
+        checkpoint = resolve(options.model, options.revision, options.trust, options.allow_untested)
         layers = _requested_layers(options, checkpoint)
         stages.enter("load")
         import torch

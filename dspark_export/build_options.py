@@ -38,6 +38,7 @@ class BuildOptions:
     threads: int | None = None
     overwrite: bool = False
     trust: Trust = field(default_factory=Trust.closed)
+    allow_untested: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Weights):

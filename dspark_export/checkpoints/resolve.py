@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dspark_export.checkpoints.checkpoint import Checkpoint, Kind
 from dspark_export.checkpoints.config import load_config
@@ -23,9 +24,16 @@ from dspark_export.checkpoints.weights import (
 )
 from dspark_runtime.errors import ModelNotFound, UsageError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def resolve(model: str, revision: str | None = None, trust: Trust | None = None) -> Checkpoint:
+
+def resolve(
+    model: str, revision: str | None = None, trust: Trust | None = None, allow_untested: bool = False
+) -> Checkpoint:
     """Find and check ``model``: a GGUF file, a local folder, or a hub id at ``revision``.
+
+    ``allow_untested`` accepts architectures without a parity test, if they can be traced.
 
     Config, architecture, weight headers and tokenizer are checked, in that order; no weights are read, and those of a
     hub model are downloaded only after its config was accepted. Raises a CheckpointError that says what is wrong.
@@ -35,39 +43,41 @@ def resolve(model: str, revision: str | None = None, trust: Trust | None = None)
     if model and (path.is_dir() or path.is_file()):
         if revision is not None:
             raise UsageError(f"--revision {revision} applies to hub models, {model} is a local path; leave it out")
-        return _from_gguf(path) if path.is_file() else _from_folder("local", path, model, None, trust)
+        if path.is_file():
+            return _from_gguf(path, allow_untested)
+        return _from_folder(path, model, trust, allow_untested)
     if _looks_local(model) or not is_hub_id(model):
         raise ModelNotFound(
             f"no file or folder {model!r}; pass a hub id (owner/name), a folder with config.json, or a .gguf file"
         )
-    return _from_hub(model, revision, trust)
+    return _from_hub(model, revision, trust, allow_untested)
 
 
 def _looks_local(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or model.endswith(".gguf") or "\\" in model
 
 
-def _from_gguf(path: Path) -> Checkpoint:
+def _from_gguf(path: Path, allow_untested: bool) -> Checkpoint:
     if path.suffix != ".gguf":
         raise ModelNotFound(f"{path} is a file but no .gguf; pass a hub id, a folder with config.json, or a .gguf file")
     file = GgufFile.read(path)
     config = file.load_config()
-    _check_supported(config)
+    _check_supported(config, allow_untested)
     tokenizer = load_gguf_tokenizer(file)
     tokenizer.check(config.vocab_size, str(path))
     return Checkpoint("gguf", path.name, None, config, tokenizer, Trust.closed(), gguf=file)
 
 
-def _from_folder(kind: Kind, folder: Path, name: str, revision: str | None, trust: Trust) -> Checkpoint:
+def _from_folder(folder: Path, name: str, trust: Trust, allow_untested: bool) -> Checkpoint:
     config = load_config(folder, name, trust)
-    _check_supported(config)
-    return _with_weights(kind, find_weights(folder, name, trust), config, name, revision, trust)
+    _check_supported(config, allow_untested)
+    return _with_weights("local", find_weights(folder, name, trust), config, name, None, trust)
 
 
-def _from_hub(model: str, revision: str | None, trust: Trust) -> Checkpoint:
+def _from_hub(model: str, revision: str | None, trust: Trust, allow_untested: bool) -> Checkpoint:
     snapshot = HubSnapshot.fetch(model, revision)
     config = load_config(snapshot.directory, model, trust)
-    _check_supported(config)
+    _check_supported(config, allow_untested)
     snapshot.fetch_files(
         [SINGLE] if not (snapshot.directory / INDEX).exists() else shard_names(snapshot.directory, model)
     )
@@ -78,11 +88,8 @@ def _from_hub(model: str, revision: str | None, trust: Trust) -> Checkpoint:
 
 
 def _with_weights(
-    kind: Kind, weights: WeightFiles, config: object, name: str, revision: str | None, trust: Trust
+    kind: Kind, weights: WeightFiles, config: PretrainedConfig, name: str, revision: str | None, trust: Trust
 ) -> Checkpoint:
-    from transformers import PretrainedConfig
-
-    assert isinstance(config, PretrainedConfig)
     if not weights.pickled:
         tensors = read_headers(weights, name)
         check_against_config(weights, config, name, trust)
@@ -92,7 +99,7 @@ def _with_weights(
     return Checkpoint(kind, source, revision, config, tokenizer, trust, weights=weights)
 
 
-def _check_supported(config: object) -> None:
+def _check_supported(config: PretrainedConfig, allow_untested: bool) -> None:
     from dspark_export.graphs.support import check_supported
 
-    check_supported(config)
+    check_supported(config, allow_untested=allow_untested)

@@ -44,7 +44,8 @@ class Trust:
         if not self.allow_unsafe:
             raise UntrustedCheckpoint(
                 f"{model} is of type {model_type!r}, which transformers does not implement; it brings Python code "
-                f"({', '.join(modules[:3])}), which does not run by default; read it and pass {FLAG} if you trust it"
+                f"({', '.join(modules[:3])}), which does not run by default; use a checkpoint that needs none, or read "
+                f"the code and pass {FLAG}"
             )
 
     def code_options(self) -> dict[str, Any]:

@@ -74,6 +74,10 @@ def build(
             "--allow-unsafe-checkpoint", help="Run code that comes with the checkpoint. Only if you trust it."
         ),
     ] = False,
+    allow_untested_architecture: Annotated[
+        bool,
+        typer.Option("--allow-untested-architecture", help="Try an architecture no parity test covers."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     progress: Annotated[ProgressName, typer.Option(help="Progress on stderr.")] = ProgressName.AUTO,
 ) -> None:
@@ -95,6 +99,7 @@ def build(
         threads=threads,
         overwrite=overwrite,
         trust=Trust.opened() if allow_unsafe_checkpoint else Trust.closed(),
+        allow_untested=allow_untested_architecture,
     )
     with _terminable(), _shown(progress) as on_stage:
         _quiet_exporter()
