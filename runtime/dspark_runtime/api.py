@@ -8,6 +8,7 @@ print(bundle.generate("Once upon a time", max_new_tokens=64).text)
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -104,6 +105,12 @@ class Bundle:
         precision = files.manifest.precision
         wanted = precision.exact if exact is None else exact
         return cls(files, EngineOptions(threads, spinning, _accuracy(files.manifest, wanted)), wanted, capacity)
+
+    def with_fresh_schedule(self) -> Bundle:
+        """The same bundle and loaded graphs with a schedule that has learned nothing yet (for measurements)."""
+        other = copy.copy(self)
+        other.schedule = Schedule(self._costs(), min_rows=self._min_rows)
+        return other
 
     @property
     def manifest(self) -> Manifest:
