@@ -1,0 +1,26 @@
+"""Several prompts in one batch: ragged lengths, each with its own end; the texts are those of single runs.
+
+    python samples/batch/batch.py BUNDLE
+"""
+
+from __future__ import annotations
+
+import sys
+
+from dspark_runtime import Bundle, Statistics
+
+PROMPTS = ["What is bread made of?", "Why is ice lighter than water? Answer in one sentence.", "Say hello.", "2 + 2 ="]
+
+
+def main(path: str) -> None:
+    """Answers four prompts at once."""
+    bundle = Bundle.open(path)
+    answers = bundle.generate(PROMPTS, chat=True, max_new_tokens=48, batch_size=4)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        print(f"> {prompt}\n{answer.text}\n[{answer.finish_reason}, {len(answer.tokens)} tokens]\n")
+    total = Statistics.total([answer.stats for answer in answers], together=True)
+    print(f"together {total.tokens_per_second:.1f} tokens/s, {total.accepted_length:.2f} tokens a round and sequence")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
