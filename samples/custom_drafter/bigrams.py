@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dspark_runtime import Bundle, Draft, Drafter, DraftRequest, TokenTree
+from dspark_runtime import Bundle, Drafter, DraftRequest
 
 
 class BigramDrafter(Drafter):
@@ -28,11 +28,11 @@ class BigramDrafter(Drafter):
         self.after.update(zip([self.last[request], *tokens], tokens, strict=False))
         self.last[request] = tokens[-1]
 
-    def draft(self, request: DraftRequest) -> Draft | None:
+    def draft(self, request: DraftRequest) -> list[int]:
         chain = [request.tokens[-1]]
         while len(chain) <= request.limit and chain[-1] in self.after:
             chain.append(self.after[chain[-1]])
-        return Draft(TokenTree.chain(chain[0], chain[1:])) if len(chain) > 1 else None
+        return chain[1:]
 
 
 def main(path: str) -> None:
