@@ -7,6 +7,8 @@ down to it is rewiring at the markers, so a second graph of the same model costs
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
@@ -49,7 +51,7 @@ class DecoderTrace:
     @classmethod
     def of(cls, source: PreTrainedModel | DecoderTrace) -> DecoderTrace:
         """``source`` if it is a trace, the trace of it if it is a model."""
-        return source if isinstance(source, cls) else cls(source)  # type: ignore[arg-type]
+        return source if isinstance(source, cls) else cls(source)
 
     def cut(self, contract: GraphContract, layers: tuple[int, ...], taps: tuple[int, ...] = ()) -> ir.Model:
         """The graph that runs only ``layers`` and returns the outputs of ``taps`` (both ascending)."""
@@ -108,7 +110,8 @@ class _SeamedDecoder(torch.nn.Module):
             index = rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
             return (torch.gather(hidden, 1, index),)
 
-        return self.model.get_output_embeddings().register_forward_pre_hook(gather)
+        head: torch.nn.Module = self.model.get_output_embeddings()
+        return head.register_forward_pre_hook(gather)
 
 
 def trace_skeleton(config: PretrainedConfig) -> None:
@@ -149,12 +152,12 @@ def _rewire(graph: ir.Graph, layers: frozenset[int]) -> dict[int, ir.Value]:
 
 def _add_taps(graph: ir.Graph, tapped: list[ir.Value]) -> None:
     node = ir.node("Concat", tapped, attributes={"axis": -1}, name="node_hidden_taps")
-    node.outputs[0].name, node.outputs[0].dtype = HIDDEN_TAPS, tapped[0].dtype
+    node.outputs[0].name, node.outputs[0].type = HIDDEN_TAPS, tapped[0].type
     graph.append(node)
     graph.outputs.insert(1, node.outputs[0])
 
 
-def _keep_inputs(values: list[ir.Value], names: list[str]) -> None:
+def _keep_inputs(values: MutableSequence[ir.Value], names: list[str]) -> None:
     for value in values:
         if value.name not in names and value.uses():
             raise ExportError(f"the graph still reads {value.name}, which its contract does not have")

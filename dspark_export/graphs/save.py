@@ -48,7 +48,7 @@ class WeightFile:
             place.offset,
             place.length,
             tensor.dtype,
-            shape=ir.Shape(tuple(tensor.shape)),
+            shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=str(self.path.parent),
         )
@@ -63,7 +63,7 @@ class WeightFile:
             digest.update(part)
             self._file.write(part)
             length += part.nbytes
-        content = (tensor.dtype.name, tuple(int(d) for d in tensor.shape), digest.digest())
+        content = (tensor.dtype.name, tuple(tensor.shape.numpy()), digest.digest())
         if content in self._by_content:
             self._file.seek(end)
             self._file.truncate()
@@ -116,5 +116,6 @@ def _bytes_of(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
         return
     raw = raw.detach()
     row_bytes = raw[0].numel() * raw.element_size() if raw.dim() else raw.element_size()
-    for part in raw.split(max(1, PIECE_BYTES // max(1, row_bytes))) if raw.dim() else (raw,):
-        yield memoryview(part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    rows = max(1, PIECE_BYTES // max(1, row_bytes))
+    for part in torch.split(raw, rows) if raw.dim() else (raw,):
+        yield memoryview(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

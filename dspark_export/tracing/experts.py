@@ -26,7 +26,7 @@ op = Opset("", OPSET)
 def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
     """``rows`` [n, in] through the linear layer of each row's ``expert`` [n]; ``weight`` [experts, out, in]."""
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    for chosen in expert.unique().tolist():
+    for chosen in torch.unique(expert).tolist():
         mine = expert == chosen
         out[mine] = rows[mine] @ weight[chosen].t()
     return out

@@ -36,14 +36,15 @@ def real_rotary(model: PreTrainedModel) -> Iterator[None]:
 
 def _table(self: deepseek_v2.DeepseekV2RotaryEmbedding, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
     angles = position_ids[..., None].float() * self.inv_freq.float()
-    return torch.stack((angles.cos(), angles.sin()), dim=-1) * self.attention_scaling
+    table: torch.Tensor = torch.stack((angles.cos(), angles.sin()), dim=-1) * self.attention_scaling
+    return table
 
 
 def _rotate_pairs(query: torch.Tensor, key: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     cos, sin = table.unsqueeze(1).unbind(-1)
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
         return turned.flatten(-2).type_as(x)
 

@@ -63,9 +63,7 @@ class Pass:
             _current.reset(token)
 
 
-def within_window(
-    position_ids: torch.Tensor, write_indices: torch.Tensor, kv_len: int | torch.SymInt, window: int
-) -> torch.Tensor:
+def within_window(position_ids: torch.Tensor, write_indices: torch.Tensor, kv_len: int, window: int) -> torch.Tensor:
     """Bool [batch, 1, tokens, kv_len]: the key's position is less than ``window`` before the row's.
 
     The key in slot s has position s, except the rows of this pass, which sit in slots from ``write_indices`` on and

@@ -30,7 +30,7 @@ def tidy(model: ir.Model) -> None:
     store_linear_weights_transposed(model)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     )(model)
@@ -156,7 +156,7 @@ def share_equal_constants(model: ir.Model, weights: Collection[str | None]) -> N
         tensor = value.const_value
         if name in weights or tensor is None:
             continue
-        kept = first.setdefault((tensor.dtype, tuple(map(int, tensor.shape)), tensor.tobytes()), value)
+        kept = first.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()), value)
         if kept is not value and not value.is_graph_output():
             value.replace_all_uses_with(kept)
             del model.graph.initializers[name]
