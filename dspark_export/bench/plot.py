@@ -5,42 +5,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from dspark_export.bench.runner import PLAIN, ModeSummary
 from dspark_runtime.errors import UsageError
 
-_COLOURS = ("#3b6ea8", "#d1822b", "#5b9a5b", "#8a63a6", "#777777")
+_COLOURS = ("#31688e", "#e08e3a", "#4f9d69", "#8661a8", "#8a8a8a")
 
 
-def plot(summaries: Sequence[ModeSummary], path: Path, title: str) -> None:
-    """Write grouped bars of the ratio to plain decoding, with the worst prompt as a tick. Raises UsageError for a file
-    that cannot be written or has no known suffix."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw(summaries: Sequence[ModeSummary], path: Path, title: str) -> None:
+    """Write grouped bars of the ratio to plain decoding, one group per set; a tick in each bar marks its worst prompt.
 
+    The suffix of ``path`` chooses the format. Raises UsageError if the file cannot be written.
+    """
     sets = list(dict.fromkeys(s.set for s in summaries))
-    modes = [m for m in dict.fromkeys(s.mode for s in summaries) if m != PLAIN]
-    by_key = {(s.set, s.mode): s for s in summaries}
-    figure = Figure(figsize=(2.2 + 1.1 * len(sets) * max(1, len(modes)) * 0.6, 4.2), layout="constrained")
+    modes = [mode for mode in dict.fromkeys(s.mode for s in summaries) if mode != PLAIN]
+    found = {(s.set, s.mode): s for s in summaries}
+    bars = len(sets) * max(1, len(modes))
+    figure = Figure(figsize=(max(6.0, 1.8 + 0.55 * bars), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    width = 0.8 / max(1, len(modes))
+    width = 0.82 / max(1, len(modes))
     for m, mode in enumerate(modes):
         places = [i + (m - (len(modes) - 1) / 2) * width for i in range(len(sets))]
-        ratios = [by_key[name, mode].ratio for name in sets]
-        worst = [by_key[name, mode].worst_ratio for name in sets]
-        bars = axes.bar(places, ratios, width * 0.92, label=mode, color=_COLOURS[m % len(_COLOURS)])
-        axes.bar_label(bars, [f"{r:.2f}" for r in ratios], fontsize=8, padding=2)
-        axes.plot(places, worst, "_", color="black", markersize=9, label="worst prompt" if m == 0 else None)
-    axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+        ratios = [found[name, mode].ratio or 0.0 for name in sets]
+        worst = [found[name, mode].worst_ratio or 0.0 for name in sets]
+        drawn = axes.bar(places, ratios, width * 0.9, label=mode, color=_COLOURS[m % len(_COLOURS)], zorder=2)
+        axes.bar_label(drawn, [f"{ratio:.2f}" for ratio in ratios], fontsize=8, padding=2)
+        label = "slowest prompt" if m == 0 else None
+        axes.plot(places, worst, "_", color="black", markersize=10, markeredgewidth=1.6, label=label, zorder=3)
+    axes.axhline(1.0, color="black", linewidth=1, linestyle="--", zorder=4)
+    axes.annotate(
+        "plain", (1.0, 1.0), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center"
+    )
     axes.set_xticks(range(len(sets)), sets)
-    axes.set_ylabel("decode speed relative to plain")
-    axes.set_title(title, fontsize=10)
+    axes.set_xlim(-0.55, len(sets) - 0.45)
+    axes.set_ylim(bottom=0.0)
+    axes.margins(y=0.1)
+    axes.set_ylabel("decoding speed, plain = 1")
+    axes.set_title(title, fontsize=9)
+    axes.grid(axis="y", color="#dddddd", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.12)
+    axes.tick_params(axis="x", length=0)
     figure.legend(loc="outside lower center", ncols=len(modes) + 1, frameon=False, fontsize=9)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot write the plot {path}: {error}; name a file that ends in .png, .svg or .pdf"
-        ) from error
+        raise UsageError(f"cannot write the plot {path}: {error}") from error

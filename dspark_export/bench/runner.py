@@ -5,65 +5,105 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from dspark_export.bench.prompts import PromptItem
-from dspark_runtime import Bundle, Generation
-from dspark_runtime.errors import UsageError
+from dspark_runtime import SPECULATION_MODES, Bundle, Generation
+from dspark_runtime.errors import ChatTemplateError, UsageError
 
 PLAIN = "off"
+ALL_SETS = "all"
+_WARM_UP_TOKENS = 16
 
 
 @dataclass
 class Measured:
-    """One mode on one prompt: decode tokens per second of every repeat, and the text of the first."""
+    """One mode on one prompt. ``speeds`` holds decode tokens per second of every repeat that decoded anything."""
 
     speeds: list[float] = field(default_factory=list)
-    shares: list[tuple[float, float, float]] = field(default_factory=list)
-    generation: Generation | None = None
+    prefill_speeds: list[float] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+
+    def add(self, generation: Generation) -> None:
+        """Take in one repeat."""
+        stats = generation.stats
+        if stats.rounds:
+            self.speeds.append(stats.tokens_per_second)
+        if stats.seconds.prefill:
+            self.prefill_speeds.append(generation.prompt_tokens / stats.seconds.prefill)
+        self.generations.append(generation)
 
     @property
-    def speed(self) -> float:
-        """Median over the repeats."""
-        return statistics.median(self.speeds)
+    def speed(self) -> float | None:
+        """Median over the repeats; None where the first token ended the text."""
+        return statistics.median(self.speeds) if self.speeds else None
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """First token at which a mode left the plain text."""
+    """First token at which a mode left the plain text; a token is None where that text had ended already.
 
+    ``prompt`` counts within its set from 0; ``position`` counts generated tokens from 0.
+    """
+
+    mode: str
+    set: str
     prompt: int
     position: int
+    plain_token: int | None
+    token: int | None
 
 
 @dataclass(frozen=True)
 class ModeSummary:
-    """One mode over one set of prompts. Ratios are to plain decoding, per prompt, of medians.
+    """One mode over one set of prompts.
 
-    ``draft``, ``verify`` and ``host`` are shares of decode time.
+    ``tokens_per_second`` is decoding alone, ``prefill_tokens_per_second`` the prompt alone: both geometric means over
+    prompts of the medians over repeats. ``ratio`` is to plain decoding, likewise; ``worst_ratio`` is the lowest of a
+    prompt. ``draft_ms``, ``verify_ms`` and ``host_ms`` are means of a round, ``*_share`` their parts of decode time.
+    ``equal`` counts prompts whose tokens equal the plain ones in every repeat. None: nothing was decoded.
     """
 
     set: str
     mode: str
-    tokens_per_second: float
-    ratio: float
-    worst_ratio: float
-    accepted_length: float
-    draft: float
-    verify: float
-    host: float
-    equal: int
     prompts: int
+    equal: int
+    tokens: int
+    rounds: int
+    tokens_per_second: float | None
+    prefill_tokens_per_second: float | None
+    ratio: float | None
+    worst_ratio: float | None
+    accepted_length: float
+    draft_ms: float
+    verify_ms: float
+    host_ms: float
+    draft_share: float
+    verify_share: float
+    host_share: float
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All summaries (per set, then over ``all``), and where texts differed."""
+    """Summaries per set and mode, those over ``all`` sets last, and where texts differed."""
 
     summaries: list[ModeSummary]
-    divergences: dict[str, list[Divergence]]
+    divergences: list[Divergence]
+
+
+def modes_of(bundle: Bundle) -> list[str]:
+    """Plain decoding and every mode this bundle has graphs for."""
+    has_self_draft = bundle.files.has_graph("self_draft")
+    return [PLAIN, *(mode for mode in SPECULATION_MODES if mode != PLAIN and (has_self_draft or "self" not in mode))]
+
+
+def checked_modes(names: Sequence[str]) -> list[str]:
+    """The modes without repeats, plain first, which is always measured. Raises UsageError for an unknown one."""
+    for name in names:
+        if name not in SPECULATION_MODES:
+            raise UsageError(f"mode {name!r} is unknown; choose from {', '.join(SPECULATION_MODES)}")
+    return [PLAIN, *dict.fromkeys(name for name in names if name != PLAIN)]
 
 
 def run(
@@ -75,29 +115,35 @@ def run(
     repeats: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> BenchResult:
-    """Measure ``modes`` (plain decoding is always among them) on ``prompts``.
+    """Measure ``modes`` (:func:`checked_modes`) on ``prompts``, greedy, one prompt at a time.
 
-    Every mode has a schedule of its own, which learns over the prompts of this run and starts from the bundle's
-    figures. ``on_step`` is called after every generation.
+    The modes share the loaded graphs, but each has a schedule of its own, which starts from the bundle's figures and
+    learns over the prompts of this run. Within each prompt the modes take turns, and another one begins each time.
+    ``on_step`` is called after every generation.
     """
-    modes = [PLAIN, *(m for m in modes if m != PLAIN)]
-    if repeats < 1 or not prompts:
-        raise UsageError("a benchmark needs at least one prompt and one repeat")
-    runs = {mode: bundle.with_fresh_schedule() for mode in modes}
-    ids = [bundle.codec.encode_chat([{"role": "user", "content": item.text}]) for item in prompts]
-    for mode in modes:  # load every graph, touch every buffer
-        runs[mode].generate(ids[0], max_new_tokens=8, speculate=mode)
+    if repeats < 1:
+        raise UsageError(f"{repeats} repeats measure nothing; give at least 1")
+    ids = [encode(bundle, item.text) for item in prompts]
+    for mode in modes:  # loads every graph and commits its memory
+        bundle.with_fresh_schedule().generate(ids[0], max_new_tokens=_WARM_UP_TOKENS, speculate=mode)
     runs = {mode: bundle.with_fresh_schedule() for mode in modes}
     measured = {mode: [Measured() for _ in prompts] for mode in modes}
-    turn = 0
-    for _ in range(repeats):
+    for repeat in range(repeats):
         for index, prompt in enumerate(ids):
-            for mode in _rotated(modes, turn):
+            for mode in _rotated(modes, repeat + index):
                 generation = runs[mode].generate(prompt, max_new_tokens=max_new_tokens, speculate=mode)
-                _record(measured[mode][index], generation)
+                measured[mode][index].add(generation)
                 on_step()
-            turn += 1
     return _summarize(prompts, modes, measured)
+
+
+def encode(bundle: Bundle, text: str) -> list[int]:
+    """Token ids of a user's message; of the text alone if the model has no usable chat template."""
+    try:
+        _ = bundle.codec.template
+    except ChatTemplateError:
+        return bundle.codec.encode(text)
+    return bundle.codec.encode_chat([{"role": "user", "content": text}])
 
 
 def _rotated(modes: Sequence[str], turn: int) -> list[str]:
@@ -105,79 +151,66 @@ def _rotated(modes: Sequence[str], turn: int) -> list[str]:
     return [*modes[start:], *modes[:start]]
 
 
-def _record(measured: Measured, generation: Generation) -> None:
-    seconds = generation.stats.seconds
-    if seconds.decode:
-        measured.speeds.append(generation.stats.tokens_per_second)
-        measured.shares.append(
-            (seconds.draft / seconds.decode, seconds.verify / seconds.decode, seconds.host / seconds.decode)
-        )
-    else:  # the first token ended the text: no decoding to measure
-        measured.speeds.append(float("nan"))
-    if measured.generation is None:
-        measured.generation = generation
-
-
 def _summarize(prompts: Sequence[PromptItem], modes: Sequence[str], measured: dict[str, list[Measured]]) -> BenchResult:
     sets = list(dict.fromkeys(item.set for item in prompts))
-    groups = [(name, [i for i, item in enumerate(prompts) if item.set == name]) for name in sets]
-    if len(groups) > 1:
-        groups.append(("all", list(range(len(prompts)))))
-    divergences: dict[str, list[Divergence]] = {}
-    for mode in modes[1:]:
-        found = [_divergence(i, measured[PLAIN][i], measured[mode][i]) for i in range(len(prompts))]
-        divergences[mode] = [item for item in found if item is not None]
-    summaries = [
-        _summary(name, mode, members, measured, divergences.get(mode, [])) for name, members in groups for mode in modes
+    groups = {name: [i for i, item in enumerate(prompts) if item.set == name] for name in sets}
+    divergences = [
+        Divergence(mode, name, place, *found)
+        for mode in modes[1:]
+        for name, members in groups.items()
+        for place, i in enumerate(members)
+        if (found := _divergence(measured[PLAIN][i], measured[mode][i])) is not None
     ]
+    summaries = []
+    for name, members in (groups | {ALL_SETS: list(range(len(prompts)))}).items():
+        for mode in modes:
+            differing = sum(d.mode == mode and name in (d.set, ALL_SETS) for d in divergences)
+            plain, own = ([measured[m][i] for i in members] for m in (PLAIN, mode))
+            summaries.append(_summary(name, mode, plain, own, differing))
     return BenchResult(summaries, divergences)
 
 
-def _divergence(index: int, plain: Measured, other: Measured) -> Divergence | None:
-    assert plain.generation is not None and other.generation is not None
-    left, right = plain.generation.tokens, other.generation.tokens
-    if left == right:
-        return None
-    position = next(
-        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
-    )
-    return Divergence(index, position)
+def _divergence(plain: Measured, other: Measured) -> tuple[int, int | None, int | None] | None:
+    left = plain.generations[0].tokens
+    for generation in other.generations:
+        if (position := first_difference(left, generation.tokens)) is not None:
+            return position, *(t[position] if position < len(t) else None for t in (left, generation.tokens))
+    return None
 
 
-def _summary(
-    name: str, mode: str, members: Sequence[int], measured: dict[str, list[Measured]], differing: Sequence[Divergence]
-) -> ModeSummary:
-    own = [measured[mode][i] for i in members]
-    plain = [measured[PLAIN][i] for i in members]
-    pairs = [(o.speed, p.speed) for o, p in zip(own, plain, strict=True) if o.speed == o.speed and p.speed == p.speed]
-    ratios = [o / p for o, p in pairs] or [float("nan")]
-    shares = [share for item in own for share in item.shares] or [(float("nan"),) * 3]
-    stats = [item.generation.stats for item in own if item.generation is not None]
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """Index of the first token that differs, the shorter length if one text is the other's beginning, None if equal."""
+    for position, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return position
+    return None if len(left) == len(right) else min(len(left), len(right))
+
+
+def _summary(name: str, mode: str, plain: Sequence[Measured], own: Sequence[Measured], differing: int) -> ModeSummary:
+    pairs = [(o.speed, p.speed) for o, p in zip(own, plain, strict=True)]
+    ratios = [o / p for o, p in pairs if o and p]
+    stats = [generation.stats for item in own for generation in item.generations]
     rounds = sum(s.rounds for s in stats)
-    draft, verify, host = (float(np.mean(column)) for column in zip(*shares, strict=True))
-    gone = {item.prompt for item in differing}
+    seconds = {phase: sum(getattr(s.seconds, phase) for s in stats) for phase in ("draft", "verify", "host")}
+    decode = sum(seconds.values()) or 1.0
+    tokens = sum(s.emitted for s in stats)
+    prefills = [statistics.median(item.prefill_speeds) for item in own if item.prefill_speeds]
     return ModeSummary(
         set=name,
         mode=mode,
-        tokens_per_second=_geometric_mean([o for o, _ in pairs]),
+        prompts=len(own),
+        equal=len(own) - differing,
+        tokens=tokens,
+        rounds=rounds,
+        tokens_per_second=_geometric_mean([o for o, _ in pairs if o]),
+        prefill_tokens_per_second=_geometric_mean(prefills),
         ratio=_geometric_mean(ratios),
-        worst_ratio=min(ratios),
-        accepted_length=sum(s.emitted - 1 for s in stats) / rounds if rounds else 0.0,
-        draft=draft,
-        verify=verify,
-        host=host,
-        equal=sum(i not in gone for i in members),
-        prompts=len(members),
+        worst_ratio=min(ratios, default=None),
+        accepted_length=(tokens - len(stats)) / rounds if rounds else 0.0,
+        **{f"{phase}_ms": 1e3 * spent / max(rounds, 1) for phase, spent in seconds.items()},
+        **{f"{phase}_share": spent / decode for phase, spent in seconds.items()},
     )
 
 
-def _geometric_mean(values: Sequence[float]) -> float:
-    return float(np.exp(np.mean(np.log(values)))) if len(values) else float("nan")
-
-
-def to_json(result: BenchResult) -> dict[str, Any]:
-    """Plain data for JSON."""
-    return {
-        "summaries": [vars(summary) for summary in result.summaries],
-        "divergences": {mode: [vars(item) for item in found] for mode, found in result.divergences.items()},
-    }
+def _geometric_mean(values: Sequence[float]) -> float | None:
+    return float(np.exp(np.mean(np.log(values)))) if values else None
