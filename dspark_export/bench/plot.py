@@ -33,8 +33,9 @@ def draw(summaries: Sequence[ModeSummary], path: Path, title: str) -> None:
         worst = [found[name, mode].worst_ratio or 0.0 for name in sets]
         drawn = axes.bar(places, ratios, width * 0.9, label=mode, color=_COLOURS[m % len(_COLOURS)], zorder=2)
         axes.bar_label(drawn, [f"{ratio:.2f}" for ratio in ratios], fontsize=8, padding=2)
-        label = "slowest prompt" if m == 0 else None
-        axes.plot(places, worst, "_", color="black", markersize=10, markeredgewidth=1.6, label=label, zorder=3)
+        slowest = axes.plot(places, worst, "_", color="black", markersize=10, markeredgewidth=1.6, zorder=3)
+        if m == len(modes) - 1:
+            slowest[0].set_label("slowest prompt")
     axes.axhline(1.0, color="black", linewidth=1, linestyle="--", zorder=4)
     axes.annotate(
         "plain", (1.0, 1.0), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center"

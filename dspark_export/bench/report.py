@@ -58,7 +58,8 @@ def to_json(conditions: Conditions, result: BenchResult) -> dict[str, Any]:
 def heading(conditions: Conditions) -> str:
     """One line that names model, precision and machine."""
     precision = f"{conditions.precision}, exact" if conditions.exact else conditions.precision
-    return f"{conditions.model}, {precision}, {conditions.threads} threads of {conditions.cpu}"
+    threads = "1 thread" if conditions.threads == 1 else f"{conditions.threads} threads"
+    return f"{conditions.model}, {precision}, {threads} of {conditions.cpu}"
 
 
 def print_report(console: Console, conditions: Conditions, result: BenchResult, bundle: Bundle) -> None:

@@ -174,8 +174,12 @@ def _divergence(plain: Measured, other: Measured) -> tuple[int, int | None, int 
     left = plain.generations[0].tokens
     for generation in other.generations:
         if (position := first_difference(left, generation.tokens)) is not None:
-            return position, *(t[position] if position < len(t) else None for t in (left, generation.tokens))
+            return position, _token(left, position), _token(generation.tokens, position)
     return None
+
+
+def _token(tokens: Sequence[int], position: int) -> int | None:
+    return tokens[position] if position < len(tokens) else None
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
