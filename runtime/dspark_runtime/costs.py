@@ -42,20 +42,20 @@ class PassCosts:
         self._anchor = 1  # rows of the last plain pass: up to there the shape stays as it is
         self._seen: dict[int, int] = {}
         self._near: dict[int, npt.NDArray[np.float64]] = {}
-        self._ms: list[float] = self._shape.tolist()
+        self._points: list[float] = self._shape.tolist()  # plain floats: these are read in every round
 
     def ms(self, rows: int) -> float:
         """Expected milliseconds of a pass over ``rows`` rows."""
-        known = len(self._ms)
-        return self._ms[rows - 1] if rows <= known else self._ms[-1] * rows / known
+        known = len(self._points)
+        return self._scale * (self._points[rows - 1] if rows <= known else self._points[-1] * rows / known)
 
     def observe(self, rows: int, ms: float, plain: bool) -> None:
         """Learn from one pass. Single outliers (a hiccup of the machine) count as at most twice the expected time."""
-        if rows > len(self._ms) or ms <= 0:
+        if rows > len(self._points) or ms <= 0:
             return
         seen = self._seen.get(rows, 0)
         bound = 100.0 if seen < 2 else 2.0  # little is known yet: believe any factor
-        ratio = min(max(ms / self._ms[rows - 1], 1.0 / bound), bound)
+        ratio = min(max(ms / self.ms(rows), 1.0 / bound), bound)
         self._seen[rows] = seen + 1
         step = max(0.1, 1.0 / (seen + 1))
         if plain:
@@ -65,7 +65,7 @@ class PassCosts:
             self._scale *= ratio**0.01
             change = np.exp(self._nearness(rows) * (step * math.log(ratio)))
             self._shape[self._anchor :] *= change[self._anchor :]
-        self._ms = (self._shape * self._scale).tolist()
+            self._points = self._shape.tolist()
 
     def _nearness(self, rows: int) -> npt.NDArray[np.float64]:
         """How far an observation of ``rows`` rows teaches about other numbers: 1 at itself, falling to both sides."""

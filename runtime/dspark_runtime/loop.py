@@ -116,9 +116,12 @@ class DecodingLoop:
         self.runner.run()
         verified = _clock()
         chunks = [self._commit(*each, buffers.logits) for each in zip(self.active, proposals, trees, strict=True)]
-        emitted = sum(len(chunk.tokens) for chunk in chunks)
+        emitted, finished = 0, False
+        for chunk in chunks:
+            emitted += len(chunk.tokens)
+            finished = finished or chunk.finish_reason is not None
         self._account(began, drafted, passed, verified, buffers.input_ids.shape, emitted)
-        if any(chunk.finish_reason for chunk in chunks):
+        if finished:
             self._retire()
         return chunks
 
@@ -162,11 +165,8 @@ class DecodingLoop:
     # Propose -------------------------------------------------------------------------------------------------------
 
     def _propose(self) -> list[Proposal]:
-        batch = len(self.active)
+        batch, most = len(self.active), self.options.most_drafts
         proposals = [Proposal.empty(s.index, s.tokens[-1]) for s in self.active]
-        if not self.drafters:
-            return proposals
-        most = self.options.most_drafts
         for drafter in self.drafters:
             requests = [DraftRequest(s.index, s.row, s.tokens, min(most, s.remaining - 1)) for s in self.active]
             if drafter.pass_ms:
@@ -178,7 +178,7 @@ class DecodingLoop:
                 if draft is not None:
                     proposal.add(drafter, draft)
         for sequence, proposal in zip(self.active, proposals, strict=True):
-            sequence.stats.drafted += len(proposal.tree) - 1
+            sequence.stats.drafted += len(proposal.tree.tokens) - 1
         return proposals
 
     def _weigh(self, drafter: Drafter, requests: Sequence[DraftRequest], proposals: Sequence[Proposal]) -> None:
@@ -193,15 +193,22 @@ class DecodingLoop:
     # Verify --------------------------------------------------------------------------------------------------------
 
     def _fill(self, trees: Sequence[TokenTree]) -> StepBuffers:
-        batch = len(trees)
-        rows = max(self.options.min_rows, *map(len, trees)) if batch > 1 else max(self.options.min_rows, len(trees[0]))
+        batch, rows = len(trees), self.options.min_rows
+        for tree in trees:
+            rows = max(rows, len(tree.tokens))
         lengths = self.cache.lengths
         slots = max(lengths[:batch]) + rows
         self.cache.reserve(slots)
         self.runner.select(0, batch)
         buffers = self.runner.prepare(rows, rows, slots)
-        buffers.logit_rows[:] = _COUNT[:rows]
         mask = buffers.attention_mask
+        if batch == rows == 1:  # the anchor alone sees every slot; this is every step of plain decoding
+            buffers.input_ids[0, 0] = trees[0].tokens[0]
+            buffers.position_ids[0, 0] = buffers.write_indices[0] = lengths[0]
+            buffers.logit_rows[0, 0] = 0
+            mask.fill(True)
+            return buffers
+        buffers.logit_rows[:] = _COUNT[:rows]
         for i, tree in enumerate(trees):
             start, count = lengths[i], len(tree)
             buffers.input_ids[i, :count] = tree.tokens

@@ -126,6 +126,8 @@ class Schedule:
 
     def choose(self, proposals: Sequence[Proposal], batch: int) -> list[TokenTree]:
         """The tree to verify for each sequence: the best part of its proposal, or only its anchor."""
+        if not any(proposal.parts for proposal in proposals):
+            return [proposal.tree for proposal in proposals]
         ranked = [self._ranked(proposal) for proposal in proposals]
         longest = max(len(order) for order, _ in ranked)
         if self.fixed is not None:

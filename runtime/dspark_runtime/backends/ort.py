@@ -37,6 +37,7 @@ _STORAGE: dict[str, tuple[Any, int]] = {
     "bfloat16": (np.uint16, 16),
 }
 _ALIGNMENT = 64
+_MASKS_AHEAD = 31
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
@@ -173,6 +174,7 @@ class OrtRunner:
         self._bound_shape: tuple[int, int, int] | None = None
         self._shapes: dict[tuple[int, int, int], _Shape] = {}
         self._mask_memory = np.zeros(0, np.bool_)
+        self._single_masks: dict[tuple[int, int], tuple[npt.NDArray[np.bool_], Any]] = {}
         self._mask: npt.NDArray[np.bool_] | None = None
         self._logit_memory = np.zeros(0, np.float32)
 
@@ -209,13 +211,27 @@ class OrtRunner:
             raise BackendError(f"ONNX Runtime failed in {self._engine.name}: {error}") from error
 
     def _bind_mask(self, tokens: int, kv_len: int) -> npt.NDArray[np.bool_]:
-        size = self._count * tokens * kv_len
-        if size > self._mask_memory.size:
-            self._mask_memory = _zeros((max(size, 2 * self._mask_memory.size),), np.bool_)
-        mask = self._mask_memory[:size].reshape(self._count, 1, tokens, kv_len)
-        self._binding.bind_ortvalue_input(ATTENTION_MASK, _value(mask))
+        if tokens == 1:
+            key = (self._count, kv_len)
+            if key not in self._single_masks:
+                # Single rows come with growing lengths. Making a value takes a few microseconds in a row of many, and
+                # far longer between two passes, with cold caches.
+                last = min(kv_len + _MASKS_AHEAD, self._memory.capacity)
+                lengths = range(kv_len, last + 1)
+                self._single_masks = {(self._count, length): self._mask_view(1, length) for length in lengths}
+            mask, value = self._single_masks[key]
+        else:
+            mask, value = self._mask_view(tokens, kv_len)
+        self._binding.bind_ortvalue_input(ATTENTION_MASK, value)
         self._mask = mask
         return mask
+
+    def _mask_view(self, tokens: int, kv_len: int) -> tuple[npt.NDArray[np.bool_], Any]:
+        size = self._count * tokens * kv_len
+        if size > self._mask_memory.size:
+            self._mask_memory = _zeros((2 * size,), np.bool_)
+        mask = self._mask_memory[:size].reshape(self._count, 1, tokens, kv_len)
+        return mask, _value(mask)
 
     def _bind_cache(self) -> None:
         tensors = self._memory.tensors()
