@@ -223,6 +223,8 @@ class Bundle:
             return self.codec.encode_chat([{"role": "user", "content": prompt}])
         if isinstance(prompt, str | bytes):
             return self.codec.encode(prompt)
+        if not hasattr(prompt, "__iter__"):
+            raise UsageError(f"a prompt is text or token ids, not {type(prompt).__name__}")
         return list(prompt)
 
     def _costs(self) -> PassCosts:
@@ -233,12 +235,12 @@ class Bundle:
     def _drafters(self, speculate: Speculate, batched: bool) -> list[Drafter]:
         if isinstance(speculate, Drafter):
             return [speculate]
-        if not isinstance(speculate, str):
+        if isinstance(speculate, list | tuple):
             chosen = list(speculate)
             if not all(isinstance(drafter, Drafter) for drafter in chosen):
                 raise UsageError("speculate: a list may hold Drafter objects only")
             return chosen
-        if speculate not in SPECULATION_MODES:
+        if not isinstance(speculate, str) or speculate not in SPECULATION_MODES:
             raise UsageError(
                 f"speculate={speculate!r} is unknown; choose {', '.join(SPECULATION_MODES)} or give a Drafter"
             )

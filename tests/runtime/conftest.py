@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+
 from dspark_runtime.backends.engine import EngineOptions
 from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.contract import CacheLayer
@@ -17,8 +19,6 @@ from dspark_runtime.request import Limits, make_requests
 from dspark_runtime.sampling import SamplingParams
 from dspark_runtime.schedule import Schedule
 from dspark_runtime.sequence import Generation
-from tokenizers import Tokenizer
-
 from tests import tiny_models
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from dspark_runtime.detokenize import TextStream
 from tokenizers import Tokenizer
 
+from dspark_runtime.detokenize import TextStream
 from tests import tiny_models
 
 TEXTS = [

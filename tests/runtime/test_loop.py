@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
 from dspark_runtime.drafters.ngram import NgramDrafter
 from dspark_runtime.drafters.self_draft import SelfDrafter
@@ -16,7 +17,6 @@ from dspark_runtime.loop import LoopOptions
 from dspark_runtime.sampling import SamplingParams, UniformStream, inverse_cdf
 from dspark_runtime.sequence import Generation
 from dspark_runtime.tree import TokenTree
-
 from tests.runtime.conftest import Tiny
 
 PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11], [200, 100, 50, 20, 10, 5, 7], [33] * 9, list(range(40, 75))]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dspark_runtime.drafters.base import DraftRequest
-from dspark_runtime.drafters.ngram import NgramDrafter, NgramIndex
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dspark_runtime.drafters.base import DraftRequest
+from dspark_runtime.drafters.ngram import NgramDrafter, NgramIndex
 
 TEXT = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from dspark_runtime.errors import CapacityError, UsageError
 from dspark_runtime.request import DEFAULT_NEW_TOKENS, Limits, make_requests
 from dspark_runtime.sampling import SamplingParams

@@ -5,6 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
 from dspark_runtime.errors import BackendError
 from dspark_runtime.sampling import (
     ACCEPT,
@@ -17,13 +25,6 @@ from dspark_runtime.sampling import (
     inverse_cdf,
     request_key,
     uniforms,
-)
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 

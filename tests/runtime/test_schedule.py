@@ -6,13 +6,13 @@ import random
 from collections.abc import Hashable, Sequence
 
 import pytest
+
 from dspark_runtime.costs import PassCosts, measure_pass_ms
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
 from dspark_runtime.drafters.hybrid import Proposal
 from dspark_runtime.schedule import HOST_MS, Acceptance, Schedule
 from dspark_runtime.tree import TokenTree
 from dspark_runtime.verify import verify_tree
-
 from tests.runtime.conftest import Tiny
 
 FLAT = {1: 20.0, 2: 20.4, 4: 21.0, 8: 22.0, 16: 25.0, 32: 40.0}

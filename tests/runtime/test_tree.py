@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dspark_runtime.errors import InvalidTree
-from dspark_runtime.tree import MAX_DEPTH, MAX_ROWS, TokenTree, merge, parents_of
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dspark_runtime.errors import InvalidTree
+from dspark_runtime.tree import MAX_DEPTH, MAX_ROWS, TokenTree, merge, parents_of
 
 PATHS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=0, max_size=8)
 

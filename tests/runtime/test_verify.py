@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+
+from dspark_export.graphs.verify import build_verify_chain_model, build_verify_model
 from dspark_runtime.errors import InvalidTree
 from dspark_runtime.sampling import ACCEPT, DRAW, SamplingParams, distribution, draw_token, inverse_cdf, uniforms
 from dspark_runtime.tree import TokenTree
 from dspark_runtime.verify import verify_chain, verify_tree
-
-from dspark_export.graphs.verify import build_verify_chain_model, build_verify_model
 
 VOCAB = 24
 DRAWS = 200_000
