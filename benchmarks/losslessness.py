@@ -2,8 +2,8 @@
 
     python benchmarks/losslessness.py BUNDLE PROMPTS.jsonl [...] --modes ngram,self-draft --batch 1,4 --limit 80
 
-Every mode runs with each batch size; plain decoding of single prompts is the reference. In the exact setting all
-tokens must be equal. Otherwise logits move a little with the number of rows of a pass, and a text may leave the plain
+Every mode runs with each batch size and is compared with plain decoding at the same batch size; plain decoding in
+batches is compared with that of single prompts. In the exact setting all tokens must be equal. Otherwise logits move a little with the number of rows of a pass, and a text may leave the plain
 one where the target's best tokens are closer than that. At every first divergence the target is asked again, by
 teacher forcing: its logits after the plain tokens up to there. It is a ``near tie`` if both tokens, and the two best
 ones, are within the bundle's row noise of the best, and ``WRONG`` otherwise. Row noise is the figure of the manifest;
@@ -92,24 +92,24 @@ def compare(
 ) -> tuple[list[dict], list[Divergence]]:
     """Run everything; one row per mode and batch size, and all first divergences."""
     ids = [encode(bundle, item.text) for item in items]
-    plain = generate(bundle, ids, PLAIN, 1, max_new_tokens)
+    plain = {batch: generate(bundle, ids, PLAIN, batch, max_new_tokens) for batch in sorted({1, *batches})}
     rows, divergences = [], []
     for mode in modes:
         for batch in batches:
             if (mode, batch) == (PLAIN, 1):
                 continue
+            reference = 1 if mode == PLAIN else batch
+            texts = plain[batch] if mode == PLAIN else generate(bundle, ids, mode, batch, max_new_tokens)
             found = []
-            for index, tokens in enumerate(generate(bundle, ids, mode, batch, max_new_tokens)):
-                position = first_difference(plain[index], tokens)
+            for index, (expected, tokens) in enumerate(zip(plain[reference], texts, strict=True)):
+                position = first_difference(expected, tokens)
                 if position is not None:
-                    chosen = [t[position] if position < len(t) else None for t in (plain[index], tokens)]
-                    verdict = judge(bundle, ids[index], plain[index], position, chosen)
+                    chosen = [t[position] if position < len(t) else None for t in (expected, tokens)]
+                    verdict = judge(bundle, ids[index], expected, position, chosen)
                     found.append(Divergence(mode, batch, items[index].set, index, position, *chosen, **verdict))
             wrong = sum(d.verdict == WRONG for d in found)
-            ties = len(found) - wrong
-            rows.append(
-                {"mode": mode, "batch": batch, "equal": len(ids) - len(found), "near_ties": ties, "wrong": wrong}
-            )
+            figures = {"equal": len(ids) - len(found), "near_ties": len(found) - wrong, "wrong": wrong}
+            rows.append({"mode": mode, "batch": batch, "compared_with_plain_batch": reference} | figures)
             divergences += found
     return rows, divergences
 
