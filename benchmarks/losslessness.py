@@ -3,11 +3,12 @@
     python benchmarks/losslessness.py BUNDLE PROMPTS.jsonl [...] --modes ngram,self-draft --batch 1,4 --limit 80
 
 Every mode runs with each batch size and is compared with plain decoding at the same batch size; plain decoding in
-batches is compared with that of single prompts. In the exact setting all tokens must be equal. Otherwise logits move a little with the number of rows of a pass, and a text may leave the plain
-one where the target's best tokens are closer than that. At every first divergence the target is asked again, by
-teacher forcing: its logits after the plain tokens up to there. It is a ``near tie`` if both tokens, and the two best
-ones, are within the bundle's row noise of the best, and ``WRONG`` otherwise. Row noise is the figure of the manifest;
-where that has none, the largest change of a logit at the divergence itself between passes of 1, 2, 3, 5, 8, 16 rows.
+batches is compared with that of single prompts. In the exact setting all tokens must be equal. Otherwise logits move a
+little with the number of rows of a pass, and a text may leave the plain one where the target's best tokens are closer
+than that. At every first divergence the target is asked again, by teacher forcing: its logits after the plain tokens up
+to there. It is a ``near tie`` if both tokens, and the two best ones, are within the bundle's row noise of the best, and
+``WRONG`` otherwise. Row noise is the figure of the manifest; where that has none, the largest change of a logit at the
+divergence itself between passes of 1, 2, 3, 5, 8 and 16 rows.
 
 The summary goes to stdout as JSON, progress to stderr. Exit code 1 if anything is WRONG.
 """

@@ -1,39 +1,60 @@
-"""``dspark-export doctor``: what is installed, which backends work, and how to get what is missing."""
+"""``dspark-export doctor``: what is installed, which backends work, and how to get what is missing.
+
+Works with nothing but this package, typer and the standard library; everything else is looked for, not relied on.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
+from functools import cache
+from importlib import import_module, metadata
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from dspark_runtime.errors import BackendError
+
 _DISTRIBUTION = "dspark-export"
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+_CPU, _CUDA = "ONNX Runtime, CPU", "ONNX Runtime, CUDA"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. ``remedy`` is what to do, empty when all is well."""
+    """One thing that was looked at. ``needed_for`` is ``all`` or the extras; ``remedy`` is empty when all is well."""
 
     name: str
     works: bool
     detail: str
     remedy: str = ""
+    needed_for: str = "all"
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A declared dependency; ``extras`` is empty if it is needed always."""
+
+    name: str
+    versions: str
+    extras: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """What installs it."""
+        return f'pip install "{self.name}{self.versions}"'
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
-    """Say what is installed, which backends work, and how to get the rest. Exit code 8 if no backend works."""
+    """Say what is installed, which backends work, and how to get the rest. Exit code 8 if the CPU backend does not."""
     machine = _machine()
     backends = [_guarded(name, check) for name, check in _BACKENDS.items()]
     packages = _packages()
-    healthy = any(f.works for f in backends if f.name in RUNNABLE)
+    healthy = any(finding.works for finding in backends if finding.name == _CPU)
     if as_json:
         found = {"healthy": healthy, "machine": machine}
         found |= {"backends": [asdict(f) for f in backends], "packages": [asdict(f) for f in packages]}
@@ -41,126 +62,185 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
     else:
         _print(machine, backends, packages)
     if not healthy:
-        raise typer.Exit(8)
+        raise typer.Exit(BackendError.exit_code)
 
 
 def _machine() -> dict[str, str]:
-    facts = {"python": platform.python_version(), "platform": platform.platform(), "cpu": platform.machine()}
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return facts
-    names = re.findall(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
-    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)[:1]).split())
-    if names:
-        facts["cpu"] = names[0]
-    facts["cores"] = str(len(re.findall(r"^processor\s*:", text, re.MULTILINE)))
-    facts["instructions"] = " ".join(flag for flag in _FLAGS if flag in flags) or "none of note"
-    return facts
+    from dspark_export.bench.machine import this_machine
+
+    found = this_machine()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": found.cpu,
+        "cores": f"{found.physical_cores} ({found.logical_cores} threads)",
+        "instructions": " ".join(found.instructions) or "none of note",
+    }
 
 
-def _packages() -> list[Finding]:
-    """Every declared dependency with its installed version."""
+@cache
+def _requirements() -> dict[str, Requirement]:
+    """Declared dependencies of the installed distribution by name; empty if it is not installed."""
     try:
         declared = metadata.requires(_DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        return [Finding(_DISTRIBUTION, False, "not installed", f"pip install {_DISTRIBUTION}")]
-    findings = []
-    for requirement in declared:
-        wanted, _, marker = requirement.partition(";")
-        name = re.split(r"[^A-Za-z0-9._-]", wanted.strip(), maxsplit=1)[0]
-        extra = re.search(r"extra == ['\"](\w+)['\"]", marker)
-        group = f"{_DISTRIBUTION}[{extra.group(1)}]" if extra else _DISTRIBUTION
-        try:
-            version = metadata.version(name)
-            findings.append(Finding(name, True, f"{version} (wanted {wanted.strip().removeprefix(name) or 'any'})"))
-        except metadata.PackageNotFoundError:
-            if extra is None or extra.group(1) != "dev":
-                findings.append(Finding(name, extra is not None, "not installed", f'pip install "{group}"'))
-    return findings
+        return {}
+    found: dict[str, Requirement] = {}
+    for line in declared:
+        wanted, _, marker = line.partition(";")
+        match = re.match(r"\s*([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*(.*?)\s*$", wanted)
+        assert match is not None, line
+        name, versions = match.groups()
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+        before = found[name].extras if name in found else ()
+        found[name] = Requirement(name, versions, (*before, extra.group(1)) if extra else ())
+    return found
+
+
+def _command(name: str) -> str:
+    known = _requirements().get(name)
+    return known.command if known is not None else f"pip install {name}"
+
+
+def _packages() -> list[Finding]:
+    """Every declared dependency with the version that is installed and the one that is wanted."""
+    if not _requirements():
+        return [Finding(_DISTRIBUTION, False, "runs from a folder, not installed", "pip install -e . in its folder")]
+    return [_package(requirement) for requirement in _requirements().values()]
+
+
+def _package(requirement: Requirement) -> Finding:
+    needed_for = ", ".join(requirement.extras) or "all"
+    wanted = requirement.versions or "any version"
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return Finding(requirement.name, False, f"not installed, wanted {wanted}", requirement.command, needed_for)
+    if not _satisfies(version, requirement.versions):
+        detail = f"{version}, but wanted {wanted}"
+        return Finding(requirement.name, False, detail, requirement.command, needed_for)
+    return Finding(requirement.name, True, f"{version}, wanted {wanted}", "", needed_for)
+
+
+def _satisfies(version: str, versions: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:
+        return True  # it comes with onnxruntime; without that, the missing backend is the news
+    return SpecifierSet(versions).contains(version, prereleases=True)
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
+    """A broken installation may fail in any way while it is imported: that is a finding, too."""
     try:
         return check()
     except Exception as error:
-        return Finding(name, False, f"{type(error).__name__}: {error}", "see the message")
+        return Finding(name, False, f"{type(error).__name__}: {error}", "install it again; see the message")
 
 
 def _onnxruntime_cpu() -> Finding:
-    """Really runs an opset-24 graph that updates a cache in place."""
-    name = "ONNX Runtime, CPU"
     if find_spec("onnxruntime") is None:
-        return Finding(name, False, "onnxruntime is not installed", f'pip install "{_DISTRIBUTION}[cpu]"')
-    import onnxruntime as ort
-
+        return Finding(_CPU, False, "onnxruntime is not installed", _command("onnxruntime"))
     if find_spec("onnx") is None:
-        return Finding(name, True, f"onnxruntime {ort.__version__} imports; onnx is missing, so nothing was run")
+        return Finding(_CPU, False, "not tried: onnx, which makes the graph to run, is missing", _command("onnx"))
+    version = metadata.version("onnxruntime") if _has("onnxruntime") else import_module("onnxruntime").__version__
+    try:
+        written = _run_scatter("CPUExecutionProvider")
+    except Exception as error:
+        remedy = _command("onnxruntime").replace("install", "install --upgrade", 1)
+        return Finding(_CPU, False, f"onnxruntime {version} cannot run an opset-24 graph: {error}", remedy)
+    if not written:
+        return Finding(_CPU, False, f"onnxruntime {version} runs an opset-24 graph wrongly", _command("onnxruntime"))
+    return Finding(_CPU, True, f"onnxruntime {version} ran an opset-24 graph that updates a cache")
+
+
+def _has(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _run_scatter(provider: str) -> bool:
+    """Whether TensorScatter, opset 24, puts a row into a cache as it should."""
     import numpy as np
+    import onnxruntime as ort
     from onnx import TensorProto, helper
 
-    cache: list[str | int | None] = ["batch", 1, "capacity", 2]
+    cache_shape: list[str | int | None] = ["batch", 1, "capacity", 2]
     graph = helper.make_graph(
         [helper.make_node("TensorScatter", ["past", "new", "at"], ["present"], axis=2)],
         "doctor",
         [
-            helper.make_tensor_value_info("past", TensorProto.FLOAT, cache),
+            helper.make_tensor_value_info("past", TensorProto.FLOAT, cache_shape),
             helper.make_tensor_value_info("new", TensorProto.FLOAT, ["batch", 1, "tokens", 2]),
             helper.make_tensor_value_info("at", TensorProto.INT64, ["batch"]),
         ],
-        [helper.make_tensor_value_info("present", TensorProto.FLOAT, cache)],
+        [helper.make_tensor_value_info("present", TensorProto.FLOAT, cache_shape)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
-    remedy = f'pip install --upgrade "{_DISTRIBUTION}[cpu]"'
     options = ort.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        feeds = {"past": np.zeros((1, 1, 4, 2), "f"), "new": np.ones((1, 1, 1, 2), "f"), "at": np.array([2])}
-        written = session.run(None, feeds)[0][0, 0, :, 0].tolist() == [0, 0, 1, 0]
-    except Exception as error:
-        return Finding(name, False, f"onnxruntime {ort.__version__} cannot run opset 24: {error}", remedy)
-    detail = f"onnxruntime {ort.__version__} runs an opset-24 graph"
-    return Finding(name, True, detail) if written else Finding(name, False, f"{detail}, with a wrong result", remedy)
+    options.log_severity_level = 4
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    if provider not in session.get_providers():
+        raise RuntimeError(f"the provider did not load; the session fell back to {', '.join(session.get_providers())}")
+    feeds = {"past": np.zeros((1, 1, 4, 2), "f"), "new": np.ones((1, 1, 1, 2), "f"), "at": np.array([2])}
+    result: Any = session.run(None, feeds)[0]
+    return bool(result[0, 0, :, 0].tolist() == [0, 0, 1, 0])
 
 
 def _onnxruntime_cuda() -> Finding:
-    name = "ONNX Runtime, CUDA"
-    remedy = f'pip uninstall onnxruntime; pip install "{_DISTRIBUTION}[gpu]", on a machine with an NVIDIA driver'
+    command = f"pip uninstall onnxruntime; {_command('onnxruntime-gpu')}"
     if find_spec("onnxruntime") is None:
-        return Finding(name, False, "onnxruntime is not installed", remedy)
-    import onnxruntime as ort
-
-    if "CUDAExecutionProvider" in ort.get_available_providers():
-        return Finding(name, True, "the provider is there; this version of dspark-export runs graphs on the CPU only")
-    return Finding(name, False, f"this build of onnxruntime has {', '.join(ort.get_available_providers())}", remedy)
+        return Finding(_CUDA, False, "onnxruntime is not installed", _command("onnxruntime-gpu"), "gpu")
+    providers = import_module("onnxruntime").get_available_providers()
+    if "CUDAExecutionProvider" not in providers:
+        detail = f"this build of onnxruntime has only {', '.join(providers)}"
+        return Finding(_CUDA, False, detail, command, "gpu")
+    try:
+        _run_scatter("CUDAExecutionProvider")
+    except Exception as error:
+        remedy = "see the NVIDIA driver below, and the CUDA and cuDNN versions onnxruntime-gpu asks for"
+        return Finding(_CUDA, False, str(error), remedy, "gpu")
+    return Finding(_CUDA, True, "ran an opset-24 graph; bundles are run on the CPU by this version", "", "gpu")
 
 
 def _driver() -> Finding:
-    version = Path("/proc/driver/nvidia/version")
-    if version.exists():
-        return Finding("NVIDIA driver", True, version.read_text(encoding="utf-8").splitlines()[0])
-    return Finding("NVIDIA driver", False, "none on this machine", "install NVIDIA's driver, if there is such a GPU")
+    name, remedy = "NVIDIA driver", "https://www.nvidia.com/drivers, if this machine has an NVIDIA GPU"
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+    except OSError:
+        return Finding(name, False, "none: the CUDA driver library is not on this machine", remedy, "gpu, rtx")
+    if status := cuda.cuInit(0):
+        return Finding(name, False, f"the driver is there, but cuInit failed with status {status}", remedy, "gpu, rtx")
+    version, count = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    detail = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}, {count.value} device(s)"
+    return Finding(name, count.value > 0, detail, "" if count.value else remedy, "gpu, rtx")
 
 
-def _importable(name: str, module: str, remedy: str) -> Callable[[], Finding]:
+def _importable(name: str, module: str, distribution: str, extra: str) -> Callable[[], Finding]:
     def check() -> Finding:
-        if find_spec(module) is None:
-            return Finding(name, False, f"the module {module} is not installed", remedy)
-        return Finding(name, True, "installed; engines are not built by this version")
+        parent = module.partition(".")[0]
+        if find_spec(parent) is None or find_spec(module) is None:
+            return Finding(name, False, f"the module {module} is not installed", _command(distribution), extra)
+        version = getattr(import_module(module), "__version__", None)
+        return Finding(name, True, f"{version or 'installed'}, can be imported", "", extra)
 
     return check
 
 
 _BACKENDS: dict[str, Callable[[], Finding]] = {
-    "ONNX Runtime, CPU": _onnxruntime_cpu,
-    "ONNX Runtime, CUDA": _onnxruntime_cuda,
+    _CPU: _onnxruntime_cpu,
+    _CUDA: _onnxruntime_cuda,
     "NVIDIA driver": _driver,
-    "TensorRT": _importable("TensorRT", "tensorrt", f'pip install "{_DISTRIBUTION}[gpu]"'),
-    "TensorRT-RTX": _importable("TensorRT-RTX", "tensorrt_rtx", f'pip install "{_DISTRIBUTION}[rtx]"'),
+    "TensorRT": _importable("TensorRT", "tensorrt", "tensorrt", "gpu"),
+    "cuda-core": _importable("cuda-core", "cuda.core", "cuda-core", "gpu"),
+    "Polygraphy": _importable("Polygraphy", "polygraphy", "polygraphy", "gpu, rtx"),
+    "TensorRT-RTX": _importable("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx-cu13", "rtx"),
 }
-RUNNABLE = ("ONNX Runtime, CPU",)
-"""Backends this version generates with."""
 
 
 def _print(machine: dict[str, str], backends: list[Finding], packages: list[Finding]) -> None:
@@ -168,14 +248,12 @@ def _print(machine: dict[str, str], backends: list[Finding], packages: list[Find
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=max(100, Console().width))
-    console.print("  ".join(f"{key}: {value}" for key, value in machine.items()), highlight=False)
+    console = Console(width=max(120, Console().width))
+    for key, value in machine.items():
+        console.print(f"{key:<13} {value}", highlight=False, markup=False)
     for title, findings in (("backend", backends), ("package", packages)):
-        table = Table("", title, "state", "to get it", box=None, pad_edge=False)
-        for finding in findings:
-            table.add_row(
-                "ok" if finding.works and not finding.remedy else "--",
-                finding.name,
-                *map(escape, (finding.detail, finding.remedy)),
-            )
+        table = Table("", title, "for", "state", "to get it", box=None, pad_edge=False)
+        for f in findings:
+            table.add_row("ok" if f.works else "--", *map(escape, (f.name, f.needed_for, f.detail, f.remedy)))
+        console.print()
         console.print(table, highlight=False)
