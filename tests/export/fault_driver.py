@@ -1,4 +1,4 @@
-"""Runs one build per fault, each in a forked child, so that the libraries are imported only once.
+"""Runs one build per fault, each in a forked child, so that importing and tracing is done only once.
 
 ``python -m tests.export.fault_driver MODEL FOLDER`` writes one JSON line per fault: its name, how the child ended, and
 what was left in the child's folder. The child does to itself, when the wanted stage begins, what the fault is.
@@ -16,8 +16,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+import dspark_export.build as building
 from dspark_export.build import Stage, build
 from dspark_export.build_options import BuildOptions
+from dspark_export.checkpoints import resolve
 from dspark_runtime.errors import DsparkError
 
 STAGES: tuple[Stage, ...] = (
@@ -91,9 +95,15 @@ def run(model: str, out: Path, listener: Callable[[Stage], None], user: int | No
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def trace_once(model: str) -> None:
+    """Trace here what every child would trace again; the graphs are not what the faults are about."""
+    graphs = building._trace(resolve(model).load_model(torch.float32), None)
+    building._trace = lambda model, layers: graphs
+
+
 def main(model: str, folder: Path) -> None:
-    """All faults, then one undisturbed build into each folder that a killed build left dirty."""
-    import dspark_export.graphs.target  # so that the children need not import it
+    """All faults, then one undisturbed build into a folder that a killed build left dirty."""
+    trace_once(model)
 
     def report(name: str, code: int, out: Path) -> None:
         left = sorted(path.name for path in out.parent.iterdir())
@@ -119,7 +129,6 @@ def main(model: str, folder: Path) -> None:
     else:
         fault("read-only", lambda stage: None, mode=0o555)
     report("undisturbed", run(model, folder / "kill-save" / "bundle", lambda stage: None, None), out)
-    del dspark_export
 
 
 if __name__ == "__main__":

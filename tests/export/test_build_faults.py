@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from dspark_runtime.errors import BundleNotWritten, ModelNotFound
 from tests.export.checkpoint_samples import write_checkpoint
 from tests.export.fault_driver import STAGES
 
+pytestmark = pytest.mark.xdist_group("build-faults")  # its fixture takes long: once is enough
 ROOT = Path(__file__).parents[2]
 
 
@@ -42,6 +44,7 @@ def outcomes(workplace: Path) -> dict[str, dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.export.fault_driver", str(workplace / "model"), str(workplace / "out")],
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # a process that forks must have no threads
         capture_output=True,
         text=True,
         timeout=900,
