@@ -9,7 +9,13 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB = 384
 MAX_POSITIONS = 512
@@ -111,12 +117,51 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", {}),
 }
 
+_HEADS_OF_16 = {"head_dim": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_MORE: dict[str, dict[str, Any]] = {
+    "arcee": {},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"sliding_window": WINDOW, "logit_scale": 0.3},
+    "ernie4_5": _HEADS_OF_16,
+    "exaone4": {"sliding_window": WINDOW},
+    "gemma": _HEADS_OF_16,
+    "glm4": _HEADS_OF_16,
+    "gpt_neox": {},
+    "granite": {
+        "logits_scaling": 3.0,
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.3,
+    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "hunyuan_v1_dense": _HEADS_OF_16,
+    "ministral": {**_HEADS_OF_16, "sliding_window": WINDOW},
+    "ministral3": _HEADS_OF_16,
+    "nemotron": {},
+    "olmo": {},
+    "olmo3": {"sliding_window": WINDOW},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "phi": {},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 32},
+    "seed_oss": _HEADS_OF_16,
+    "stablelm": {},
+    "starcoder2": {"sliding_window": WINDOW},
+}
+
 ARCHITECTURES = tuple(_ARCHITECTURES)
-"""Every architecture with a parity test, by its ``model_type``."""
+"""Architectures that every parity test runs on, by their ``model_type``."""
+
+MORE_ARCHITECTURES = tuple(_MORE)
+"""Architectures with one parity test of their own (``tests/parity/test_more_architectures.py``)."""
 
 
 def config(arch: str, **overrides: Any) -> PretrainedConfig:
     """The tiny configuration of ``arch``, a ``model_type``, with ``overrides`` on top."""
+    if arch in _MORE:
+        more: PretrainedConfig = CONFIG_MAPPING[arch](**{**_COMMON, **_MORE[arch], **overrides})
+        return more
     class_name, special = _ARCHITECTURES[arch]
     settings = {**_COMMON, **special, **overrides}
     if arch == "gpt2":

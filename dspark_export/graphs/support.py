@@ -16,22 +16,45 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dspark_runtime.errors import DsparkError, UnsupportedArchitecture
 
 TESTED = frozenset(
-    {
+    [
+        "arcee",
+        "cohere",
+        "cohere2",
         "deepseek_v2",
         "deepseek_v3",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
         "gemma2",
         "gemma3_text",
+        "glm4",
         "gpt2",
+        "gpt_neox",
+        "granite",
+        "granitemoe",
+        "hunyuan_v1_dense",
         "llama",
+        "ministral",
+        "ministral3",
         "mistral",
         "mixtral",
+        "nemotron",
+        "olmo",
         "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "phi",
         "phi3",
         "qwen2",
+        "qwen2_moe",
         "qwen3",
         "qwen3_moe",
+        "seed_oss",
         "smollm3",
-    }
+        "stablelm",
+        "starcoder2",
+    ]
 )
 """``model_type`` of every architecture with a parity test."""
 
