@@ -26,7 +26,7 @@ def bench(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 128,
     repeats: Annotated[int, typer.Option(help="Times every prompt runs in each mode; the median counts.")] = 3,
-    limit: Annotated[int | None, typer.Option(help="Prompts taken from each set (default: all).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts taken from each set (default: all).")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads (default: one per physical core).")] = None,
     exact: Annotated[
         bool | None,
