@@ -21,7 +21,6 @@ from dspark_runtime.errors import BundleNotWritten, ModelNotFound
 from tests.export.checkpoint_samples import write_checkpoint
 from tests.export.fault_driver import STAGES
 
-pytestmark = pytest.mark.xdist_group("build-faults")  # its fixture takes long: once is enough
 ROOT = Path(__file__).parents[2]
 
 

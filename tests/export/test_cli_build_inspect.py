@@ -20,8 +20,6 @@ from tests.export.checkpoint_samples import edit_config, write_checkpoint
 from tests.runtime.test_bundle import flipped
 from tests.runtime.test_bundle import write_bundle as write_fake_bundle
 
-pytestmark = pytest.mark.xdist_group("cli-build")  # its fixture takes long: once is enough
-
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
