@@ -1,0 +1,236 @@
+"""The project as a whole: what is packaged, what its texts refer to, and rules that no single module can check."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from dspark_export.cli import main as command_line
+from dspark_runtime import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT: dict[str, Any] = SETTINGS["project"]
+# Folders of one machine that must not get into the project. Written in pieces, so that this file passes its own test.
+MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:" + "|".join(("tmp", "work", "root", "home")) + r")/\w")
+LONGEST_MODULE = 400
+
+
+@cache
+def tracked() -> tuple[Path, ...]:
+    """Files under version control that are there; skips where the sources are no checkout."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("needs a git checkout")
+    return tuple(path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file())
+
+
+def texts(suffix: str = "") -> dict[str, str]:
+    """Tracked text files by their path in the repository."""
+    found = {}
+    for path in tracked():
+        if path.name.endswith(suffix):
+            try:
+                found[str(path.relative_to(ROOT))] = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+    return found
+
+
+def pins() -> dict[str, str]:
+    """Version by normalized name in constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("#")[0].strip().split("==") for line in lines if line.split("#")[0].strip()]
+    return {normalized(name): version for name, version in pairs}
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# Rules over all files
+
+
+def test_no_path_of_one_machine() -> None:
+    found = {
+        f"{name}:{number}": line.strip()
+        for name, text in texts().items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if MACHINE_PATH.search(line)
+    }
+    assert not found
+
+
+def test_modules_stay_small_and_named_for_their_job() -> None:
+    modules = {name: len(text.splitlines()) for name, text in texts(".py").items()}
+    assert not {name: lines for name, lines in modules.items() if lines > LONGEST_MODULE}
+    assert not [name for name in modules if Path(name).stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+def test_nothing_built_or_downloaded_is_tracked() -> None:
+    assert not [path for path in tracked() if path.suffix in (".onnx", ".data", ".gguf", ".safetensors", ".pyc")]
+    assert max(path.stat().st_size for path in tracked()) < 1_000_000
+
+
+def test_no_unfinished_code() -> None:
+    marks = re.compile(r"\b(?:" + "|".join(("TODO", "FIXME", "XXX")) + r")\b|raise Not" + r"ImplementedError")
+    assert not [name for name, text in texts(".py").items() if marks.search(text)]
+
+
+# Metadata
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert metadata.version("dspark-export") == PROJECT["version"]
+    assert re.search(rf"^## {re.escape(PROJECT['version'])}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def test_python_versions_agree() -> None:
+    allowed = SpecifierSet(PROJECT["requires-python"])
+    named = [c.rsplit(" ", 1)[1] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert named and all(version in allowed for version in named)
+    assert "3.10" not in allowed
+    oldest = min(named, key=lambda version: int(version.split(".")[1]))
+    assert SETTINGS["tool"]["mypy"]["python_version"] == oldest
+    assert SETTINGS["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+
+
+@pytest.mark.parametrize("extras", [(), ("cpu",), ("dev",)], ids=["plain", "cpu", "dev"])
+def test_constraints_pin_every_dependency_to_an_allowed_version(extras: tuple[str, ...]) -> None:
+    optional = PROJECT["optional-dependencies"]
+    wanted = [Requirement(r) for r in [*PROJECT["dependencies"], *(r for extra in extras for r in optional[extra])]]
+    known = pins()
+    wrong = {
+        r.name: known.get(normalized(r.name)) for r in wanted if known.get(normalized(r.name), "") not in r.specifier
+    }
+    assert not wrong
+
+
+def test_the_extras_the_readme_and_doctor_name_exist() -> None:
+    assert set(PROJECT["optional-dependencies"]) == {"cpu", "gpu", "rtx", "dev"}
+    found = {m for text in texts().values() for m in re.findall(r"dspark-export\[([\w,]+)\]", text)}
+    assert {extra for group in found for extra in group.split(",")} <= set(PROJECT["optional-dependencies"])
+
+
+# What is packaged
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
+    """Names inside a freshly built wheel and source distribution."""
+    pytest.importorskip("hatchling", reason="needs hatchling (extra `dev`), which builds the packages")
+    out = tmp_path_factory.mktemp("dist")
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,), (source,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive, tarfile.open(source) as tar:
+        return archive.namelist(), [name.split("/", 1)[1] for name in tar.getnames() if "/" in name]
+
+
+def test_the_wheel_holds_both_packages_whole(packages: tuple[list[str], list[str]]) -> None:
+    wheel = packages[0]
+    for source, package in (("dspark_export/", "dspark_export/"), ("runtime/dspark_runtime/", "dspark_runtime/")):
+        wanted = {package + n.removeprefix(source) for n in texts() if n.startswith(source)}
+        assert wanted and wanted <= set(wheel)
+    assert "dspark_runtime/py.typed" in wheel
+    assert "dspark_export/bench/prompts/repeat.jsonl" in wheel
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+    assert any(name.endswith("entry_points.txt") for name in wheel)
+
+
+def test_the_wheel_holds_nothing_else(packages: tuple[list[str], list[str]]) -> None:
+    version = PROJECT["version"]
+    assert {name.split("/")[0] for name in packages[0]} == {
+        "dspark_export",
+        "dspark_runtime",
+        f"dspark_export-{version}.dist-info",
+    }
+
+
+def test_the_source_distribution_has_no_environment_or_bundle(packages: tuple[list[str], list[str]]) -> None:
+    assert {"pyproject.toml", "LICENSE", "runtime/dspark_runtime/__init__.py"} <= set(packages[1])
+    assert not [name for name in packages[1] if name.split("/")[0] in (".venv", ".cache", "bundles", ".git")]
+    assert not [name for name in packages[1] if name.endswith((".onnx", ".data", ".gguf"))]
+
+
+# What the texts refer to
+
+
+def test_links_of_the_texts_lead_somewhere() -> None:
+    broken = []
+    for name, text in texts(".md").items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if (
+                "://" not in link
+                and not link.startswith("#")
+                and not ((ROOT / name).parent / link.split("#")[0]).exists()
+            ):
+                broken.append(f"{name}: {link}")
+    assert not broken
+
+
+def verbs() -> dict[str, set[str]]:
+    """Options of every command of the command line."""
+    group: Any = typer.main.get_command(command_line.app)
+    return {
+        name: {"--help", "-h"} | {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+        for name, command in group.commands.items()
+    }
+
+
+def test_commands_in_the_texts_exist() -> None:
+    known, wrong = verbs(), []
+    for name, text in texts(".md").items():
+        for verb, rest in re.findall(
+            r"^\s*(?:\$ )?dspark-export +(?:--debug +)?([a-z]+)\b([^\n#|`]*)", text, re.MULTILINE
+        ):
+            if verb not in known:
+                wrong.append(f"{name}: {verb}")
+                continue
+            unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)) - known[verb]
+            wrong += [f"{name}: {verb} {option}" for option in unknown]
+    assert not wrong
+
+
+def test_scripts_in_the_texts_exist_and_can_run() -> None:
+    found = {
+        p
+        for text in texts(".md").values()
+        for p in re.findall(r"\b((?:samples|scripts|benchmarks)/[\w/]+\.(?:sh|py))", text)
+    }
+    assert {"samples/quickstart/run.sh", "scripts/test.sh"} <= found
+    assert not [path for path in found if not (ROOT / path).is_file()]
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    modes = {line.split("\t")[1]: line.split(" ")[0] for line in listed.splitlines()}
+    assert {modes.get(p) for p in [*(p for p in found if p.endswith(".sh")), ".ci/run"]} == {"100755"}
+
+
+def test_exit_codes_of_the_help_are_those_of_the_errors() -> None:
+    documented = {int(code) for code in re.findall(r"^\| (\d+)", command_line.__doc__ or "", re.MULTILINE)}
+    types = [t for t in vars(errors).values() if isinstance(t, type) and issubclass(t, errors.DsparkError)]
+    assert {t.exit_code for t in types if t is not errors.DsparkError} == documented - {0, 70, 130}
+
+
+def test_every_error_says_what_it_is_for() -> None:
+    types = [t for t in vars(errors).values() if isinstance(t, type) and issubclass(t, errors.DsparkError)]
+    assert len(types) > 8
+    assert all(t.__doc__ for t in types)
