@@ -1,0 +1,108 @@
+"""This project beside transformers, onnxruntime-genai and llama.cpp, on the same weights, prompts and threads.
+
+    python -m benchmarks.peers --model MODEL.gguf --out peers-out --threads 2
+
+All formats of the model are made below --out once and reused. The table goes to stdout; peers.json and peers.png go to
+--out. A peer that cannot take part is named with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.peers import genai_peer, llama_cpp_peer, own, transformers_peer
+from benchmarks.peers.measure import measure
+from benchmarks.peers.models import SharedModel
+from benchmarks.peers.protocol import Candidate, Missing, Peer
+from benchmarks.peers.report import Conditions, draw, print_report, to_json
+from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
+from dspark_export.bench.machine import this_machine
+from dspark_export.bench.prompts import SHIPPED, PromptItem, load_sets
+from dspark_export.bench.runner import encode
+from dspark_runtime import Bundle
+from dspark_runtime.errors import DsparkError
+
+
+def load_all(candidates: list[Candidate]) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that can take part, and why the others cannot."""
+    peers: list[Peer] = []
+    missing: dict[str, str] = {}
+    for candidate in candidates:
+        try:
+            peers.append(candidate.load())
+        except Missing as reason:
+            missing[candidate.name] = str(reason)
+    return peers, missing
+
+
+def arguments() -> argparse.Namespace:
+    """The parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="GGUF file, folder or hub id")
+    parser.add_argument("--out", type=Path, required=True, help="folder for models and results")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompts", action="append", help=f"set ({', '.join(SHIPPED)}) or file; default: all sets")
+    parser.add_argument("--limit", type=int, default=1, help="prompts of each set")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="only peers whose name this regular expression finds")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit code."""
+    given = arguments()
+    model = SharedModel(given.model, given.out)
+    try:
+        items = load_sets(given.prompts or list(SHIPPED), given.limit)
+        sources = (own, transformers_peer, genai_peer, llama_cpp_peer)
+        all_candidates = [c for source in sources for c in source.candidates(model, given.threads)]
+        peers, missing = load_all([c for c in all_candidates if re.search(given.only, c.name)])
+        ids, conditions = _conditions(given, model, items)
+    except (DsparkError, Missing) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(peers) * len(ids) * given.repeats)
+        results = measure(
+            peers,
+            ids,
+            max_new_tokens=given.max_new_tokens,
+            repeats=given.repeats,
+            on_step=lambda: progress.advance(task),
+        )
+    print_report(Console(width=max(110, Console().width)), conditions, results, missing)
+    (given.out / "peers.json").write_text(json.dumps(to_json(conditions, results, missing), indent=1) + "\n")
+    draw(conditions, results, given.out / "peers.png")
+    return 0
+
+
+def _conditions(
+    given: argparse.Namespace, model: SharedModel, items: list[PromptItem]
+) -> tuple[list[list[int]], Conditions]:
+    """Prompts as token ids of the one tokenizer all peers share, and the facts of the run."""
+    bundles = {precision: Bundle.open(model.bundle(precision), verify_digests=False) for precision in ("fp32", "int4")}
+    ids = [encode(bundles["fp32"], item.text) for item in items]
+    return ids, Conditions(
+        model=Path(given.model).name,
+        machine=this_machine(),
+        threads=given.threads,
+        bandwidth=measure_bandwidth(given.threads),
+        weight_bytes={precision: bytes_per_token(bundle.files) for precision, bundle in bundles.items()},
+        prompts=[item.set for item in items],
+        prompt_tokens=[len(prompt) for prompt in ids],
+        max_new_tokens=given.max_new_tokens,
+        repeats=given.repeats,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""This project: plain in both settings of ``exact``, and speculating, on one bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from benchmarks.peers.models import SharedModel
+from benchmarks.peers.protocol import Candidate, Stopwatch, Timed
+from dspark_runtime import Bundle
+
+PLAIN_EXACT, PLAIN_INEXACT, AUTO = "plain, exact", "plain, not exact", "speculating"
+SETTINGS = (PLAIN_EXACT, PLAIN_INEXACT, AUTO)
+
+
+class OwnPeer:
+    """One bundle in one setting. The schedule learns over the prompts of the run, as in everyday use."""
+
+    def __init__(self, bundle: Bundle, precision: str, setting: str) -> None:
+        self.name = f"dspark {precision}, {setting}"
+        self.precision = self.family = precision
+        self.setting = setting
+        self._bundle = bundle.with_fresh_schedule()
+        self._mode = "auto" if setting == AUTO else "off"
+
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> Timed:
+        """Streamed; turning tokens into text is part of the time."""
+        watch = Stopwatch()
+        options = {"max_new_tokens": max_new_tokens, "speculate": self._mode, "ignore_eos": True, "stream": True}
+        for chunk in self._bundle.generate(list(prompt), **options):
+            watch.arrived(chunk.tokens)
+        return watch.result()
+
+
+def candidates(model: SharedModel, threads: int) -> Iterator[Candidate]:
+    """fp32 and int4. Speculation runs in the bundle's default setting of ``exact``."""
+
+    @cache
+    def opened(path: Path, exact: bool) -> Bundle:
+        return Bundle.open(path, threads=threads, exact=exact)
+
+    def load(precision: str, setting: str) -> OwnPeer:
+        path = model.bundle(precision)
+        if setting == AUTO:
+            exact = Bundle.open(path, threads=threads, verify_digests=False).exact
+        else:
+            exact = setting == PLAIN_EXACT
+        return OwnPeer(opened(path, exact), precision, setting)
+
+    for precision in ("fp32", "int4"):
+        for setting in SETTINGS:
+            yield Candidate(f"dspark {precision}, {setting}", lambda p=precision, s=setting: load(p, s))  # type: ignore[misc]
