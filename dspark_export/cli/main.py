@@ -19,17 +19,18 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
-from typer.exceptions import TyperException
 
+from dspark_export.cli.bench import bench
+from dspark_export.cli.build import build
+from dspark_export.cli.doctor import doctor
+from dspark_export.cli.generate import generate
+from dspark_export.cli.inspect import inspect
 from dspark_runtime.errors import DsparkError
 
-VERBS = ("build", "inspect", "generate", "bench", "doctor")
 BUG, INTERRUPTED = 70, 130
 
 
@@ -40,7 +41,7 @@ class _Commands(TyperGroup):
         debug = bool(ctx.params.get("debug"))
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, TyperException):
+        except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
             _fail("interrupted", INTERRUPTED, debug)
@@ -51,6 +52,8 @@ class _Commands(TyperGroup):
                 raise
             _fail(f"unexpected {type(error).__name__}: {error}", BUG, debug)
         except Exception as error:
+            if hasattr(error, "exit_code"):  # an unknown option or a missing argument: typer explains it
+                raise
             hint = (
                 "" if debug else "; this is a bug: run again with `dspark-export --debug ...` and report the traceback"
             )
@@ -80,9 +83,8 @@ def options(
     """Turn a Hugging Face language model into a bundle of ONNX graphs, and generate text from it speculatively."""
 
 
-for verb in VERBS:
-    if find_spec(f"dspark_export.cli.{verb}") is not None:
-        app.command(verb)(getattr(import_module(f"dspark_export.cli.{verb}"), verb))
+for verb in (build, inspect, generate, bench, doctor):
+    app.command()(verb)
 
 if __name__ == "__main__":
     app()
