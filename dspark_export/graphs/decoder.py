@@ -107,8 +107,7 @@ class _SeamedDecoder(torch.nn.Module):
 
         def gather(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
             (hidden,) = args
-            index = rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-            return (torch.gather(hidden, 1, index),)
+            return (torch.ops.dspark.gather_rows(hidden, rows),)
 
         head: torch.nn.Module = self.model.get_output_embeddings()
         return head.register_forward_pre_hook(gather)

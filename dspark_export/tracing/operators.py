@@ -8,6 +8,7 @@ PyTorch and is the numerical reference of its own graph.
 | ``dspark::attention`` | ``Attention`` with a bool mask, grouped heads, optional softcap |
 | ``dspark::tensor_scatter`` | ``TensorScatter`` on axis 2, linear |
 | ``dspark::cache_view`` | ``Shape`` of the mask, ``Slice`` of the cache to its last dimension |
+| ``dspark::gather_rows`` | ``GatherND`` with one batch dimension |
 | ``dspark::grouped_linear`` | a ``Loop`` over the chosen experts, see ``experts.py`` |
 | ``dspark::layer_output`` | a marker node gone once graphs are cut from the trace |
 """
@@ -112,6 +113,17 @@ def _(present: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return present.new_empty(present.shape[0], present.shape[1], mask.shape[-1], present.shape[3])
 
 
+@torch.library.custom_op("dspark::gather_rows", mutates_args=())
+def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Row ``rows[b, r]`` of sequence b for all r: [batch, tokens, width] and [batch, rows] to [batch, rows, width]."""
+    return torch.gather(hidden, 1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+@gather_rows.register_fake
+def _(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return hidden.new_empty(rows.shape[0], rows.shape[1], hidden.shape[2])
+
+
 @torch.library.custom_op("dspark::layer_output", mutates_args=())
 def layer_output(hidden: torch.Tensor, layer: int) -> torch.Tensor:
     """``hidden`` itself, marked as the raw output of decoder layer ``layer`` (-1: of the embedding)."""
@@ -140,6 +152,10 @@ def _onnx_cache_view(present: Any, mask: Any) -> Any:
     return _onnx.Slice(present, start, kv_len, axis)
 
 
+def _onnx_gather_rows(hidden: Any, rows: Any) -> Any:
+    return _onnx.GatherND(hidden, _onnx.Unsqueeze(rows, _onnx.Constant(value_ints=[-1])), batch_dims=1)
+
+
 def _onnx_layer_output(hidden: Any, layer: int) -> Any:
     return _layer_output(hidden, layer=layer)
 
@@ -148,6 +164,7 @@ TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.dspark.attention.default: _onnx_attention,
     torch.ops.dspark.tensor_scatter.default: _onnx_tensor_scatter,
     torch.ops.dspark.cache_view.default: _onnx_cache_view,
+    torch.ops.dspark.gather_rows.default: _onnx_gather_rows,
     torch.ops.dspark.layer_output.default: _onnx_layer_output,
     torch.ops.dspark.grouped_linear.default: lambda rows, weight, expert: _grouped_linear(rows, weight, expert),
 }

@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.moe import ExpertsInterface
 
 from dspark_export.tracing import operators  # noqa: F401  (defines torch.ops.dspark)
+from dspark_export.tracing.deepseek import deepseek_forms
 from dspark_export.tracing.experts import experts_seam
-from dspark_export.tracing.rotary import real_rotary
 from dspark_runtime.errors import UnsupportedArchitecture
 
 SEAM = "dspark"
@@ -157,7 +157,7 @@ def seamed(model: PreTrainedModel) -> Iterator[None]:
     if has_experts:
         model.set_experts_implementation(SEAM)
     try:
-        with real_rotary(model):
+        with deepseek_forms(model):
             yield
     finally:
         model.set_attn_implementation(attention)
