@@ -21,6 +21,7 @@ from dspark_runtime.costs import MEASURED_ROWS, measure_pass_ms
 from dspark_runtime.kv_cache import round_up
 
 CONTEXT = 256
+DRAFT_ROWS = 4
 NOISE_ROWS = (2, 3, 5, 8, 16)
 _NOISE_PREFIX = 16
 _NOISE_TOKENS = 144
@@ -52,23 +53,27 @@ def measure(files: BundleFiles, threads: int | None = None) -> Measurements:
     ms: dict[str, dict[str, float]] = {}
     noise = None
     for name in ("target", "self_draft"):
-        if not files.has_graph(name):
-            continue
-        graph = files.graph(name, prefer=["onnxruntime-cpu"])
-        engine = OrtEngine(
-            files.path(graph.file),
-            name=name,
-            cache=manifest.model.cache,
-            layers=graph.layers,
-            dtype=graph.dtype,
-            options=options,
-        )
-        counts = rows if name == "target" else tuple(n for n in rows if n <= 4)
-        found = measure_pass_ms(engine, counts, context=context)
-        ms[name] = {str(count): round(value, 4) for count, value in found.items()}
-        if name == "target":
-            noise = _row_noise(engine, _token_ids(files.tokenizer_dir, manifest.model.vocab_size, room))
+        if files.has_graph(name):
+            counts = rows if name == "target" else tuple(n for n in rows if n <= DRAFT_ROWS)
+            engine = _open(files, name, options)
+            found = measure_pass_ms(engine, counts, context=context)
+            ms[name] = {str(count): round(value, 4) for count, value in found.items()}
+            if name == "target":
+                noise = _row_noise(engine, _token_ids(files.tokenizer_dir, manifest.model.vocab_size, room))
+            del engine  # one graph in memory at a time
     return Measurements(StepCosts(threads=_threads(threads), device=_device(), context=context, ms=ms), noise)
+
+
+def _open(files: BundleFiles, name: str, options: EngineOptions) -> OrtEngine:
+    graph = files.graph(name, prefer=["onnxruntime-cpu"])
+    return OrtEngine(
+        files.path(graph.file),
+        name=name,
+        cache=files.manifest.model.cache,
+        layers=graph.layers,
+        dtype=graph.dtype,
+        options=options,
+    )
 
 
 def row_logits(engine: Engine, ids: Sequence[int], prefix: int, rows: int) -> np.ndarray:

