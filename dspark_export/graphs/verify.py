@@ -30,11 +30,12 @@ Absent on purpose: state, random number generation (the caller owns the counter)
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnxscript import script
+from onnxscript.values import Opset
+
 from dspark_runtime.contract import OPSET
 from dspark_runtime.sampling import GREEDY_BELOW
 from dspark_runtime.verify import MIN_RESIDUAL
-from onnxscript import script
-from onnxscript.values import Opset
 
 op = Opset("", OPSET)
 dspark = Opset("dspark", 1)
