@@ -1,7 +1,7 @@
 """Names, shapes and dtypes of every graph tensor: the single source for export and runtime.
 
-Symbolic dimensions: ``batch``, ``tokens`` (new rows of one pass), ``kv_len`` (cache slots a pass looks at), ``capacity``
-(cache slots allocated), ``rows`` (rows whose logits are wanted).
+Symbolic dimensions: ``batch``, ``tokens`` (new rows of one pass), ``kv_len`` (cache slots a pass looks at),
+``capacity`` (cache slots allocated), ``rows`` (rows whose logits are wanted).
 """
 
 from __future__ import annotations

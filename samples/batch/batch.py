@@ -1,6 +1,6 @@
 """Several prompts in one batch: ragged lengths, each with its own end; the texts are those of single runs.
 
-    python samples/batch/batch.py BUNDLE
+python samples/batch/batch.py BUNDLE
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """A drafter of your own: propose the token that last followed the current one, in any text seen so far.
 
-    python samples/custom_drafter/bigrams.py BUNDLE
+python samples/custom_drafter/bigrams.py BUNDLE
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 from dspark_runtime import Bundle, Drafter, DraftRequest
 
@@ -21,11 +22,11 @@ class BigramDrafter(Drafter):
         self.last: dict[int, int] = {}
 
     def begin(self, request: int, prompt: Sequence[int]) -> None:
-        self.after.update(zip(prompt, prompt[1:], strict=False))
+        self.after.update(pairwise(prompt))
         self.last[request] = prompt[-1]
 
     def commit(self, request: int, tokens: Sequence[int]) -> None:
-        self.after.update(zip([self.last[request], *tokens], tokens, strict=False))
+        self.after.update(pairwise([self.last[request], *tokens]))
         self.last[request] = tokens[-1]
 
     def draft(self, request: DraftRequest) -> list[int]:

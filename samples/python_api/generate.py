@@ -1,6 +1,6 @@
 """The Python API: greedy, streamed and sampled text, statistics, and a conversation.
 
-    python samples/python_api/generate.py BUNDLE
+python samples/python_api/generate.py BUNDLE
 """
 
 from __future__ import annotations

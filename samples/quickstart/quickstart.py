@@ -14,9 +14,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from dspark_runtime import Bundle, DsparkError, Generation
 from rich.console import Console
 from rich.table import Table
+
+from dspark_runtime import Bundle, DsparkError, Generation
 
 PROMPTS = {
     "edit": (
