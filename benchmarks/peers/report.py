@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -120,13 +121,8 @@ def print_report(
                 cells.append(_number(geometric_mean(ratios(own[setting], result)), 2))
         table.add_row(escape(result.peer.name), *cells)
     console.print(table)
-    bandwidth = conditions.bandwidth
-    limits = ", ".join(f"{precision} {limit:.0f}" for precision, limit in conditions.limits.items())
-    console.print(
-        f"memory: read {bandwidth.read / 1e9:.1f} GB/s, triad {bandwidth.triad / 1e9:.1f} GB/s; "
-        f"plain decoding cannot exceed, in tokens/s: {limits}",
-        highlight=False,
-    )
+    console.print(_memory_line(conditions), highlight=False)
+    console.print(_version_line(), highlight=False)
     console.print(
         "tokens/s: decoding alone, geometric mean over prompts of the medians over repeats. dspark columns: its speed "
         "over the peer's, geometric mean over prompts. tokens agree: new tokens before the first difference from "
@@ -153,7 +149,7 @@ def draw(conditions: Conditions, results: Sequence[Measured], path: Path) -> Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 1.8 + 0.34 * len(results)), layout="constrained")
+    figure = Figure(figsize=(9.0, 2.2 + 0.34 * len(results)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     ordered = sorted(results, key=lambda result: geometric_mean(result.speeds()) or 0.0)
@@ -167,10 +163,24 @@ def draw(conditions: Conditions, results: Sequence[Measured], path: Path) -> Non
             axes.annotate(f"memory limit, {precision}", (limit, 0), (3, -4), textcoords="offset points", fontsize=7)
     axes.margins(x=0.1)
     axes.set_xlabel("decoded tokens per second")
-    axes.set_title(heading(conditions), fontsize=8, loc="left")
+    facts = [*textwrap.wrap(heading(conditions), 110), _memory_line(conditions), *textwrap.wrap(_version_line(), 110)]
+    figure.suptitle("\n".join(facts), fontsize=8, x=0.01, ha="left")
     axes.grid(axis="x", color="#dddddd", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def _memory_line(conditions: Conditions) -> str:
+    bandwidth = conditions.bandwidth
+    limits = ", ".join(f"{precision} {limit:.0f}" for precision, limit in conditions.limits.items())
+    return (
+        f"memory: read {bandwidth.read / 1e9:.1f} GB/s, triad {bandwidth.triad / 1e9:.1f} GB/s; "
+        f"plain decoding cannot exceed, in tokens/s: {limits}"
+    )
+
+
+def _version_line() -> str:
+    return ", ".join(f"{package} {version}" for package, version in versions().items())
 
 
 def _number(value: float | None, digits: int = 1) -> str:
