@@ -164,7 +164,7 @@ class Bundle:
             speculate: ``auto``, ``off``, ``ngram``, ``self-draft``, ``ngram+self-draft``, or drafters of your own. It
                 changes the speed, never the text.
             temperature: 0 for greedy text. ``top_k``, ``top_p``, ``min_p``: filters, in this order.
-            seed: of the random numbers; a prompt gives the same text for the same seed, whatever it is batched with.
+            seed: of the random numbers, which depend on seed, prompt and position, not on what runs beside it.
             stop: strings that end the text.
             stream: return a :class:`Stream` instead of waiting.
             chat: each prompt is a user's message; the chat template is applied.
