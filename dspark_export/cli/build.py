@@ -120,10 +120,13 @@ def _quiet_exporter() -> None:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM unwinds the build like Ctrl-C does, so that nothing is left behind."""
+    """SIGTERM unwinds the build like Ctrl-C does, so that nothing is left behind.
+
+    SystemExit, because it is no Exception: whatever library is interrupted would take that for a failure of its own.
+    """
 
     def stop(number: int, frame: object) -> None:
-        raise typer.Exit(TERMINATED)
+        raise SystemExit(TERMINATED)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
