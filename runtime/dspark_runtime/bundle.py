@@ -47,7 +47,7 @@ RelativePath = Annotated[str, AfterValidator(safe_relative_path)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-GraphName = Literal["target", "self_draft", "verify"]
+GraphName = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]*$")]
 Variant = Literal["standard", "onnxruntime-cpu", "onnxruntime-cpu-batch"]
 
 
@@ -96,7 +96,11 @@ class ModelFacts(_Record):
 
 
 class GraphEntry(_Record):
-    """One ONNX file. ``layers`` are the decoder layers it runs (None: all, or not a decoder)."""
+    """One ONNX file. ``layers`` are the decoder layers it runs (None: all, or not a decoder).
+
+    ``taps`` are the layers whose outputs ``hidden_taps`` joins, ascending, -1 for the embedding. ``cache`` is the
+    geometry of a draft's own cache; None for graphs over the model's cache, or over none.
+    """
 
     name: GraphName
     variant: Variant = "standard"
@@ -104,18 +108,54 @@ class GraphEntry(_Record):
     data_files: tuple[RelativePath, ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"]
     layers: tuple[Count, ...] | None = None
+    taps: tuple[Annotated[int, Field(ge=-1)], ...] = ()
+    cache: tuple[CacheLayer, ...] | None = None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
+class BlockFacts(_Record):
+    """A block drafter (DSpark, DFlash).
+
+    ``taps``: target layers whose outputs it reads, ascending, -1 for the embedding. ``block``: rows of a block, the
+    anchor first. ``drafts``: tokens per block. ``mask_token_id``: fills the block. ``candidates``: tokens given per
+    slot. ``confidence``: whether it has a confidence head; ``confidence_temperatures``: what its logits are divided by,
+    per slot (None: 1). ``vocab_map``: int64 .npy with the target's id of every draft token, None for all of them.
+    """
+
+    taps: tuple[Annotated[int, Field(ge=-1)], ...]
+    block: Positive
+    drafts: Positive
+    mask_token_id: Count
+    candidates: Positive
+    confidence: bool
+    confidence_temperatures: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    vocab_map: RelativePath | None = None
+
+
+class EagleFacts(_Record):
+    """An EAGLE-3 drafter: its ``taps``, most steps of a chain, and ``vocab_map`` as in :class:`BlockFacts`."""
+
+    taps: tuple[Annotated[int, Field(ge=-1)], ...]
+    steps: Positive
+    vocab_map: RelativePath | None = None
+
+
 class DrafterEntry(_Record):
-    """One way of drafting. ``agreement`` is the share of positions whose top token equals the target's, in [0, 1]."""
+    """One way of drafting. ``agreement`` is the share of positions whose top token equals the target's, in [0, 1].
+
+    ``graph`` is the drafter's graph (of an ``eagle3`` drafter the one that ends in ``-extend``). ``block`` and
+    ``eagle3`` hold the fixed facts of those kinds, ``source`` where a trained draft came from.
+    """
 
     name: str
-    kind: Literal["ngram", "self_draft"]
+    kind: Literal["ngram", "self_draft", "block", "eagle3", "draft_model"]
     graph: GraphName | None = None
     settings: dict[str, JsonValue] = {}
     agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    block: BlockFacts | None = None
+    eagle3: EagleFacts | None = None
+    source: Source | None = None
 
 
 class RowNoise(_Record):
