@@ -143,7 +143,7 @@ def main() -> int:
     try:
         batches = [int(size) for size in options.batch.split(",")]
         bundle = Bundle.open(options.bundle, threads=options.threads, exact=options.exact)
-        modes = checked_modes(options.modes.split(",")) if options.modes else modes_of(bundle)
+        modes = checked_modes(options.modes.split(","), bundle) if options.modes else modes_of(bundle)
         items = in_turn(load_sets(options.prompts), options.limit)
         rows, divergences = compare(bundle, items, modes, batches, options.max_new_tokens)
     except ValueError as error:

@@ -106,10 +106,15 @@ def _requested_layers(options: BuildOptions, checkpoint: Checkpoint) -> tuple[in
 
 def _self_draft(
     model: PreTrainedModel, checkpoint: Checkpoint, layers: tuple[int, ...] | None
-) -> tuple[tuple[int, ...], float]:
-    """The layers to draft with and their agreement with the target; ``layers`` None: choose by measuring."""
+) -> tuple[tuple[int, ...] | None, float | None]:
+    """The layers to draft with and their agreement with the target; ``layers`` None: choose by measuring.
+
+    Without a tokenizer there are no texts to measure on: only asked for layers are used then, of unknown agreement.
+    """
     from dspark_export.graphs.self_draft_choice import agreement, choose
 
+    if checkpoint.tokenizer is None:  # nothing to measure on
+        return layers, None
     if layers is None:
         choice = choose(model, checkpoint.tokenizer.backend)
         return choice.layers, choice.agreement

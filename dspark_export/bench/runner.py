@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dspark_export.bench.prompts import PromptItem
-from dspark_runtime import SPECULATION_MODES, Bundle, Generation
+from dspark_runtime import Bundle, Generation
 from dspark_runtime.errors import ChatTemplateError, UsageError
 
 PLAIN = "off"
@@ -94,15 +94,15 @@ class BenchResult:
 
 def modes_of(bundle: Bundle) -> list[str]:
     """Plain decoding and every mode this bundle has graphs for."""
-    has_self_draft = bundle.files.has_graph("self_draft")
-    return [PLAIN, *(mode for mode in SPECULATION_MODES if mode != PLAIN and (has_self_draft or "self" not in mode))]
+    return bundle.speculation_modes()
 
 
-def checked_modes(names: Sequence[str]) -> list[str]:
+def checked_modes(names: Sequence[str], bundle: Bundle) -> list[str]:
     """The modes without repeats, plain first, which is always measured. Raises UsageError for an unknown one."""
+    known = modes_of(bundle)
     for name in names:
-        if name not in SPECULATION_MODES:
-            raise UsageError(f"mode {name!r} is unknown; choose from {', '.join(SPECULATION_MODES)}")
+        if name not in known:
+            raise UsageError(f"mode {name!r} is unknown; this bundle has {', '.join(known)}")
     return [PLAIN, *dict.fromkeys(name for name in names if name != PLAIN)]
 
 

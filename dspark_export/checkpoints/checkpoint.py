@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dspark_export.checkpoints.config import declared_end_ids
 from dspark_export.checkpoints.gguf_file import GgufFile
 from dspark_export.checkpoints.library_calls import first_line, no_gguf_bar, quiet
 from dspark_export.checkpoints.tokenizer import TokenizerFiles, eos_token_ids
@@ -30,7 +31,7 @@ class Checkpoint:
     id: str
     revision: str | None
     config: PretrainedConfig
-    tokenizer: TokenizerFiles
+    tokenizer: TokenizerFiles | None
     trust: Trust
     weights: WeightFiles | None = None
     gguf: GgufFile | None = None
@@ -53,6 +54,10 @@ class Checkpoint:
     @property
     def eos_token_ids(self) -> list[int]:
         """Every id that ends a text, ascending."""
+        if self.tokenizer is None:
+            assert self.directory is not None
+            declared = declared_end_ids(self.directory, self.config, self.id)
+            return sorted({token for token in declared if 0 <= token < self.vocab_size})
         return eos_token_ids(self.tokenizer, self.vocab_size)
 
     @property
@@ -67,7 +72,9 @@ class Checkpoint:
 
     def _id(self, role: str) -> int | None:
         declared = getattr(self.config.get_text_config(), f"{role}_id", None)
-        return declared if isinstance(declared, int) and declared >= 0 else self.tokenizer.id_of(role)
+        if isinstance(declared, int) and declared >= 0:
+            return declared
+        return None if self.tokenizer is None else self.tokenizer.id_of(role)
 
     def source(self) -> Source:
         """Provenance for the manifest, with the SHA-256 of every file that was used; reads all of them once."""
@@ -107,5 +114,6 @@ class Checkpoint:
         return model.eval().requires_grad_(False)
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer so that the runtime can use it without transformers."""
-        self.tokenizer.save(folder)
+        """Write the tokenizer, if there is one, so that the runtime can use it without transformers."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ from dspark_export.checkpoints.config import load_config
 from dspark_export.checkpoints.gguf_file import GgufFile
 from dspark_export.checkpoints.gguf_tokenizer import load_gguf_tokenizer
 from dspark_export.checkpoints.hub import HubSnapshot, is_hub_id
-from dspark_export.checkpoints.tokenizer import load_tokenizer
+from dspark_export.checkpoints.tokenizer import FILES as TOKENIZER_FILES
+from dspark_export.checkpoints.tokenizer import MissingTokenizer, has_tokenizer, load_tokenizer
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.checkpoints.weights import (
     INDEX,
@@ -94,7 +96,16 @@ def _with_weights(
         tensors = read_headers(weights, name)
         check_against_config(weights, config, name, trust)
         check_tying(tensors, config, name)
-    tokenizer = load_tokenizer(weights.folder, config, name, trust)
+    tokenizer = None
+    if kind == "local" and not has_tokenizer(weights.folder):
+        warnings.warn(
+            f"{name} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}): the bundle will take token ids only; put the "
+            "model's tokenizer files into it to generate from text",
+            MissingTokenizer,
+            stacklevel=2,
+        )
+    else:
+        tokenizer = load_tokenizer(weights.folder, config, name, trust)
     source = weights.folder.name if kind == "local" else name
     return Checkpoint(kind, source, revision, config, tokenizer, trust, weights=weights)
 

@@ -28,6 +28,10 @@ PROBES = (
 _MARK = "Qzx7marker"
 
 
+class MissingTokenizer(UserWarning):
+    """A checkpoint folder without a tokenizer: its bundle works with token ids."""
+
+
 @dataclass(frozen=True)
 class TokenizerFiles:
     """A tokenizer and what belongs to it. ``special`` maps ``bos_token``, ``eos_token``, ... to their texts."""
@@ -70,6 +74,11 @@ class TokenizerFiles:
             raise InvalidTokenizer(f"the tokenizer of {name} cannot encode text: {first_line(cause)}") from cause
         if not any(encoded):
             raise InvalidTokenizer(f"the tokenizer of {name} encodes every text to nothing; get the checkpoint again")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether any file of a tokenizer lies in ``folder``."""
+    return any((folder / file).exists() or (folder / file).is_symlink() for file in FILES)
 
 
 def load_tokenizer(folder: Path, config: PretrainedConfig, name: str, trust: Trust) -> TokenizerFiles:

@@ -48,10 +48,10 @@ def bench(
 
     if plot is not None:
         _check_plot(plot)
-    chosen = None if modes is None else checked_modes([m.strip() for m in modes.split(",") if m.strip()])
     items = load_sets(prompts or list(SHIPPED), limit)
     opened = Bundle.open(bundle, threads=threads, exact=exact)
-    chosen = chosen or modes_of(opened)
+    named = [mode.strip() for mode in (modes or "").split(",") if mode.strip()]
+    chosen = modes_of(opened) if modes is None else checked_modes(named, opened)
     machine = this_machine()
     used = threads or machine.physical_cores
     noise = opened.manifest.precision.row_noise

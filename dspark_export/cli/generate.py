@@ -29,15 +29,26 @@ def generate(
         int | None, typer.Option(help="Most tokens to generate (default: 256, or what fits).")
     ] = None,
     speculate: Annotated[
-        str, typer.Option(help="auto, off, ngram, self-draft or ngram+self-draft. Changes speed, never text.")
+        str,
+        typer.Option(help="auto, off, or drafters of the bundle joined with +, like ngram+self-draft."),
     ] = "auto",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Keep tokens of at least this share of the likeliest one's.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    draft_sampling: Annotated[
+        str, typer.Option(help="With a temperature, trained drafters draft coupled, greedy, or by rejection.")
+    ] = "coupled",
+    confidence_threshold: Annotated[
+        float, typer.Option(help="Drop drafts from the first one of lower confidence; 0 keeps all.")
+    ] = 0.0,
+    draft_length: Annotated[int | None, typer.Option(help="Verify so many drafts in every round; none adapts.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string. Repeatable.")] = None,
     system: Annotated[str | None, typer.Option(help="System message put before the conversation.")] = None,
+    prompt_ids: Annotated[
+        Path | None, typer.Option(help="Token ids instead of text: a JSON list, or numbers apart by blanks.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads (default: one per physical core).")] = None,
     exact: Annotated[
@@ -51,14 +62,17 @@ def generate(
     """Generate text from BUNDLE. The text goes to stdout, everything else to stderr."""
     from dspark_runtime import Bundle
 
-    if prompt is not None and file is not None:
-        raise UsageError("both a prompt and --file were given; give one of them")
+    if sum(given is not None for given in (prompt, file, prompt_ids)) > 1:
+        raise UsageError("more than one of a prompt, --file and --prompt-ids was given; give one of them")
+    if prompt_ids is not None and system is not None:
+        raise UsageError("--system needs the chat template; token ids are taken as they are")
     if raw and system is not None:
         raise UsageError("--system needs the chat template; leave out --raw, or put the text into the prompt")
-    chatting = prompt is None and file is None and sys.stdin.isatty()
+    chatting = prompt is None and file is None and prompt_ids is None and sys.stdin.isatty()
     if chatting and (raw or as_json):
         raise UsageError("--raw and --json need a prompt: give one as an argument, with --file, or on standard input")
-    prompts = [] if chatting else _prompts(prompt, file)
+    given_ids = None if prompt_ids is None else read_ids(prompt_ids)
+    prompts = [str(prompt_ids)] if given_ids else [] if chatting else _prompts(prompt, file)
     opened = Bundle.open(bundle, threads=threads, exact=exact)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -69,13 +83,19 @@ def generate(
         "min_p": min_p,
         "seed": seed,
         "stop": stop or (),
+        "draft_sampling": draft_sampling,
+        "confidence_threshold": confidence_threshold,
+        "draft_length": draft_length,
     }
     if chatting:
         from dspark_export.cli.chat import Chat
 
         Chat(opened, system, options, stats).run()
         return
-    encoded = [opened.codec.encode(p) if raw else opened.codec.encode_chat(_messages(system, p)) for p in prompts]
+    if given_ids is not None:
+        encoded = [given_ids]
+    else:
+        encoded = [opened.codec.encode(p) if raw else opened.codec.encode_chat(_messages(system, p)) for p in prompts]
     if len(encoded) == 1 and not as_json:
         _stream(opened, encoded[0], options, stats)
         return
@@ -98,6 +118,21 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     from dspark_export.bench.prompts import read_prompts
 
     return [item.text for item in read_prompts(file)]
+
+
+def read_ids(path: Path) -> list[int]:
+    """Token ids of a file: a JSON list, or numbers apart by white space. Raises UsageError for anything else."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as text: {error}") from error
+    try:
+        ids = json.loads(text) if text.startswith("[") else [int(part) for part in text.split()]
+    except ValueError:
+        ids = None
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise UsageError(f"{path} holds no token ids; write a JSON list like [1, 42, 7], or numbers apart by blanks")
+    return ids
 
 
 def _text(data: bytes, where: str) -> str:

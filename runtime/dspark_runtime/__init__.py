@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspark_runtime.api import SPECULATION_MODES, Bundle, Stream
+    from dspark_runtime.api import Bundle, Stream
+    from dspark_runtime.drafter_choice import SPECULATION_MODES
     from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
     from dspark_runtime.errors import DsparkError
     from dspark_runtime.sequence import Chunk, Generation
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from dspark_runtime.tree import TokenTree
 
 _PLACES = {
-    "SPECULATION_MODES": "api",
+    "SPECULATION_MODES": "drafter_choice",
     "Bundle": "api",
     "Chunk": "sequence",
     "Draft": "drafters.base",

@@ -13,14 +13,14 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from dspark_runtime.backends.engine import Engine, EngineOptions
-from dspark_runtime.bundle import BundleFiles, GraphEntry, Manifest, Variant
+from dspark_runtime.backends.engine import Engine, EngineOptions, GraphEngine
+from dspark_runtime.bundle import TOKENIZER_DIR, BundleFiles, GraphEntry, Manifest, Variant
 from dspark_runtime.chat_template import Message
 from dspark_runtime.costs import PassCosts
+from dspark_runtime.drafter_choice import DrafterChoice, DraftOptions
 from dspark_runtime.drafters.base import Drafter
-from dspark_runtime.drafters.ngram import NgramDrafter
-from dspark_runtime.drafters.self_draft import SelfDrafter
-from dspark_runtime.errors import IncompatibleBundle, UsageError
+from dspark_runtime.drafters.block import DraftSampling
+from dspark_runtime.errors import UsageError
 from dspark_runtime.loop import DecodingLoop, LoopOptions
 from dspark_runtime.request import Limits, Request, make_requests
 from dspark_runtime.sampling import SamplingParams
@@ -28,7 +28,6 @@ from dspark_runtime.schedule import Schedule
 from dspark_runtime.sequence import Chunk, Generation
 from dspark_runtime.text import TextCodec
 
-SPECULATION_MODES = ("auto", "off", "ngram", "self-draft", "ngram+self-draft")
 Speculate = str | Drafter | Sequence[Drafter]
 Prompt = str | bytes | Sequence[int]
 # Graph variants to look for, by whether several sequences share a pass; the standard graph takes any number.
@@ -69,7 +68,9 @@ class Bundle:
         self.exact = exact
         self._engine_options = options
         self._engines: dict[str, Engine] = {}
-        self.codec = TextCodec(files.tokenizer_dir)
+        self._graph_engines: dict[str, GraphEngine] = {}
+        has_tokenizer = f"{TOKENIZER_DIR}/tokenizer.json" in files.manifest.files
+        self._codec = TextCodec(files.tokenizer_dir) if has_tokenizer else None
         positions = self.manifest.model.max_positions
         self.limits = Limits(self.manifest.model.vocab_size, min(positions, capacity or positions))
         self._min_rows = 2 if exact else 1  # a row alone goes through other kernels than the same row among others
@@ -118,6 +119,16 @@ class Bundle:
         return self.files.manifest
 
     @property
+    def codec(self) -> TextCodec:
+        """Tokenizer and chat template; UsageError if the bundle has no tokenizer."""
+        if self._codec is None:
+            raise UsageError(
+                "this bundle has no tokenizer: it takes token ids and gives token ids; "
+                "build it from a folder with tokenizer files to use text"
+            )
+        return self._codec
+
+    @property
     def target(self) -> Engine:
         """The engine that runs one sequence at a time."""
         return self.engine("target")
@@ -134,9 +145,32 @@ class Bundle:
                 cache=self.manifest.model.cache,
                 layers=graph.layers,
                 dtype=graph.dtype,
+                taps=graph.taps,
                 options=self._engine_options,
             )
         return self._engines[graph.file]
+
+    def graph_engine(self, name: str, batched: bool = False) -> GraphEngine:
+        """The engine of a trained drafter's graph, loaded on first use."""
+        graph: GraphEntry = self.files.graph(name, prefer=_VARIANTS[batched])
+        if graph.file not in self._graph_engines:
+            from dspark_runtime.backends.ort_graph import OrtGraphEngine
+
+            self._graph_engines[graph.file] = OrtGraphEngine(
+                self.files.path(graph.file),
+                name=name,
+                cache=graph.cache or (),
+                dtype=graph.dtype,
+                options=self._engine_options,
+            )
+        return self._graph_engines[graph.file]
+
+    def speculation_modes(self) -> list[str]:
+        """What ``speculate`` may be for this bundle, plain decoding (``off``) first."""
+        return self._choice().modes()
+
+    def _choice(self) -> DrafterChoice:
+        return DrafterChoice(self.files, self.schedule.costs, self.engine, self.graph_engine)
 
     def generate(
         self,
@@ -154,6 +188,9 @@ class Bundle:
         chat: bool = False,
         ignore_eos: bool = False,
         draft_length: int | None = None,
+        draft_sampling: DraftSampling = "coupled",
+        confidence_threshold: float = 0.0,
+        draft_branches: int | None = None,
         batch_size: int = 8,
     ) -> Any:
         """Generate text: a :class:`Generation`, a list of them for a list of prompts, or a :class:`Stream`.
@@ -161,8 +198,8 @@ class Bundle:
         Args:
             prompt: text, UTF-8 bytes or token ids; or a list of those, which gives a list of generations.
             max_new_tokens: most tokens to generate; None for 256 or what fits.
-            speculate: ``auto``, ``off``, ``ngram``, ``self-draft``, ``ngram+self-draft``, or drafters of your own. It
-                changes the speed, never the text.
+            speculate: ``auto``, ``off``, names of drafters joined with ``+`` (see :meth:`speculation_modes`), or
+                drafters of your own. It changes the speed, never the text.
             temperature: 0 for greedy text. ``top_k``, ``top_p``, ``min_p``: filters, in this order.
             seed: of the random numbers, which depend on seed, prompt and position, not on what runs beside it.
             stop: strings that end the text.
@@ -170,6 +207,13 @@ class Bundle:
             chat: each prompt is a user's message; the chat template is applied.
             ignore_eos: go on after an end-of-text token (for measurements).
             draft_length: draft so many tokens in every round, whether it pays or not; None adapts.
+            draft_sampling: how trained drafters draft for requests with a temperature. ``coupled``: with the
+                target's own random numbers, the text stays that of plain decoding; ``greedy``: the likeliest tokens,
+                likewise; ``rejection``: independently, verified by rejection sampling. The text then has the same
+                distribution, but is another one than plain decoding's, and ``draft_length`` is not looked at.
+            confidence_threshold: drop the rest of a draft from the first token whose confidence is below this, before
+                it is verified; for drafters with a confidence head.
+            draft_branches: candidates per slot of a trained draft's tree, 1 for a chain; None for its default.
             batch_size: most prompts that run together.
 
         Raises:
@@ -187,10 +231,14 @@ class Bundle:
             stop=stop,
             eos=() if ignore_eos else self.manifest.model.eos_token_ids,
         )
+        if self._codec is None and any(request.stops for request in requests):
+            raise UsageError("stop strings need a tokenizer, and this bundle has none; leave out stop")
         _check_range("draft_length", draft_length, 0, 31)
         _check_range("batch_size", batch_size, 1, 1024)
         batched = min(len(requests), batch_size) > 1
-        drafters = self._drafters(speculate, batched)
+        drafters = self._choice().make(
+            speculate, batched, DraftOptions(draft_sampling, confidence_threshold, draft_branches)
+        )
         schedule = self.schedule
         if draft_length is not None:
             schedule = Schedule(schedule.costs, draft_length, self._min_rows)
@@ -214,9 +262,10 @@ class Bundle:
         batch_size: int,
     ) -> Iterator[DecodingLoop]:
         options = LoopOptions(min_rows=self._min_rows)
+        tokenizer = None if self._codec is None else self._codec.tokenizer
         for start in range(0, len(requests), batch_size):
             part = requests[start : start + batch_size]
-            yield DecodingLoop(target, schedule, drafters, part, self.codec.tokenizer, options)
+            yield DecodingLoop(target, schedule, drafters, part, tokenizer, options)
 
     def _encode(self, prompt: Prompt, chat: bool) -> list[int]:
         if chat:
@@ -231,60 +280,6 @@ class Bundle:
         costs = self.manifest.costs
         known = costs.ms.get("target", {}) if costs is not None else {}
         return PassCosts({int(rows): ms for rows, ms in known.items() if ms > 0})
-
-    def _drafters(self, speculate: Speculate, batched: bool) -> list[Drafter]:
-        if isinstance(speculate, Drafter):
-            return [speculate]
-        if isinstance(speculate, list | tuple):
-            chosen = list(speculate)
-            if not all(isinstance(drafter, Drafter) for drafter in chosen):
-                raise UsageError("speculate: a list may hold Drafter objects only")
-            return chosen
-        if not isinstance(speculate, str) or speculate not in SPECULATION_MODES:
-            raise UsageError(
-                f"speculate={speculate!r} is unknown; choose {', '.join(SPECULATION_MODES)} or give a Drafter"
-            )
-        if speculate == "off":
-            return []
-        drafters: list[Drafter] = [] if speculate == "self-draft" else [NgramDrafter()]
-        if speculate in ("self-draft", "ngram+self-draft") or (speculate == "auto" and self._self_draft_may_pay()):
-            drafters.append(self._self_drafter(batched))
-        return drafters
-
-    def _self_draft_entry(self) -> tuple[float, float] | None:
-        """(agreement, milliseconds of a step) as far as the bundle knows; None without a self-draft graph."""
-        if not self.files.has_graph("self_draft"):
-            return None
-        entry = next((d for d in self.manifest.drafters if d.kind == "self_draft"), None)
-        agreement = 0.5 if entry is None or entry.agreement is None else entry.agreement
-        costs = self.manifest.costs
-        measured = costs.ms.get("self_draft", {}).get("1") if costs is not None else None
-        if measured and costs is not None and costs.ms.get("target", {}).get("1"):
-            share = measured / costs.ms["target"]["1"]
-        else:
-            layers = self.files.graph("self_draft").layers or ()
-            share = (len(layers) + 1) / (self.manifest.model.num_layers + 1)
-        return agreement, share * self.schedule.costs.ms(1)
-
-    def _self_draft_may_pay(self) -> bool:
-        """Whether a chain of the self-draft could beat plain decoding, before loading its graph for a try."""
-        known = self._self_draft_entry()
-        if known is None:
-            return False
-        agreement, step_ms = known
-        costs = self.schedule.costs
-        return any(
-            sum(agreement**k for k in range(n + 1)) / (costs.ms(n + 1) + n * step_ms) > 1.05 / costs.ms(1)
-            for n in range(1, 9)
-        )
-
-    def _self_drafter(self, batched: bool) -> SelfDrafter:
-        known = self._self_draft_entry()
-        if known is None:
-            raise IncompatibleBundle(
-                "this bundle has no self-draft graph; build it again with --self-draft, or use speculate='ngram'"
-            )
-        return SelfDrafter(self.engine("self_draft", batched), known[0], known[1])
 
 
 def _accuracy(manifest: Manifest, exact: bool) -> int:

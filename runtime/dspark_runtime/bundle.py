@@ -145,7 +145,8 @@ class DrafterEntry(_Record):
     """One way of drafting. ``agreement`` is the share of positions whose top token equals the target's, in [0, 1].
 
     ``graph`` is the drafter's graph (of an ``eagle3`` drafter the one that ends in ``-extend``). ``block`` and
-    ``eagle3`` hold the fixed facts of those kinds, ``source`` where a trained draft came from.
+    ``eagle3`` hold the fixed facts of those kinds, ``source`` where a trained draft came from, ``max_positions`` how
+    long a text it was made for.
     """
 
     name: str
@@ -153,6 +154,7 @@ class DrafterEntry(_Record):
     graph: GraphName | None = None
     settings: dict[str, JsonValue] = {}
     agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_positions: Positive | None = None
     block: BlockFacts | None = None
     eagle3: EagleFacts | None = None
     source: Source | None = None
@@ -214,6 +216,10 @@ class Manifest(_Record):
         missing = [f"graph {d.graph} of drafter {d.name}" for d in self.drafters if d.graph and d.graph not in names]
         if ("target", "standard") not in {(g.name, g.variant) for g in self.graphs}:
             missing.append("the standard target graph")
+        for drafter in self.drafters:
+            facts = drafter.block or drafter.eagle3
+            if facts is not None and facts.vocab_map is not None and facts.vocab_map not in self.files:
+                missing.append(f"{facts.vocab_map} of drafter {drafter.name}")
         for graph in self.graphs:
             paths = (graph.file, *graph.data_files)
             missing += [f"{path} of graph {graph.name}" for path in paths if path not in self.files]

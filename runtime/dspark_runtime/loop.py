@@ -28,9 +28,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tokenizers import Tokenizer
 
-from dspark_runtime.backends.engine import Engine, FloatArray, StepBuffers
+from dspark_runtime.backends.engine import AnyArray, Engine, FloatArray, IntArray, StepBuffers
 from dspark_runtime.drafters.base import Drafter, DraftRequest
 from dspark_runtime.drafters.hybrid import Proposal
+from dspark_runtime.errors import IncompatibleBundle
 from dspark_runtime.kv_cache import KvCache, round_up
 from dspark_runtime.request import Request
 from dspark_runtime.schedule import MOST_ROWS, Schedule
@@ -80,6 +81,8 @@ class DecodingLoop:
         most = round_up(longest + MOST_ROWS)  # rows of a pass that are not accepted need slots too
         self.cache = KvCache(engine.allocate(len(requests), min(most, round_up(prompt + _FIRST_SLOTS))), most)
         self.runner = engine.open(self.cache.memory)
+        self._drawing = not all(request.params.greedy for request in requests)
+        self._observers = [(drafter, tap_columns(engine, drafter)) for drafter in self.drafters if drafter.taps]
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -115,7 +118,7 @@ class DecodingLoop:
         passed = _clock()
         self.runner.run()
         verified = _clock()
-        chunks = [self._commit(*each, buffers.logits) for each in zip(self.active, proposals, trees, strict=True)]
+        chunks = [self._commit(*each, buffers) for each in zip(self.active, proposals, trees, strict=True)]
         emitted, finished = 0, False
         for chunk in chunks:
             emitted += len(chunk.tokens)
@@ -130,22 +133,30 @@ class DecodingLoop:
     def _prefill(self, sequence: SequenceState) -> Chunk:
         began = _clock()
         prompt, row = sequence.request.prompt, sequence.row
+        for drafter in self.drafters:
+            drafter.begin(sequence.index, prompt)
         self.runner.select(row, 1)
         for start in range(0, len(prompt), self.options.prefill_chunk):
             part = prompt[start : start + self.options.prefill_chunk]
-            logits = self._prompt_pass(row, start, part)
+            buffers = self._prompt_pass(row, start, part)
             self.cache.commit(row, range(len(part)))
-        first = sequence.sampler.draw(logits[0, 0], len(prompt))
+            self._show(sequence, buffers.taps, 0, range(len(part)))
+        first = sequence.sampler.draw(buffers.logits[0, 0], len(prompt))
         chunk = sequence.append([first])
         for drafter in self.drafters:
-            drafter.begin(sequence.index, prompt)
             drafter.commit(sequence.index, chunk.tokens)
         took = _clock() - began
         self.seconds.prefill += took
         sequence.stats.seconds = Seconds(prefill=took)
         return chunk
 
-    def _prompt_pass(self, row: int, start: int, part: Sequence[int]) -> FloatArray:
+    def _show(self, sequence: SequenceState, taps: AnyArray | None, batch_row: int, rows: Sequence[int]) -> None:
+        """Hand the features of rows that became context to the drafters that read them."""
+        for drafter, columns in self._observers:
+            assert taps is not None  # tap_columns made sure
+            drafter.observe(sequence.index, sequence.row, taps[batch_row][rows][:, columns])
+
+    def _prompt_pass(self, row: int, start: int, part: Sequence[int]) -> StepBuffers:
         count = len(part)
         rows = max(count, self.options.min_rows)  # padding rows stand behind the real ones and are overwritten later
         self.cache.reserve(start + rows)
@@ -160,7 +171,7 @@ class DecodingLoop:
         mask[..., :start] = True
         mask[0, 0, :, start:] = np.tri(rows, dtype=np.bool_)
         self.runner.run()
-        return buffers.logits
+        return buffers
 
     # Propose -------------------------------------------------------------------------------------------------------
 
@@ -168,8 +179,11 @@ class DecodingLoop:
         batch, most = len(self.active), self.options.most_drafts
         proposals = [Proposal.empty(s.index, s.tokens[-1]) for s in self.active]
         for drafter in self.drafters:
-            requests = [DraftRequest(s.index, s.row, s.tokens, min(most, s.remaining - 1)) for s in self.active]
-            if drafter.pass_ms:
+            requests = [
+                DraftRequest(s.index, s.row, s.tokens, min(most, s.remaining - 1), sampler=s.sampler)
+                for s in self.active
+            ]
+            if drafter.pass_ms and not (drafter.steady and self._drawing):
                 self._weigh(drafter, requests, proposals)
                 if not any(request.limit for request in requests):
                     continue
@@ -227,9 +241,10 @@ class DecodingLoop:
 
     # Commit --------------------------------------------------------------------------------------------------------
 
-    def _commit(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, logits: FloatArray) -> Chunk:
-        verdict = self._verdict(sequence, proposal, tree, logits[sequence.row])
+    def _commit(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, buffers: StepBuffers) -> Chunk:
+        verdict = self._verdict(sequence, proposal, tree, buffers.logits[sequence.row])
         self.cache.commit(sequence.row, verdict.path)
+        self._show(sequence, buffers.taps, sequence.row, verdict.path)
         chunk = sequence.append(verdict.tokens)
         for part in proposal.parts:
             self.schedule.acceptance.learn(part.drafter, part.draft, chunk.tokens, sequence.index)
@@ -259,6 +274,7 @@ class DecodingLoop:
             drafted, hits = proposal.credit(part, tree, verdict.tokens[:accepted])
             counts.drafted += drafted
             counts.accepted += hits
+            counts.count_chain(*proposal.main_chain(part, tree, verdict.tokens[:accepted]), part.draft.confidences)
 
     def _account(
         self, began: float, drafted: float, passed: float, verified: float, shape: tuple[int, ...], emitted: int
@@ -283,6 +299,8 @@ class DecodingLoop:
             last = self.active.pop()
             if last is not gone:
                 self.cache.replace(row, last.row)
+                for drafter in self.drafters:
+                    drafter.move(last.row, row)
                 last.row = row
                 self.active[row] = last
 
@@ -290,3 +308,17 @@ class DecodingLoop:
         self.schedule.acceptance.forget(sequence.index)
         for drafter in self.drafters:
             drafter.end(sequence.index)
+
+
+def tap_columns(engine: Engine, drafter: Drafter) -> IntArray | slice:
+    """Columns of the target's ``hidden_taps`` that ``drafter`` reads; IncompatibleBundle if the target lacks a tap."""
+    if missing := [tap for tap in drafter.taps if tap not in engine.taps]:
+        raise IncompatibleBundle(
+            f"drafter {drafter.name} reads the target's layers {list(drafter.taps)}, but this target graph returns "
+            f"{list(engine.taps)}, without {missing}; build the bundle again with this draft"
+        )
+    if drafter.taps == engine.taps:
+        return slice(None)
+    width = engine.taps_width // len(engine.taps)
+    starts = [engine.taps.index(tap) * width for tap in drafter.taps]
+    return np.concatenate([np.arange(start, start + width) for start in starts])

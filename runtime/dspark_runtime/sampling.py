@@ -22,7 +22,7 @@ from dspark_runtime.backends.engine import FloatArray
 from dspark_runtime.errors import BackendError, UsageError
 
 GREEDY_BELOW = 1e-5  # lower temperatures are taken as 0
-DRAW, ACCEPT = 0, 1  # streams: drawing a token, accepting a sampled draft
+DRAW, ACCEPT, DRAFT = 0, 1, 2  # streams: drawing a token, accepting a sampled draft, drawing one
 
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -221,6 +221,7 @@ class Sampler:
         self.params = params
         self._draws = UniformStream(seed, request, DRAW)
         self._accepts = UniformStream(seed, request, ACCEPT)
+        self._drafts = UniformStream(seed, request, DRAFT)
 
     def draw(self, logits: FloatArray, position: int) -> int:
         """Token for ``position``, from the logits [vocab] of the row before it."""
@@ -235,3 +236,12 @@ class Sampler:
     def accept_at(self, position: int) -> float:
         """Uniform deciding about a sampled draft at ``position``."""
         return self._accepts.at(position)
+
+    def draft_uniforms(self, start: int, count: int, coupled: bool) -> FloatArray:
+        """float32 [count]: uniforms a drafter draws the tokens of positions ``start``, ... with.
+
+        ``coupled``: the very ones :meth:`draw` uses, so that a draft distribution close to the target's gives the
+        token the target will draw. Otherwise independent ones, as rejection sampling needs them.
+        """
+        stream = self._draws if coupled else self._drafts
+        return np.array([stream.at(position) for position in range(start, start + count)], np.float32)

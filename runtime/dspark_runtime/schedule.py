@@ -11,8 +11,9 @@ plain decoding would have taken for the same tokens. While it stands above 1.5% 
 Proposals are compared with the emitted text also when they were not verified, so a drafter that starts to be right is
 noticed without paying for a try.
 
-No choice made here can change the text, only its speed. Proposals *drawn at random* are cut by depth alone: a cut that
-depended on which token was drawn would bias the output.
+No choice made here can change the text, only its speed. Proposals *drawn at random* are verified whole: a cut that
+depended on which token was drawn would bias the output, and one that depended on time would make the text of a seed do
+so. Their drafter cuts them, by confidences that do not know the token they speak about.
 """
 
 from __future__ import annotations
@@ -128,6 +129,8 @@ class Schedule:
         """The tree to verify for each sequence: the best part of its proposal, or only its anchor."""
         if not any(proposal.parts for proposal in proposals):
             return [proposal.tree for proposal in proposals]
+        if any(proposal.sampled for proposal in proposals):
+            return [proposal.tree for proposal in proposals]
         ranked = [self._ranked(proposal) for proposal in proposals]
         longest = max(len(order) for order, _ in ranked)
         if self.fixed is not None:
@@ -183,7 +186,7 @@ class Schedule:
         for length in range(1, limit + 1):
             reach *= rate
             gain += reach
-            own = gain / (self.round_ms(batch, length + 1) + length * drafter.pass_ms)
+            own = gain / (self.round_ms(batch, length + 1) + drafter.draft_ms(length))
             if own > best:
                 best, best_length = own, length
         return best_length

@@ -91,6 +91,12 @@ class TokenTree:
                 return candidate
         return -1
 
+    def first_child(self, row: int) -> int:
+        """The first child of ``row``, or -1."""
+        if self.is_chain:
+            return row + 1 if row + 1 < len(self.tokens) else -1
+        return next((i for i in range(row + 1, len(self.tokens)) if self.parents[i] == row), -1)
+
     def path(self, row: int) -> list[int]:
         """Rows from the anchor to ``row``, both included."""
         rows = []

@@ -121,9 +121,9 @@ def test_what_a_mode_learned_stays_with_it(opened: Bundle) -> None:
 
 def test_modes(opened: Bundle) -> None:
     assert modes_of(opened)[0] == "off" and set(modes_of(opened)) == set(SPECULATION_MODES)
-    assert checked_modes(["ngram", "off", "ngram"]) == ["off", "ngram"]
+    assert checked_modes(["ngram", "off", "ngram"], opened) == ["off", "ngram"]
     with pytest.raises(UsageError):
-        checked_modes([""])
+        checked_modes([""], opened)
 
 
 def test_every_mode_comes_first_in_turn() -> None:

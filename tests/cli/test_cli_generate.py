@@ -107,7 +107,7 @@ def test_sampling_follows_its_seed(bundle: Path, invoke: Invoke) -> None:
         (["--max-new-tokens", "100000"], 2, "100000"),
         (["--batch-size", "0"], 2, "--batch-size"),
         (["--raw", "--system", "Be brief."], 2, "--system"),
-        (["--file", "nowhere.txt"], 2, "both a prompt and --file"),
+        (["--file", "nowhere.txt"], 2, "more than one of a prompt, --file"),
         (["--no-such-option"], 2, "--no-such-option"),
     ],
 )

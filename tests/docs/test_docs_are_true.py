@@ -20,6 +20,7 @@ import dspark_runtime
 from dspark_export.build import Stage
 from dspark_export.cli import main as command_line
 from dspark_runtime import Bundle, Chunk, Drafter, Generation, Statistics, bundle, contract, errors
+from dspark_runtime.statistics import DrafterCounts
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -190,7 +191,9 @@ def test_attributes_of_the_results_exist() -> None:
 def test_the_statistics_are_those_of_the_code() -> None:
     names = {code(row[0])[0] for row in rows(DOCS["speculation.md"], "Statistics")}
     real = {k for k in Statistics().to_dict() if k not in ("seconds", "sequences")}
-    assert names == real | {f"seconds.{phase}" for phase in ("prefill", "draft", "verify", "host")}
+    of_drafters = {"conditional_acceptance", "prefix_survival", "calibration_error"}
+    assert of_drafters <= set(Statistics(per_drafter={"x": DrafterCounts()}).to_dict()["per_drafter"]["x"])
+    assert names == real | of_drafters | {f"seconds.{phase}" for phase in ("prefill", "draft", "verify", "host")}
 
 
 def test_the_modes_are_those_of_the_code() -> None:

@@ -295,10 +295,6 @@ def test_our_header_check_is_at_least_as_strict_as_the_library(case: str, tmp_pa
             read_header(path)
 
 
-def remove_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-
-
 def replace_tokenizer(text: str) -> Damage:
     return lambda folder: (folder / "tokenizer.json").write_text(text) and None
 
@@ -315,7 +311,6 @@ def tokenizer_symlink(folder: Path) -> None:
 
 
 TOKENIZERS: dict[str, tuple[Damage, str]] = {
-    "missing": (remove_tokenizer, "no tokenizer"),
     "empty": (replace_tokenizer(""), "cannot be loaded"),
     "not json": (replace_tokenizer("{"), "cannot be loaded"),
     "no model": (replace_tokenizer("{}"), "cannot be loaded"),

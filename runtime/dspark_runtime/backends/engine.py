@@ -7,7 +7,7 @@ is copied on the way to a backend that computes in host memory. Engines may be s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from dspark_runtime.errors import UsageError
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
+AnyArray = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,42 @@ class Runner(Protocol):
 
 
 class Engine(Protocol):
-    """One loaded graph. ``layers`` are the decoder layers whose cache it reads and writes."""
+    """One loaded graph. ``layers`` are the decoder layers whose cache it reads and writes, ``taps`` those whose outputs
+    it returns beside the logits, ``taps_width`` numbers per row together."""
 
     name: str
     layers: tuple[int, ...]
     vocab_size: int
+    taps: tuple[int, ...]
+    taps_width: int
 
     def allocate(self, batch: int, capacity: int) -> CacheMemory:
         """Cache memory for all layers of the model (not only those this engine runs)."""
 
     def open(self, memory: CacheMemory) -> Runner:
         """A runner over ``memory``, which may be shared with runners of other engines of the same model."""
+
+
+class GraphRunner(Protocol):
+    """Passes of a graph with inputs of its own over one cache memory."""
+
+    def select(self, first: int, count: int) -> None:
+        """Run the following passes over the sequences ``first`` to ``first + count - 1``."""
+
+    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """One pass: every input by name but the cache, every output by name but the cache; raises BackendError.
+
+        The arrays are read while the call lasts; the results belong to the caller.
+        """
+
+
+class GraphEngine(Protocol):
+    """A loaded graph of a trained drafter: any inputs and outputs, beside a cache of its own."""
+
+    name: str
+
+    def allocate(self, batch: int, capacity: int) -> CacheMemory:
+        """Cache memory for the layers of this graph."""
+
+    def open(self, memory: CacheMemory) -> GraphRunner:
+        """A runner over ``memory``, which may be shared with other graphs of the same drafter."""

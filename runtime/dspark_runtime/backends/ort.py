@@ -49,7 +49,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     return aligned
 
 
-def _value(array: npt.NDArray[Any], element_type: int | None = None) -> Any:
+def value_over(array: npt.NDArray[Any], element_type: int | None = None) -> Any:
     """OrtValue over the memory of ``array``; the caller keeps the array alive for types numpy does not have."""
     if element_type == 16:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element_type)
@@ -117,6 +117,7 @@ class OrtEngine:
         cache: geometry of the cache of every layer of the *model*.
         layers: the layers this graph runs; None for all.
         dtype: element type of the caches, ``float32``, ``float16`` or ``bfloat16``.
+        taps: the layers whose outputs the graph returns, as the manifest has them.
         options: threads and arithmetic.
 
     Raises:
@@ -132,13 +133,15 @@ class OrtEngine:
         cache: Sequence[CacheLayer],
         layers: Sequence[int] | None = None,
         dtype: str = "float32",
+        taps: Sequence[int] = (),
         options: EngineOptions | None = None,
     ) -> None:
         self.name = name
+        self.taps = tuple(taps)
         self.layers = tuple(range(len(cache))) if layers is None else tuple(layers)
         self.dtype = dtype
         self._cache = tuple(cache)
-        self.session = _session(Path(path), name, options or EngineOptions())
+        self.session = load_session(Path(path), name, options or EngineOptions())
         outputs = {item.name: item for item in self.session.get_outputs()}
         _check_names(self.session, name, self.layers)
         self.vocab_size = int(outputs[LOGITS].shape[-1])
@@ -231,7 +234,7 @@ class OrtRunner:
         if size > self._mask_memory.size:
             self._mask_memory = _zeros((2 * size,), np.bool_)
         mask = self._mask_memory[:size].reshape(self._count, 1, tokens, kv_len)
-        return mask, _value(mask)
+        return mask, value_over(mask)
 
     def _bind_cache(self) -> None:
         tensors = self._memory.tensors()
@@ -239,7 +242,7 @@ class OrtRunner:
         values = []
         for layer in self._engine.layers:
             for part in ("key", "value"):
-                value = _value(tensors[layer, part][chosen], self._memory.element_type)
+                value = value_over(tensors[layer, part][chosen], self._memory.element_type)
                 self._binding.bind_ortvalue_input(past_name(layer, part), value)
                 self._binding.bind_ortvalue_output(present_name(layer, part), value)
                 values.append((value, tensors[layer, part]))
@@ -277,17 +280,17 @@ class _Shape:
     def __init__(self, buffers: StepBuffers, taps_type: int) -> None:
         self.buffers = buffers
         self.inputs = [
-            (INPUT_IDS, _value(buffers.input_ids)),
-            (POSITION_IDS, _value(buffers.position_ids)),
-            (WRITE_INDICES, _value(buffers.write_indices)),
-            (LOGIT_ROWS, _value(buffers.logit_rows)),
+            (INPUT_IDS, value_over(buffers.input_ids)),
+            (POSITION_IDS, value_over(buffers.position_ids)),
+            (WRITE_INDICES, value_over(buffers.write_indices)),
+            (LOGIT_ROWS, value_over(buffers.logit_rows)),
         ]
-        self.outputs = [(LOGITS, _value(buffers.logits))]
+        self.outputs = [(LOGITS, value_over(buffers.logits))]
         if buffers.taps is not None:
-            self.outputs.append((HIDDEN_TAPS, _value(buffers.taps, taps_type)))
+            self.outputs.append((HIDDEN_TAPS, value_over(buffers.taps, taps_type)))
 
 
-def _session(path: Path, name: str, options: EngineOptions) -> Any:
+def load_session(path: Path, name: str, options: EngineOptions) -> Any:
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = options.threads or 0

@@ -12,7 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dspark_runtime.backends.engine import FloatArray
+from dspark_runtime.backends.engine import AnyArray, FloatArray
+from dspark_runtime.sampling import Sampler
 from dspark_runtime.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class DraftRequest:
     ``row``: its row in the cache. ``tokens``: committed text; the last one is the anchor. Not to be changed.
     ``limit``: most draft tokens that can be used. ``floor``: a token whose chance to be reached and accepted is below
     this does not pay for drafting it. ``rate``: estimated acceptance of a class, given that its parent is accepted.
+    ``sampler``: how the request draws its tokens; None for greedy ones.
     """
 
     request: int
@@ -41,6 +43,12 @@ class DraftRequest:
     limit: int
     floor: float = 0.0
     rate: Rate = _unknown
+    sampler: Sampler | None = None
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the request, 0 for greedy."""
+        return 0.0 if self.sampler is None or self.sampler.params.greedy else self.sampler.params.temperature
 
 
 @dataclass(slots=True)
@@ -49,12 +57,14 @@ class Draft:
 
     ``classes``: class of each row but the anchor, or empty for one class per depth. ``probs``: only for a chain whose
     tokens were *drawn at random*: float32 [drafts, vocab], exactly the distributions they were drawn from; leave it
-    None for tokens that follow from the text.
+    None for tokens that follow from the text. ``confidences``: the drafter's own estimate for each token of its main
+    chain that it is accepted if those before it are; for statistics, empty where it makes none.
     """
 
     tree: TokenTree
     classes: Sequence[Hashable] = ()
     probs: FloatArray | None = None
+    confidences: Sequence[float] = ()
 
 
 class Drafter(ABC):
@@ -63,6 +73,15 @@ class Drafter(ABC):
     name: str = "custom"
     #: Milliseconds of one pass of the drafter's own engine for the whole batch, 0 where proposing is almost free.
     pass_ms: float = 0.0
+    #: Layers of the target whose outputs it reads, ascending, -1 for the embedding; empty for none.
+    taps: tuple[int, ...] = ()
+    #: Its proposals are drawn at random and verified by rejection sampling: what is drafted and verified must then not
+    #: depend on measured times, or the text of a seed would.
+    steady: bool = False
+
+    def draft_ms(self, tokens: int) -> float:
+        """Milliseconds it takes to draft so many tokens: one pass each, unless a drafter makes them in one pass."""
+        return tokens * self.pass_ms
 
     def attach(self, cache: KvCache) -> None:
         """Called once per batch, before any sequence begins; drafters with an engine open it over the cache here."""
@@ -74,6 +93,17 @@ class Drafter(ABC):
 
     def begin(self, request: int, prompt: Sequence[int]) -> None:
         """A sequence starts."""
+        return None
+
+    def observe(self, request: int, row: int, features: AnyArray) -> None:
+        """Rows of the target that became context: [rows, taps * hidden], in order, outputs of :attr:`taps`.
+
+        ``row`` is the sequence's row in the cache. The array is the caller's: copy what is to be kept.
+        """
+        return None
+
+    def move(self, source: int, target: int) -> None:
+        """The sequence in cache row ``source`` goes to row ``target``, whose sequence has ended."""
         return None
 
     def commit(self, request: int, tokens: Sequence[int]) -> None:

@@ -77,6 +77,19 @@ class Proposal:
                 drafted += 1
         return drafted, hits
 
+    def main_chain(self, part: Part, verified: TokenTree, accepted: Sequence[int]) -> tuple[int, int]:
+        """Of one part's likeliest tokens: how many in a row ``verified`` holds, and how many of them were accepted."""
+        own, row, place, depth, hits = part.draft.tree, 0, 0, 0, 0
+        right = True
+        while True:
+            row = own.first_child(row)
+            place = verified.child(place, own.tokens[row]) if row >= 0 else -1
+            if place < 0:
+                return depth, hits
+            right = right and depth < len(accepted) and accepted[depth] == own.tokens[row]
+            hits += right
+            depth += 1
+
     @property
     def sampled(self) -> Draft | None:
         """The draft whose tokens were drawn at random, if that is what is proposed."""

@@ -1,0 +1,283 @@
+"""DSpark and DFlash: one pass drafts a block of tokens from features of the target.
+
+The drafter's cache holds keys and values of committed context rows only. They come from the target's features of
+accepted rows, so nothing in it is ever taken back; the block's own rows lie behind them and are overwritten. The anchor
+has no features yet and stands in the block, at its true position.
+
+The draft is a chain. Where tokens follow from the text, the likeliest alternatives of each slot go beside it as leaves.
+Class of a row: (kind of estimate, bucket of it); the estimate is the confidence head's where there is one, else the
+draft's own probability.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from dspark_runtime.backends.engine import AnyArray, FloatArray, GraphEngine, GraphRunner, IntArray
+from dspark_runtime.bundle import BlockFacts
+from dspark_runtime.contract import ATTENTION_MASK, WRITE_INDICES
+from dspark_runtime.draft_contract import (
+    ANCHOR_IDS,
+    BLOCK_POSITIONS,
+    CANDIDATE_PROBS,
+    CANDIDATE_TOKENS,
+    CONFIDENCE_LOGITS,
+    DRAFT_PROBS,
+    DRAFT_TOKENS,
+    FEATURE_POSITIONS,
+    TARGET_FEATURES,
+    TEMPERATURE,
+    UNIFORMS,
+)
+from dspark_runtime.drafters.base import Draft, DraftRequest
+from dspark_runtime.drafters.own_cache import CATCH_UP_ROWS, CachedDrafter, alone
+from dspark_runtime.errors import BackendError, UsageError
+from dspark_runtime.kv_cache import KvCache
+from dspark_runtime.tree import TokenTree
+
+DraftSampling = Literal["greedy", "coupled", "rejection"]
+
+_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
+_CENTRES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.94, 0.985)
+_LEAST_BRANCH = 0.04  # alternatives less likely than this are never worth a row
+
+
+class BlockDrafter(CachedDrafter):
+    """See the module's text.
+
+    Args:
+        name: as in the manifest.
+        engine: the drafter's graph.
+        facts: its taps, block and candidates.
+        vocab_size: of the target; distributions are given over it.
+        positions: positions the draft was made for.
+        target_ids: target's id of every draft token, None where they are the same.
+        sampling: how tokens are drafted for requests with a temperature. ``greedy``: the likeliest ones. ``coupled``:
+            drawn with the target's own random numbers; the text stays that of plain decoding. ``rejection``: drawn
+            independently and verified by rejection sampling; the text keeps its distribution.
+        threshold: drop the rest of a draft from the first slot whose confidence is below this; 0 keeps all.
+        branches: candidates of each slot that go into the tree, 1 for a chain.
+        pass_ms: milliseconds of a pass, where known.
+
+    Raises:
+        UsageError: a threshold without a confidence head or outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: GraphEngine,
+        facts: BlockFacts,
+        *,
+        vocab_size: int,
+        positions: int,
+        target_ids: IntArray | None = None,
+        sampling: DraftSampling = "coupled",
+        threshold: float = 0.0,
+        branches: int = 2,
+        pass_ms: float | None = None,
+    ) -> None:
+        super().__init__(name, engine, facts.block, positions, pass_ms)
+        if not 0.0 <= threshold <= 1.0:
+            raise UsageError(f"confidence_threshold={threshold}: give a number from 0 (keep all drafts) to 1")
+        if threshold > 0 and not facts.confidence:
+            raise UsageError(f"drafter {name} has no confidence head; leave confidence_threshold at 0")
+        self.taps = facts.taps
+        self.sampling: DraftSampling = sampling
+        self.steady = sampling == "rejection"
+        self._facts = facts
+        self._vocab_size = vocab_size
+        self._target_ids = target_ids
+        self._threshold = threshold
+        self._branches = min(branches, facts.candidates)
+        self._scales = np.array(facts.confidence_temperatures or [1.0] * facts.drafts, np.float32)
+        self._runner: GraphRunner | None = None
+        self._pending: dict[int, list[AnyArray]] = {}
+        self._waiting: list[int] = []
+        self._width = 0
+        self._dtype: np.dtype[np.generic] = np.dtype(np.float32)
+
+    def draft_ms(self, tokens: int) -> float:
+        """One pass, however many tokens."""
+        return self.pass_ms
+
+    def _open(self, cache: KvCache) -> None:
+        self._runner = self._engine.open(cache.memory)
+        self._pending = {row: [] for row in range(cache.memory.batch)}
+        self._waiting = [0] * cache.memory.batch
+
+    def observe(self, request: int, row: int, features: AnyArray) -> None:
+        """Keep features of new context rows for the next pass."""
+        self._pending[row].append(features.copy())
+        self._waiting[row] += len(features)
+        self._width, self._dtype = features.shape[1], features.dtype
+
+    def move(self, source: int, target: int) -> None:
+        """Move context and pending features to another row."""
+        super().move(source, target)
+        self._pending[target], self._pending[source] = self._pending[source], []
+        self._waiting[target], self._waiting[source] = self._waiting[source], 0
+
+    def prior(self, kind: Hashable) -> float:
+        """The middle of the bucket: the drafter's estimate taken at its word."""
+        if isinstance(kind, tuple):
+            return _CENTRES[kind[1]]
+        return 0.6
+
+    def draft(self, request: DraftRequest) -> Draft | None:
+        """Propose for one sequence alone."""
+        return self.propose([request])[0]
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Draft | None]:
+        """Draft for all sequences in one pass."""
+        wanted = {r.row: r for r in requests if r.limit > 0 and self._fits(r)}
+        if not wanted:
+            return [None] * len(requests)
+        while late := alone(self._waiting[: self._count]):
+            for row in late:
+                self._pass(row, 1, CATCH_UP_ROWS, {})
+        started = time.perf_counter()
+        found = self._pass(0, self._count, CATCH_UP_ROWS, wanted)
+        self._took(started)
+        return [self._result(r, found) if r.row in wanted else None for r in requests]
+
+    def _fits(self, request: DraftRequest) -> bool:
+        known = self.cache.lengths[request.row] + self._waiting[request.row]
+        if known != len(request.tokens) - 1:
+            raise BackendError(
+                f"drafter {self.name} has features of {known} rows, the text has {len(request.tokens) - 1} context rows"
+            )
+        return len(request.tokens) + self._facts.block <= self._positions
+
+    def _take(self, row: int, most: int) -> AnyArray:
+        """Up to ``most`` pending rows [rows, width]; what is left stays pending."""
+        parts = self._pending[row]
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else self._no_rows()
+        self._pending[row] = [rows[most:]] if len(rows) > most else []
+        self._waiting[row] = max(0, len(rows) - most)
+        return rows[:most]
+
+    def _no_rows(self) -> AnyArray:
+        return np.zeros((0, self._width), self._dtype)
+
+    def _pass(self, first: int, count: int, most: int, wanted: dict[int, DraftRequest]) -> dict[str, AnyArray]:
+        """One pass over the cache rows ``first`` to ``first + count - 1``, taking in their pending features."""
+        if self._runner is None:
+            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
+        cache, block, drafts = self.cache, self._facts.block, self._facts.drafts
+        parts = [self._take(row, most) for row in range(first, first + count)]
+        new = max(1, *(len(part) for part in parts))
+        starts = cache.lengths[first : first + count]
+        kv_len = max(starts) + new + block
+        cache.reserve(kv_len)
+        features = np.zeros((count, new, self._width), self._dtype)
+        positions = np.zeros((count, new), np.int64)
+        mask = np.zeros((count, 1, block, kv_len), np.bool_)
+        anchors = np.zeros(count, np.int64)
+        block_positions = np.zeros((count, block), np.int64)
+        temperature = np.zeros(count, np.float32)
+        uniforms = np.zeros((count, drafts), np.float32)
+        for i, (part, start) in enumerate(zip(parts, starts, strict=True)):
+            context = start + len(part)
+            features[i, : len(part)] = part
+            positions[i] = np.arange(start, start + new)
+            block_positions[i] = np.arange(context, context + block)
+            mask[i, 0, :, :context] = True
+            mask[i, 0, :, start + new : start + new + block] = True
+            request = wanted.get(first + i)
+            if request is not None:
+                anchors[i] = request.tokens[-1]
+                if request.temperature and self.sampling != "greedy" and request.sampler is not None:
+                    coupled = self.sampling == "coupled"
+                    temperature[i] = request.temperature
+                    uniforms[i] = request.sampler.draft_uniforms(len(request.tokens), drafts, coupled)
+        self._runner.select(first, count)
+        found = self._runner.run(
+            {
+                TARGET_FEATURES: features,
+                FEATURE_POSITIONS: positions,
+                ANCHOR_IDS: anchors,
+                BLOCK_POSITIONS: block_positions,
+                ATTENTION_MASK: mask,
+                WRITE_INDICES: np.array(starts, np.int64),
+                TEMPERATURE: temperature,
+                UNIFORMS: uniforms,
+            }
+        )
+        for row, part in enumerate(parts, first):
+            cache.lengths[row] += len(part)
+        return found
+
+    def _result(self, request: DraftRequest, found: dict[str, AnyArray]) -> Draft | None:
+        row = request.row
+        tokens: list[int] = found[DRAFT_TOKENS][row].tolist()
+        chosen: FloatArray = found[CANDIDATE_PROBS][row]
+        confidences: list[float] = []
+        if CONFIDENCE_LOGITS in found:
+            confidences = (1.0 / (1.0 + np.exp(-found[CONFIDENCE_LOGITS][row] / self._scales))).tolist()
+        keep = min(len(tokens), request.limit)
+        for slot, confidence in enumerate(confidences[:keep]):
+            if confidence < self._threshold:
+                keep = slot
+                break
+        if keep == 0:
+            return None
+        if request.temperature and self.sampling == "rejection":
+            probs = self._over_target(found[DRAFT_PROBS][row, :keep])
+            return Draft(TokenTree.chain(request.tokens[-1], tokens[:keep]), (), probs, confidences[:keep])
+        estimates = confidences or chosen[:, 0].tolist()
+        kind = "confidence" if confidences else "probability"
+        tree, classes = _tree(
+            request.tokens[-1], tokens[:keep], [(kind, bucket(e)) for e in estimates[:keep]],
+            found[CANDIDATE_TOKENS][row], chosen, self._branches,
+        )  # fmt: skip
+        return Draft(tree, classes, None, confidences[:keep])
+
+    def _over_target(self, probs: FloatArray) -> FloatArray:
+        """float32 [drafts, vocab] over the target's ids."""
+        if self._target_ids is None and probs.shape[1] == self._vocab_size:
+            return probs
+        wide = np.zeros((len(probs), self._vocab_size), np.float32)
+        wide[:, np.arange(probs.shape[1]) if self._target_ids is None else self._target_ids] = probs
+        return wide
+
+
+def _tree(
+    anchor: int,
+    tokens: Sequence[int],
+    kinds: Sequence[Hashable],
+    candidates: IntArray,
+    probs: FloatArray,
+    branches: int,
+) -> tuple[TokenTree, list[Hashable]]:
+    """The chain and, beside each of its rows, the likeliest other candidates of the slot as leaves."""
+    if branches < 2:
+        return TokenTree.chain(anchor, tokens), list(kinds)
+    rows, parents, classes = [anchor], [-1], list[Hashable]()
+    tip = 0
+    for slot, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        rows.append(token)
+        parents.append(tip)
+        classes.append(kind)
+        below = len(rows) - 1
+        left = branches - 1
+        for other, prob in zip(candidates[slot].tolist(), probs[slot].tolist(), strict=True):
+            if other == token or left == 0:
+                continue
+            if prob < _LEAST_BRANCH:
+                break
+            rows.append(other)
+            parents.append(tip)
+            classes.append(("beside", bucket(prob)))
+            left -= 1
+        tip = below
+    return TokenTree(rows, parents), classes
+
+
+def bucket(estimate: float) -> int:
+    """Number of the bucket, 0 to 10, that an estimated acceptance falls into."""
+    return sum(estimate >= edge for edge in _EDGES)

@@ -1,0 +1,85 @@
+"""A small language model of its own, with the target's vocabulary, as drafter.
+
+Its cache holds the committed text, the anchor included. Rows of accepted drafts stay in it: they are what the next
+round would compute again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dspark_runtime.backends.engine import AnyArray, FloatArray, GraphEngine, GraphRunner, IntArray
+from dspark_runtime.contract import LOGITS
+from dspark_runtime.drafters.block import DraftSampling
+from dspark_runtime.drafters.stepping import SteppingDrafter
+from dspark_runtime.errors import BackendError
+from dspark_runtime.kv_cache import KvCache
+
+
+class DraftModelDrafter(SteppingDrafter):
+    """See the module's text.
+
+    Args:
+        name: as in the manifest.
+        engine: the draft model's graph.
+        vocab_size: of the target; the draft's may be padded to another size.
+        positions: positions the draft was made for.
+        depth: most drafts in a row. ``width``: nodes per level of the tree.
+        sampling: see :class:`dspark_runtime.drafters.block.BlockDrafter`.
+        pass_ms: milliseconds of a pass, where known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engine: GraphEngine,
+        *,
+        vocab_size: int,
+        positions: int,
+        target_ids: IntArray | None = None,
+        depth: int = 8,
+        width: int = 1,
+        sampling: DraftSampling = "coupled",
+        pass_ms: float | None = None,
+    ) -> None:
+        super().__init__(
+            name,
+            engine,
+            vocab_size=vocab_size,
+            positions=positions,
+            target_ids=target_ids,
+            depth=depth,
+            width=width,
+            sampling=sampling,
+            pass_ms=pass_ms,
+        )
+        self._runner: GraphRunner | None = None
+
+    def _open(self, cache: KvCache) -> None:
+        self._runner = self._engine.open(cache.memory)
+
+    def commit(self, request: int, tokens: Sequence[int]) -> None:
+        """Keep the rows of accepted drafts."""
+        growth = self._growths.pop(request, None)
+        if growth is not None:
+            places = growth.ran(list(tokens))
+            self.cache.commit(growth.request.row, places)
+
+    def _waiting(self, row: int) -> int:
+        return len(self._texts[row]) - self.cache.lengths[row]
+
+    def _token_at(self, row: int, position: int) -> int:
+        return self._texts[row][position]
+
+    def _run_extend(self, first: int, counts: Sequence[int], inputs: dict[str, AnyArray]) -> FloatArray:
+        return self._run(first, len(counts), inputs)
+
+    def _run_step(self, chosen: dict[int, list[int]], inputs: dict[str, AnyArray]) -> FloatArray:
+        return self._run(0, self._count, inputs)
+
+    def _run(self, first: int, count: int, inputs: dict[str, AnyArray]) -> FloatArray:
+        if self._runner is None:
+            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
+        self._runner.select(first, count)
+        logits: FloatArray = self._runner.run(inputs)[LOGITS]
+        return logits[:, :, : self._vocab_size]

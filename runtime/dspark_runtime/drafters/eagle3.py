@@ -1,0 +1,130 @@
+"""EAGLE-3: a layer that predicts the target's next features and from them the next token, step by step.
+
+Context row i pairs the target's features of position i with the token behind it, and stands at position i. Its output
+predicts the token after that one. A step feeds the drafter's own output back in place of features. After verification
+all step rows are dropped and the committed rows enter with the target's real features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dspark_runtime.backends.engine import AnyArray, FloatArray, GraphEngine, GraphRunner, IntArray
+from dspark_runtime.bundle import EagleFacts
+from dspark_runtime.contract import LOGIT_ROWS, LOGITS
+from dspark_runtime.draft_contract import DRAFT_HIDDEN, RECURRENT_HIDDEN, TARGET_FEATURES
+from dspark_runtime.drafters.block import DraftSampling
+from dspark_runtime.drafters.stepping import SteppingDrafter
+from dspark_runtime.errors import BackendError
+from dspark_runtime.kv_cache import KvCache
+
+
+class Eagle3Drafter(SteppingDrafter):
+    """See the module's text.
+
+    Args:
+        name: as in the manifest.
+        extend: the graph that reads the target's features. ``step``: the one that reads its own output.
+        facts: its taps and trained steps.
+        vocab_size: of the target. ``target_ids``: target's id of every draft token, None where they are the same.
+        positions: positions the draft was made for.
+        width: nodes per level of the tree, 1 for a chain.
+        sampling: see :class:`dspark_runtime.drafters.block.BlockDrafter`.
+        pass_ms: milliseconds of a pass, where known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        extend: GraphEngine,
+        step: GraphEngine,
+        facts: EagleFacts,
+        *,
+        vocab_size: int,
+        positions: int,
+        target_ids: IntArray | None = None,
+        width: int = 2,
+        sampling: DraftSampling = "coupled",
+        pass_ms: float | None = None,
+    ) -> None:
+        super().__init__(
+            name,
+            extend,
+            vocab_size=vocab_size,
+            positions=positions,
+            target_ids=target_ids,
+            depth=facts.steps,
+            width=width,
+            sampling=sampling,
+            pass_ms=pass_ms,
+        )
+        self.taps = facts.taps
+        self._step_engine = step
+        self._runners: tuple[GraphRunner, GraphRunner] | None = None
+        self._pending: dict[int, AnyArray] = {}
+        self._hidden: dict[int, dict[int, AnyArray]] = {}  # by row, then node: what its children are fed
+
+    def _open(self, cache: KvCache) -> None:
+        self._runners = (self._engine.open(cache.memory), self._step_engine.open(cache.memory))
+        self._pending = {}
+
+    def observe(self, request: int, row: int, features: AnyArray) -> None:
+        """Keep features of new context rows for the next pass."""
+        held = self._pending.get(row)
+        self._pending[row] = features.copy() if held is None or not len(held) else np.concatenate([held, features])
+
+    def move(self, source: int, target: int) -> None:
+        """Move context and pending features to another row."""
+        super().move(source, target)
+        self._pending.pop(target, None)
+        if source in self._pending:
+            self._pending[target] = self._pending.pop(source)
+
+    def _waiting(self, row: int) -> int:
+        waiting = len(self._pending.get(row, ()))
+        text = self._texts.get(row)
+        if text is not None and self.cache.lengths[row] + waiting != len(text) - 1:
+            raise BackendError(
+                f"drafter {self.name} has features of {self.cache.lengths[row] + waiting} rows of a text with "
+                f"{len(text) - 1} context rows"
+            )
+        return waiting
+
+    def _token_at(self, row: int, position: int) -> int:
+        return self._texts[row][position + 1]
+
+    def _run_extend(self, first: int, counts: Sequence[int], inputs: dict[str, AnyArray]) -> FloatArray:
+        width = next(iter(self._pending.values())).shape[1]
+        dtype = next(iter(self._pending.values())).dtype
+        features = np.zeros((len(counts), max(1, *counts), width), dtype)
+        for i, taken in enumerate(counts):
+            if taken:
+                features[i, :taken] = self._pending[first + i][:taken]
+                self._pending[first + i] = self._pending[first + i][taken:]
+        found = self._run(0, first, len(counts), {**inputs, TARGET_FEATURES: features})
+        last = inputs[LOGIT_ROWS][:, 0]
+        self._hidden = {first + i: {0: found[DRAFT_HIDDEN][i, last[i]]} for i in range(len(counts))}
+        logits: FloatArray = found[LOGITS]
+        return logits
+
+    def _run_step(self, chosen: dict[int, list[int]], inputs: dict[str, AnyArray]) -> FloatArray:
+        some = next(iter(self._hidden[next(iter(chosen))].values()))
+        rows = inputs[LOGIT_ROWS].shape[1]
+        hidden = np.zeros((self._count, rows, some.shape[-1]), some.dtype)
+        parents = {g.request.row: g.parents for g in self._growths.values()}
+        for row, nodes in chosen.items():
+            for i, node in enumerate(nodes):
+                hidden[row, i] = self._hidden[row][parents[row][node]]
+        found = self._run(1, 0, self._count, {**inputs, RECURRENT_HIDDEN: hidden})
+        for row, nodes in chosen.items():
+            self._hidden[row].update({node: found[DRAFT_HIDDEN][row, i] for i, node in enumerate(nodes)})
+        logits: FloatArray = found[LOGITS]
+        return logits
+
+    def _run(self, which: int, first: int, count: int, inputs: dict[str, AnyArray]) -> dict[str, AnyArray]:
+        if self._runners is None:
+            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
+        self._runners[which].select(first, count)
+        return self._runners[which].run(inputs)

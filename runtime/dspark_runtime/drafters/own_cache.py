@@ -1,0 +1,80 @@
+"""What drafters with a cache of their own share: its rows follow the target's, and context is caught up with.
+
+The drafter's cache holds ``lengths[row]`` context rows of the sequence in that row. Context that became known since is
+*pending*; it enters the cache with the next pass. Rows with much of it (a prompt) catch up alone, so that a batch is
+not padded to the longest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from dspark_runtime.backends.engine import GraphEngine
+from dspark_runtime.drafters.base import Drafter
+from dspark_runtime.errors import BackendError
+from dspark_runtime.kv_cache import KvCache, round_up
+
+CATCH_UP_ROWS = 512  # pending rows per pass of a single sequence
+ALONE_FROM = 16  # pending rows from which a sequence of a batch catches up alone
+_FIRST_SLOTS = 2048
+
+
+class CachedDrafter(Drafter):
+    """Base of drafters with a cache of their own.
+
+    Args:
+        name: as in the manifest.
+        engine: one of the drafter's graphs; all of them share the cache it allocates.
+        scratch: slots behind the context that a round may write to.
+        positions: positions the draft was made for; longer texts are not drafted for.
+        pass_ms: milliseconds of one pass, where known.
+    """
+
+    def __init__(self, name: str, engine: GraphEngine, scratch: int, positions: int, pass_ms: float | None) -> None:
+        self.name = name
+        self.pass_ms = 0.5 if pass_ms is None else pass_ms
+        self._engine = engine
+        self._scratch = scratch
+        self._positions = positions
+        self._own: KvCache | None = None
+        self._count = 0
+
+    def attach(self, cache: KvCache) -> None:
+        """Allocate the cache for as many sequences and slots as the target's."""
+        most = round_up(cache.limit + self._scratch + CATCH_UP_ROWS)
+        first = min(most, round_up(min(cache.memory.capacity, _FIRST_SLOTS) + self._scratch + CATCH_UP_ROWS))
+        self._own = KvCache(self._engine.allocate(cache.memory.batch, first), most)
+        self._count = cache.memory.batch
+        self._open(self._own)
+
+    def select(self, count: int) -> None:
+        """Draft for the first ``count`` rows of the cache."""
+        self._count = count
+
+    def move(self, source: int, target: int) -> None:
+        """Move context to another row."""
+        self.cache.replace(target, source)
+        self.cache.lengths[source] = 0
+
+    @property
+    def cache(self) -> KvCache:
+        """The drafter's cache; BackendError before :meth:`attach`."""
+        if self._own is None:
+            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
+        return self._own
+
+    def _open(self, cache: KvCache) -> None:
+        """Open runners over the allocated cache."""
+        raise BackendError(f"drafter {self.name} opens no engine")
+
+    def _took(self, started: float) -> None:
+        """Correct the time of a pass by one that began at ``started``; hiccups count twice the expected at most."""
+        took = (time.perf_counter() - started) * 1e3
+        self.pass_ms += 0.1 * (min(took, 2 * self.pass_ms) - self.pass_ms)
+
+
+def alone(pending: Sequence[int]) -> list[int]:
+    """Rows that catch up alone before the batch runs, by their pending context."""
+    most = CATCH_UP_ROWS if len(pending) == 1 else ALONE_FROM
+    return [row for row, count in enumerate(pending) if count > most]
