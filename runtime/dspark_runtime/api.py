@@ -66,7 +66,7 @@ class Bundle:
     def __init__(self, files: BundleFiles, options: EngineOptions, exact: bool, capacity: int | None) -> None:
         self.files = files
         self.exact = exact
-        self._engine_options = options
+        self.engine_options = options
         self._engines: dict[str, Engine] = {}
         self._graph_engines: dict[str, GraphEngine] = {}
         has_tokenizer = f"{TOKENIZER_DIR}/tokenizer.json" in files.manifest.files
@@ -146,7 +146,7 @@ class Bundle:
                 layers=graph.layers,
                 dtype=graph.dtype,
                 taps=graph.taps,
-                options=self._engine_options,
+                options=self.engine_options,
             )
         return self._engines[graph.file]
 
@@ -161,7 +161,7 @@ class Bundle:
                 name=name,
                 cache=graph.cache or (),
                 dtype=graph.dtype,
-                options=self._engine_options,
+                options=self.engine_options,
             )
         return self._graph_engines[graph.file]
 

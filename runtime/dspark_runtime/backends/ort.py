@@ -290,7 +290,8 @@ class _Shape:
             self.outputs.append((HIDDEN_TAPS, value_over(buffers.taps, taps_type)))
 
 
-def load_session(path: Path, name: str, options: EngineOptions) -> Any:
+def load_session(path: Path, name: str, options: EngineOptions, graph: bytes | None = None) -> Any:
+    """A session of the graph at ``path``; ``graph`` is run in its place, with the external data beside ``path``."""
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = options.threads or 0
@@ -300,8 +301,10 @@ def load_session(path: Path, name: str, options: EngineOptions) -> Any:
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
     if options.accuracy_level:
         settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(options.accuracy_level))
+    if graph is not None:
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path) if graph is None else graph, settings, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise BackendError(f"ONNX Runtime {ort.__version__} cannot load the graph {name} ({path}): {error}") from error
 

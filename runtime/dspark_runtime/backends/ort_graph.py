@@ -24,6 +24,7 @@ class OrtGraphEngine:
         cache: geometry of its own cache, layer by layer.
         dtype: element type of the cache, ``float32``, ``float16`` or ``bfloat16``.
         options: threads and arithmetic.
+        graph: run this serialized graph in place of the file's, with its data; for graphs with more outputs.
 
     Raises:
         BackendError: ONNX Runtime cannot load the graph.
@@ -38,11 +39,12 @@ class OrtGraphEngine:
         cache: Sequence[CacheLayer],
         dtype: str = "float32",
         options: EngineOptions | None = None,
+        graph: bytes | None = None,
     ) -> None:
         self.name = name
         self.cache = tuple(cache)
         self.dtype = dtype
-        self.session = load_session(Path(path), name, options or EngineOptions())
+        self.session = load_session(Path(path), name, options or EngineOptions(), graph)
         past = {past_name(i, part) for i in range(len(self.cache)) for part in _PARTS}
         present = {present_name(i, part) for i in range(len(self.cache)) for part in _PARTS}
         have_in = {item.name for item in self.session.get_inputs()}

@@ -1,0 +1,64 @@
+"""``dspark-export draft-trace``: the intermediates of a trained drafter's first rounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dspark_runtime.errors import UsageError
+
+
+def draft_trace(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)],
+    prompt_ids: Annotated[Path, typer.Option(help="Token ids of the prompt: a JSON list, or numbers apart by blanks.")],
+    out: Annotated[Path, typer.Option(help="The .npz to write.")],
+    drafter: Annotated[str | None, typer.Option(help="Its name (default: the bundle's first trained drafter).")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to trace.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    draft_sampling: Annotated[
+        str, typer.Option(help="With a temperature, draft coupled, greedy, or by rejection.")
+    ] = "coupled",
+    confidence_threshold: Annotated[
+        float, typer.Option(help="Drop drafts from the first one of lower confidence; 0 keeps all.")
+    ] = 0.0,
+    draft_branches: Annotated[int, typer.Option(help="Candidates per slot, 1 for a chain.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads (default: one per physical core).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print names and shapes as JSON.")] = False,
+) -> None:
+    """Write every intermediate of the first rounds of a trained drafter of BUNDLE, by name, to an .npz file.
+
+    For debugging a draft that is rarely right: compare the arrays with those of the code it was trained with.
+    """
+    from dspark_export.cli.generate import read_ids
+    from dspark_export.draft_trace import save_trace, trace_draft
+    from dspark_runtime import Bundle
+    from dspark_runtime.drafter_choice import DraftOptions
+    from dspark_runtime.sampling import SamplingParams
+
+    ids = read_ids(prompt_ids)
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f"--out {out} cannot be written: name a file in a folder that exists")
+    options = DraftOptions(draft_sampling, confidence_threshold, draft_branches)  # type: ignore[arg-type]
+    opened = Bundle.open(bundle, threads=threads)
+    name = drafter or next(
+        (d.name for d in opened.manifest.drafters if d.kind in ("block", "eagle3", "draft_model")), ""
+    )
+    arrays = trace_draft(
+        opened,
+        ids,
+        name,
+        rounds=rounds,
+        options=options,
+        params=SamplingParams(temperature),
+        seed=seed,
+    )
+    save_trace(arrays, out)
+    if as_json:
+        typer.echo(json.dumps({key: list(array.shape) for key, array in arrays.items()}))
+        return
+    for key, array in arrays.items():
+        typer.echo(f"{key:24} {array.dtype!s:8} {list(array.shape)}")
