@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle_writer import BundleWriter
+from dspark_export.draft_build import DraftGraphs, export_drafts, open_drafts, taps_of, write_vocab_maps
 from dspark_runtime.bundle import GRAPH_DIR, TOKENIZER_DIR, BundleFiles, GraphEntry, Manifest, ModelFacts, Variant
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
 
         checkpoint = resolve(options.model, options.revision, options.trust, options.allow_untested)
         layers = _requested_layers(options, checkpoint)
+        drafts = open_drafts(checkpoint, options)
         stages.enter("load")
         import torch
 
@@ -77,16 +79,20 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         if options.self_draft != NONE:
             layers, agreement = _self_draft(model, checkpoint, layers)
         stages.enter("trace")
-        graphs = _trace(model, layers)
+        graphs = _trace(model, layers, taps_of(drafts))
         stages.enter("optimize")
-        graphs = _optimize(graphs, options)
+        for graph in graphs.values():
+            _optimize(graph, options)
+        exported = export_drafts(drafts, model, options, lambda graph: _optimize(graph, options))
         stages.enter("save")
         facts = _facts(checkpoint, model)
-        entries = _save(graphs, writer.dir / GRAPH_DIR, options, layers, facts.max_positions)
+        entries = _save(graphs, exported, writer.dir / GRAPH_DIR, options, layers, facts.max_positions, taps_of(drafts))
+        write_vocab_maps(exported, writer.dir)
         manifest = _describe(checkpoint, facts, options, entries, layers, agreement)
+        manifest = manifest.model_copy(update={"drafters": (*manifest.drafters, *(draft.entry for draft in exported))})
         stages.enter("tokenizer")
         checkpoint.save_tokenizer(writer.dir / TOKENIZER_DIR)
-        del graphs, model
+        del graphs, exported, model
         gc.collect()  # models are full of cycles; measuring needs the memory for a second copy
         stages.enter("measure")
         manifest = _measure(writer, manifest, options)
@@ -121,44 +127,53 @@ def _self_draft(
     return layers, agreement(model, checkpoint.tokenizer.backend, layers)
 
 
-def _trace(model: PreTrainedModel, layers: Sequence[int] | None) -> dict[str, ir.Model]:
+def _trace(model: PreTrainedModel, layers: Sequence[int] | None, taps: Sequence[int]) -> dict[str, ir.Model]:
     from dspark_export.graphs.decoder import DecoderTrace
     from dspark_export.graphs.self_draft import export_self_draft
     from dspark_export.graphs.target import export_target
 
     trace = DecoderTrace(model)
-    graphs = {"target": export_target(trace)}
+    graphs = {"target": export_target(trace, taps=taps)}
     if layers is not None:
         graphs["self_draft"] = export_self_draft(trace, layers)
     return graphs
 
 
-def _optimize(graphs: dict[str, ir.Model], options: BuildOptions) -> dict[str, ir.Model]:
+def _optimize(graph: ir.Model, options: BuildOptions) -> None:
     from dspark_export.passes import optimize
     from dspark_export.passes.precision import PrecisionSettings, apply_precision
 
     settings = PrecisionSettings(
         options.precision, options.block, head=options.quantize_head, embedding=options.quantize_embedding
     )
-    for graph in graphs.values():
-        optimize(graph)
-        apply_precision(graph, settings)
-    return graphs
+    optimize(graph)
+    apply_precision(graph, settings)
 
 
 def _save(
-    graphs: dict[str, ir.Model], folder: Path, options: BuildOptions, layers: Sequence[int] | None, positions: int
+    graphs: dict[str, ir.Model],
+    drafts: Sequence[DraftGraphs],
+    folder: Path,
+    options: BuildOptions,
+    layers: Sequence[int] | None,
+    positions: int,
+    taps: Sequence[int],
 ) -> list[GraphEntry]:
     """Write every graph, standard and for ONNX Runtime's CPU provider, and the verify graph; return their entries."""
+    from dspark_export.graphs.block_drafter import hide_inner_values
     from dspark_export.graphs.save import save_graphs
     from dspark_export.graphs.verify import build_verify_model
     from dspark_export.manifest import file_stem, graph_entry
     from dspark_export.passes import ort_cpu_variants
 
     forms: list[tuple[str, Variant, ir.Model]] = []
-    for name, graph in graphs.items():
+    caches = {name: draft.cache for draft in drafts for name in draft.graphs}
+    for name, graph in {**graphs, **{name: g for draft in drafts for name, g in draft.graphs.items()}}.items():
         forms.append((name, "standard", graph))
         forms += [(name, cast("Variant", key), model) for key, model in ort_cpu_variants(graph, positions).items()]
+    for name, _, graph in forms:
+        if name in caches:
+            hide_inner_values(graph)
     forms.append(("verify", "standard", build_verify_model()))
     save_graphs({file_stem(name, variant): model for name, variant, model in forms}, folder, DATA_FILE)
     return [
@@ -169,6 +184,8 @@ def _save(
             folder,
             options.dtype if variant == "standard" and name != "verify" else "float32",
             layers if name == "self_draft" else None,
+            taps=taps if name == "target" else (),
+            cache=caches.get(name),
         )
         for name, variant, model in forms
     ]

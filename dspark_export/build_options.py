@@ -20,8 +20,11 @@ AUTO, NONE, LAYERS = "auto", "none", "layers="
 class BuildOptions:
     """One build.
 
-    ``exact`` None: exact for float weights, where it costs next to nothing. ``self_draft`` is ``auto``, ``none`` or
-    ``layers=...``. ``threads`` None: as many as there are cores.
+    ``drafts`` are models that draft for the target; ``draft_vocab`` a file of the ids they may draft, ``markov_topk``
+    the candidates per slot a Markov head corrects, None for all; ``allow_own_embeddings`` uses embeddings of a draft
+    that differ from the target's. ``exact`` None: exact for float weights,
+    where it costs next to nothing. ``self_draft`` is ``auto``, ``none`` or ``layers=...``. ``threads`` None: as many as
+    there are cores.
 
     Raises UsageError for combinations that make no sense.
     """
@@ -35,6 +38,10 @@ class BuildOptions:
     block_size: int | None = None
     exact: bool | None = None
     self_draft: str = AUTO
+    drafts: tuple[str, ...] = ()
+    draft_vocab: Path | None = None
+    markov_topk: int | None = None
+    allow_own_embeddings: bool = False
     threads: int | None = None
     overwrite: bool = False
     trust: Trust = field(default_factory=Trust.closed)
@@ -51,6 +58,10 @@ class BuildOptions:
             raise UsageError(f"--block-size {self.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
         if self.self_draft not in (AUTO, NONE) and not self.self_draft.startswith(LAYERS):
             raise UsageError(f"--self-draft {self.self_draft} is unknown; choose auto, none, or layers=0-9,20")
+        if not self.drafts and (self.draft_vocab or self.markov_topk or self.allow_own_embeddings):
+            raise UsageError("--draft-vocab, --markov-topk and --allow-own-embeddings are about a --draft; give one")
+        if self.markov_topk is not None and self.markov_topk < 1:
+            raise UsageError(f"--markov-topk {self.markov_topk} is not positive; leave it out to correct every token")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads} is not positive; leave it out to use every core")
 

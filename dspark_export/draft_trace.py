@@ -19,7 +19,7 @@ block_hidden         [drafts, hidden]            after the last norm
 base_logits          [drafts, draft vocab]       before the Markov head
 corrected_logits     [drafts, draft vocab]       after it
 draft_tokens         [drafts]                    ids of the target's vocabulary
-draft_probs          [drafts, draft vocab]       what they were drawn from; empty where greedy
+draft_probs          [drafts, draft vocab]       what they were drawn from; absent where greedy
 candidate_tokens     [drafts, candidates]        likeliest tokens of each slot
 candidate_probs      [drafts, candidates]        their probabilities at temperature 1
 confidence_logits    [drafts]                    of drafters with a confidence head
@@ -202,6 +202,8 @@ def _of_block(calls: Sequence[tuple[str, dict[str, AnyArray]]]) -> dict[str, Any
         rows = int(arrays["block_positions"][0, 0] - arrays[WRITE_INDICES][0])
         for name, array in arrays.items():
             if name in (ATTENTION_MASK, WRITE_INDICES, TEMPERATURE, UNIFORMS):
+                continue
+            if len(array) == 0:  # distributions of a greedy draft: there are none
                 continue
             single = array[0]
             if name.startswith(_PER_CONTEXT_ROW):

@@ -78,7 +78,15 @@ def model_facts(checkpoint: Checkpoint, model: PreTrainedModel, cache: Sequence[
 
 
 def graph_entry(
-    name: str, variant: Variant, model: ir.Model, folder: Path, dtype: str, layers: Sequence[int] | None
+    name: str,
+    variant: Variant,
+    model: ir.Model,
+    folder: Path,
+    dtype: str,
+    layers: Sequence[int] | None,
+    *,
+    taps: Sequence[int] = (),
+    cache: Sequence[CacheLayer] | None = None,
 ) -> GraphEntry:
     """The entry of a graph saved in ``folder``; data files are read back from the file."""
     file = f"{file_stem(name, variant)}.onnx"
@@ -97,6 +105,8 @@ def graph_entry(
             "data_files": sorted(f"{GRAPH_DIR}/{location}" for location in data),
             "dtype": dtype,
             "layers": None if layers is None else tuple(layers),
+            "taps": tuple(taps),
+            "cache": None if cache is None else tuple(cache),
             "inputs": [_spec(value) for value in model.graph.inputs],
             "outputs": [_spec(value) for value in model.graph.outputs],
         }

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from dspark_export.measure_drafts import measure_draft_ms
 from dspark_runtime.backends.engine import Engine, EngineOptions
 from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.bundle import BundleFiles, RowNoise, StepCosts
@@ -61,6 +62,9 @@ def measure(files: BundleFiles, threads: int | None = None) -> Measurements:
             if name == "target":
                 noise = _row_noise(engine, _token_ids(files.tokenizer_dir, manifest.model.vocab_size, room))
             del engine  # one graph in memory at a time
+    for drafter in manifest.drafters:
+        if drafter.kind in ("block", "eagle3", "draft_model"):
+            ms[drafter.graph or drafter.name] = {"1": round(measure_draft_ms(files, drafter, options, context), 4)}
     return Measurements(StepCosts(threads=_threads(threads), device=_device(), context=context, ms=ms), noise)
 
 

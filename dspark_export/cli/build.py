@@ -66,6 +66,19 @@ def build(
         ),
     ] = None,
     self_draft: Annotated[str, typer.Option(help="auto, none, or layers=0-9,20 or layers=every=2.")] = "auto",
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(help="A model that drafts for it: DSpark, DFlash, EAGLE-3, or a small causal LM. Repeatable."),
+    ] = None,
+    draft_vocab: Annotated[
+        Path | None, typer.Option(help="Ids that a block draft may draft: an .npy or a JSON list (default: all).")
+    ] = None,
+    markov_topk: Annotated[
+        int | None, typer.Option(help="Correct only so many candidates per slot by the Markov head (default: all).")
+    ] = None,
+    allow_own_embeddings: Annotated[
+        bool, typer.Option("--allow-own-embeddings", help="Use a draft's embeddings that differ from the target's.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Threads for measuring (default: all cores).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in --out.")] = False,
     allow_unsafe_checkpoint: Annotated[
@@ -96,6 +109,10 @@ def build(
         block_size=block_size,
         exact=exact,
         self_draft=self_draft,
+        drafts=tuple(draft or ()),
+        draft_vocab=draft_vocab,
+        markov_topk=markov_topk,
+        allow_own_embeddings=allow_own_embeddings,
         threads=threads,
         overwrite=overwrite,
         trust=Trust.opened() if allow_unsafe_checkpoint else Trust.closed(),

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,7 @@ from typer.core import TyperGroup
 from dspark_export.cli.bench import bench
 from dspark_export.cli.build import build
 from dspark_export.cli.doctor import doctor
+from dspark_export.cli.draft_trace import draft_trace
 from dspark_export.cli.generate import generate
 from dspark_export.cli.inspect import inspect
 from dspark_runtime.errors import DsparkError
@@ -39,6 +41,7 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         debug = bool(ctx.params.get("debug"))
+        warnings.showwarning = _warn  # type: ignore[assignment]
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
@@ -58,6 +61,12 @@ class _Commands(TyperGroup):
                 "" if debug else "; this is a bug: run again with `dspark-export --debug ...` and report the traceback"
             )
             _fail(f"unexpected {type(error).__name__}: {error}{hint}", BUG, debug)
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: object) -> None:
+    """Warnings of this project as one line, those of libraries not at all: they speak to programmers."""
+    if category.__module__.startswith("dspark_"):
+        typer.echo(f"dspark-export: warning: {message}", err=True)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -83,7 +92,7 @@ def options(
     """Turn a Hugging Face language model into a bundle of ONNX graphs, and generate text from it speculatively."""
 
 
-for verb in (build, inspect, generate, bench, doctor):
+for verb in (build, inspect, generate, bench, draft_trace, doctor):
     app.command()(verb)
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from dspark_runtime.draft_contract import BLOCK_POSITIONS
+
 
 def optimize(model: ir.Model) -> ir.Model:
     """Fold what the tracer decomposed, in place; the graph stays standard operators only. Returns ``model``."""
@@ -40,6 +42,11 @@ def ort_cpu_variants(model: ir.Model, max_positions: int) -> dict[str, ir.Model]
     """
     from dspark_export.passes.widen_to_float32 import is_half
 
+    if any(value.name == BLOCK_POSITIONS for value in model.graph.inputs):
+        # A block drafter's rows see each other in both directions, and are not all of the rows it appends: attention
+        # stays in the standard form, for any number of sequences.
+        variant = for_ort_cpu(model, max_positions, any_batch=True)
+        return {"onnxruntime-cpu": variant, **({"onnxruntime-cpu-batch": variant} if is_half(model) else {})}
     variants = {"onnxruntime-cpu": for_ort_cpu(model, max_positions)}
     if is_half(model):
         variants["onnxruntime-cpu-batch"] = for_ort_cpu(model, max_positions, any_batch=True)

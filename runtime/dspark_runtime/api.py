@@ -28,6 +28,8 @@ from dspark_runtime.schedule import Schedule
 from dspark_runtime.sequence import Chunk, Generation
 from dspark_runtime.text import TextCodec
 
+ROUNDED_ACTIVATIONS = 4
+"""ONNX Runtime's accuracy level of quantized products with activations rounded to 8 bits."""
 Speculate = str | Drafter | Sequence[Drafter]
 Prompt = str | bytes | Sequence[int]
 # Graph variants to look for, by whether several sequences share a pass; the standard graph takes any number.
@@ -74,7 +76,9 @@ class Bundle:
         positions = self.manifest.model.max_positions
         self.limits = Limits(self.manifest.model.vocab_size, min(positions, capacity or positions))
         self._min_rows = 2 if exact else 1  # a row alone goes through other kernels than the same row among others
-        self.schedule = Schedule(self._costs(), min_rows=self._min_rows)
+        # Products with rounded activations turn the order of a sum into another token: see Schedule.
+        self._chains = exact and options.accuracy_level == ROUNDED_ACTIVATIONS
+        self.schedule = self._new_schedule()
 
     @classmethod
     def open(
@@ -110,8 +114,11 @@ class Bundle:
     def with_fresh_schedule(self) -> Bundle:
         """The same bundle and loaded graphs with a schedule that has learned nothing yet (for measurements)."""
         other = copy.copy(self)
-        other.schedule = Schedule(self._costs(), min_rows=self._min_rows)
+        other.schedule = other._new_schedule()
         return other
+
+    def _new_schedule(self, fixed: int | None = None) -> Schedule:
+        return Schedule(self._costs(), fixed, self._min_rows, self._chains)
 
     @property
     def manifest(self) -> Manifest:
@@ -241,7 +248,7 @@ class Bundle:
         )
         schedule = self.schedule
         if draft_length is not None:
-            schedule = Schedule(schedule.costs, draft_length, self._min_rows)
+            schedule = Schedule(schedule.costs, draft_length, self._min_rows, self._chains)
         result = Stream(self._loops(requests, self.engine("target", batched), drafters, schedule, batch_size))
         if stream:
             return result
@@ -289,7 +296,7 @@ def _accuracy(manifest: Manifest, exact: bool) -> int:
         return 0
     noise = precision.row_noise
     proven = noise is not None and noise.without_single_rows == 0.0
-    return 1 if exact and not proven else precision.accuracy_level or 4
+    return 1 if exact and not proven else precision.accuracy_level or ROUNDED_ACTIVATIONS
 
 
 def _is_single(prompt: object) -> bool:

@@ -74,9 +74,9 @@ def block_contract(
 
     ``features_width`` is taps x hidden size of the target. ``temperature`` 0 drafts greedily; ``uniforms`` in [0, 1)
     draw the tokens otherwise. ``draft_tokens`` and ``candidate_tokens`` are ids of the target's vocabulary,
-    ``draft_probs`` [batch, drafts, draft_vocab] are the distributions that the tokens were drawn from (``sampled`` is
-    ``draft_vocab`` if any temperature is above 0, else 0), ``candidate_probs`` those of the most likely tokens of each
-    slot at temperature 1, in falling order.
+    ``draft_probs`` are the distributions that tokens were drawn from, for the ``drawn`` sequences of the batch whose
+    temperature is above 0, in order; ``candidate_probs`` those of the most likely tokens of each slot at temperature
+    1, in falling order.
     """
     past, present = _cache(cache, dtype)
     inputs = (
@@ -92,7 +92,7 @@ def block_contract(
     )
     outputs = [
         TensorSpec(DRAFT_TOKENS, "int64", ("batch", drafts)),
-        TensorSpec(DRAFT_PROBS, "float32", ("batch", drafts, "sampled")),
+        TensorSpec(DRAFT_PROBS, "float32", ("drawn", drafts, draft_vocab)),
         TensorSpec(CANDIDATE_TOKENS, "int64", ("batch", drafts, candidates)),
         TensorSpec(CANDIDATE_PROBS, "float32", ("batch", drafts, candidates)),
     ]

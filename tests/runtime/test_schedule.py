@@ -180,3 +180,13 @@ def test_costs_can_be_measured(tiny: Tiny) -> None:
     costs = measure_pass_ms(tiny.target, (1, 4), context=16, repeats=2)
     assert sorted(costs) == [1, 4]
     assert all(ms > 0 for ms in costs.values())
+
+
+def test_exact_quantized_passes_hold_chains_only() -> None:
+    tree = TokenTree([1, 2, 3, 4, 5, 6], [-1, 0, 0, 1, 2, 4])
+    proposal = Proposal.empty(0, 1)
+    proposal.add(Guess(0.5, 0.5), Draft(tree, ["low", "high", "low", "high", "high"]))
+    schedule = Schedule(PassCosts(FLAT), fixed=5, chains=True)
+    schedule.acceptance.rate = lambda drafter, kind, request: {"low": 0.2, "high": 0.9}[kind]  # type: ignore[method-assign]
+    (chosen,) = schedule.choose([proposal], 1)
+    assert chosen == TokenTree.chain(1, [3, 5, 6])

@@ -98,6 +98,7 @@ class BlockDrafter(CachedDrafter):
         self._runner: GraphRunner | None = None
         self._pending: dict[int, list[AnyArray]] = {}
         self._waiting: list[int] = []
+        self._drawn: list[int] = []  # rows of the last pass whose tokens were drawn at random
         self._width = 0
         self._dtype: np.dtype[np.generic] = np.dtype(np.float32)
 
@@ -195,6 +196,7 @@ class BlockDrafter(CachedDrafter):
                     coupled = self.sampling == "coupled"
                     temperature[i] = request.temperature
                     uniforms[i] = request.sampler.draft_uniforms(len(request.tokens), drafts, coupled)
+        self._drawn = [first + i for i in range(count) if temperature[i] > 0]
         self._runner.select(first, count)
         found = self._runner.run(
             {
@@ -227,7 +229,7 @@ class BlockDrafter(CachedDrafter):
         if keep == 0:
             return None
         if request.temperature and self.sampling == "rejection":
-            probs = self._over_target(found[DRAFT_PROBS][row, :keep])
+            probs = self._over_target(found[DRAFT_PROBS][self._drawn.index(row), :keep])
             return Draft(TokenTree.chain(request.tokens[-1], tokens[:keep]), (), probs, confidences[:keep])
         estimates = confidences or chosen[:, 0].tolist()
         kind = "confidence" if confidences else "probability"

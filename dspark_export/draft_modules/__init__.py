@@ -1,0 +1,1 @@
+"""Trained drafters as PyTorch modules over the graph contract: what is traced, and the numerical reference of it."""

@@ -1,0 +1,165 @@
+"""DSpark and DFlash drafting for one sequence, written out step by step: the reference of the graph and the runtime.
+
+Nothing here shares code with the package. Every round starts from all features of the text; there is no cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Shape:
+    """What the arithmetic needs to know of a draft."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    width: int
+    block: int
+    first_slot: int
+    mask_token: int
+    epsilon: float = 1e-6
+    theta: float = 10000.0
+    gemma: bool = False
+    softcap: float | None = None
+    markov: str = "none"
+    confidence_with_markov: bool = False
+    window: int | None = None
+    causal: bool = False
+
+
+def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    out = x / torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon)
+    return out if weight is None else out * weight
+
+
+def turned(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """``x`` [rows, heads, width]."""
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x)
+    for pair in range(half):
+        angle = positions.double() * theta ** (-2 * pair / x.shape[-1])
+        cosine, sine = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
+        out[..., pair] = x[..., pair] * cosine - x[..., pair + half] * sine
+        out[..., pair + half] = x[..., pair + half] * cosine + x[..., pair] * sine
+    return out
+
+
+def draft(
+    shape: Shape,
+    w: Mapping[str, Tensor],
+    embedding: Tensor,
+    head: Tensor,
+    features: Tensor,
+    anchor: int,
+    temperature: float = 0.0,
+    uniforms: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """All values of one round; ``features`` [S, taps * hidden] of the positions before the anchor's."""
+    count = len(features)
+    context = norm(features @ w["fc.weight"].T, w["hidden_norm.weight"], shape.epsilon)
+    ids = torch.tensor([anchor] + [shape.mask_token] * (shape.block - 1))
+    x = embedding[ids] * scale
+    own = torch.arange(count)
+    positions = torch.arange(count, count + shape.block)
+    found: dict[str, Tensor] = {"ctx_features": context}
+    for i in range(shape.layers):
+        p = f"layers.{i}."
+
+        def part(rows: Tensor, name: str, where: Tensor, p: str = p) -> Tensor:
+            raw = (rows @ w[f"{p}self_attn.{name}_proj.weight"].T).reshape(len(rows), -1, shape.width)
+            return turned(norm(raw, w[f"{p}self_attn.{name}_norm.weight"], shape.epsilon), where, shape.theta)
+
+        def value(rows: Tensor, p: str = p) -> Tensor:
+            name = f"{p}self_attn.v_proj.weight"
+            raw = (rows @ w.get(name, w[f"{p}self_attn.k_proj.weight"]).T).reshape(len(rows), -1, shape.width)
+            return norm(raw, None, shape.epsilon) if shape.gemma else raw
+
+        rows = norm(x, w[f"{p}input_layernorm.weight"], shape.epsilon)
+        found[f"ctx_keys.{i}"], found[f"ctx_values.{i}"] = part(context, "k", own), value(context)
+        keys = torch.cat([found[f"ctx_keys.{i}"], part(rows, "k", positions)])
+        values = torch.cat([found[f"ctx_values.{i}"], value(rows)])
+        query = part(rows, "q", positions)
+        out = torch.zeros(shape.block, shape.heads, shape.width, dtype=x.dtype)
+        for head_number in range(shape.heads):
+            group = head_number // (shape.heads // shape.kv_heads)
+            scores = query[:, head_number] @ keys[:, group].T * (1.0 if shape.gemma else 1 / math.sqrt(shape.width))
+            distance = positions[:, None] - torch.cat([own, positions])[None]
+            if shape.window is not None:
+                scores = scores.masked_fill(distance >= shape.window, -math.inf)
+                if shape.causal:
+                    scores = scores.masked_fill(distance < 0, -math.inf)
+            out[:, head_number] = torch.softmax(scores, -1) @ values[:, group]
+        attended = out.reshape(shape.block, -1) @ w[f"{p}self_attn.o_proj.weight"].T
+        if shape.gemma:
+            attended = norm(attended, w[f"{p}post_attention_layernorm.weight"], shape.epsilon)
+        x = x + attended
+        before = "pre_feedforward_layernorm" if shape.gemma else "post_attention_layernorm"
+        inner = norm(x, w[f"{p}{before}.weight"], shape.epsilon)
+        gate = inner @ w[f"{p}mlp.gate_proj.weight"].T
+        gate = torch.nn.functional.gelu(gate, approximate="tanh") if shape.gemma else gate * torch.sigmoid(gate)
+        inner = (gate * (inner @ w[f"{p}mlp.up_proj.weight"].T)) @ w[f"{p}mlp.down_proj.weight"].T
+        if shape.gemma:
+            inner = norm(inner, w[f"{p}post_feedforward_layernorm.weight"], shape.epsilon)
+        x = x + inner
+        if shape.gemma:
+            x = x * w[f"{p}layer_scalar"]
+    hidden = norm(x, w["norm.weight"], shape.epsilon)[shape.first_slot :]
+    base = hidden @ head.T
+    if shape.softcap is not None:
+        base = torch.tanh(base / shape.softcap) * shape.softcap
+    found |= {"block_hidden": hidden, "base_logits": base}
+    tokens, corrected, confidences, probs = [], [], [], []
+    previous, state = anchor, torch.zeros(w["markov_head.markov_w1.weight"].shape[1]) if shape.markov == "rnn" else None
+    for slot in range(len(hidden)):
+        logits = base[slot]
+        extra = hidden[slot]
+        if shape.markov != "none":
+            row = w["markov_head.markov_w1.weight"][previous]
+            inner = row
+            if shape.markov == "gated":
+                gate_input = torch.cat([hidden[slot], row])
+                gate = gate_input @ w["markov_head.gate_proj.weight"].T + w["markov_head.gate_proj.bias"]
+                inner = torch.sigmoid(gate) * row
+            if shape.markov == "rnn":
+                joint = torch.cat([state, row, hidden[slot]]) @ w["markov_head.joint_proj.weight"].T
+                u, c, o = (joint + w["markov_head.joint_proj.bias"]).split(len(row))
+                state = torch.sigmoid(u) * state + (1 - torch.sigmoid(u)) * torch.tanh(c)
+                inner = torch.tanh(o)
+            outer = w["markov_head.markov_w2.weight"]
+            if target_ids is not None and len(outer) != len(target_ids):
+                outer = outer[target_ids]
+            logits = logits + outer @ inner
+            if shape.confidence_with_markov:
+                extra = torch.cat([hidden[slot], row])
+        if "confidence_head.proj.weight" in w:
+            confidences.append((w["confidence_head.proj.weight"] @ extra + w["confidence_head.proj.bias"])[0])
+        corrected.append(logits)
+        allowed = logits.clone()
+        for place in range(len(allowed)):
+            if (place if target_ids is None else int(target_ids[place])) == shape.mask_token:
+                allowed[place] = -math.inf
+        if temperature > 0:
+            assert uniforms is not None
+            prob = torch.softmax(allowed.double() / temperature, -1)
+            probs.append(prob)
+            index = int((torch.cumsum(prob, 0) <= float(uniforms[slot])).sum())
+        else:
+            index = int(torch.argmax(allowed))
+        previous = index if target_ids is None else int(target_ids[index])
+        tokens.append(previous)
+    found |= {"draft_tokens": torch.tensor(tokens), "corrected_logits": torch.stack(corrected)}
+    if confidences:
+        found["confidence_logits"] = torch.stack(confidences)
+    if probs:
+        found["draft_probs"] = torch.stack(probs)
+    return found
