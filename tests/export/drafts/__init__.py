@@ -1,0 +1,1 @@
+"""Formats of draft checkpoints and the pair check."""
