@@ -7,9 +7,13 @@ searches the code base for it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dspark_runtime.errors import UntrustedCheckpoint
+from dspark_runtime.errors import InvalidWeights, UntrustedCheckpoint
+
+if TYPE_CHECKING:
+    import torch
 
 FLAG = "--allow-unsafe-checkpoint"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -58,3 +62,21 @@ class Trust:
             return {**self.code_options(), "use_safetensors": True}
         self.require_for_pickle("the checkpoint", ["pickled weights"])
         return {**self.code_options(), "use_safetensors": False, "weights_only": True}
+
+    def unpickle(self, path: Path, model: str) -> dict[str, torch.Tensor]:
+        """The tensors of a pickled state dict by name, read by torch's restricted unpickler, the gate being open."""
+        import torch
+
+        self.require_for_pickle(model, [path.name])
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as cause:  # torch and pickle raise anything here
+            reason = " ".join(str(cause).split())[:200]
+            raise InvalidWeights(
+                f"{path.name} of {model} cannot be read: {reason}; get the checkpoint again"
+            ) from cause
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise InvalidWeights(f"{path.name} of {model} holds no tensors by name; get the checkpoint again")
+        return {str(name): tensor for name, tensor in loaded.items()}

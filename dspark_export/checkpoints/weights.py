@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +68,11 @@ def find_weights(folder: Path, name: str, trust: Trust, listing: Callable[[], li
     raise InvalidWeights(f"{name} has neither {SINGLE} nor {INDEX}{hint}; get a full checkpoint in safetensors")
 
 
-def read_headers(files: WeightFiles, name: str) -> dict[str, tuple[Path, StoredTensor]]:
-    """Every stored tensor with its file, from the headers alone; InvalidWeights for damage and contradictions."""
+def read_headers(files: WeightFiles, name: str, integers: Container[str] = ()) -> dict[str, tuple[Path, StoredTensor]]:
+    """Every stored tensor with its file, from the headers alone; InvalidWeights for damage and contradictions.
+
+    ``integers`` are tensors that may hold whole numbers or truth values.
+    """
     mapping = _weight_map(files.folder, name) if files.names != (SINGLE,) else {}
     found: dict[str, tuple[Path, StoredTensor]] = {}
     for file in files.names:
@@ -81,10 +84,11 @@ def read_headers(files: WeightFiles, name: str) -> dict[str, tuple[Path, StoredT
     for tensor, file in mapping.items():
         if tensor not in found or found[tensor][0].name != file:
             raise InvalidWeights(f"{name}: {INDEX} expects {tensor!r} in {file}, it is not there; download it again")
-    if integers := [tensor for tensor, (_, stored) in found.items() if _is_quantized(tensor, stored)]:
-        dtype = found[integers[0]][1].dtype
+    quantized = [tensor for tensor, (_, stored) in found.items() if _is_quantized(tensor, stored)]
+    if refused := [tensor for tensor in quantized if tensor not in integers]:
+        dtype = found[refused[0]][1].dtype
         raise InvalidWeights(
-            f"{name} stores {integers[0]!r} as {dtype}, weights must be one of {', '.join(FLOAT_DTYPES)}; "
+            f"{name} stores {refused[0]!r} as {dtype}, weights must be one of {', '.join(FLOAT_DTYPES)}; "
             "build from the full-precision checkpoint and choose the precision with --precision"
         )
     return found

@@ -10,6 +10,7 @@
 | 6 | tracing, rewriting or quantizing failed |
 | 7 | a bundle cannot be opened or written |
 | 8 | an inference backend is missing or failed |
+| 9 | the draft does not fit the model |
 | 70 | a bug of this program |
 | 130, 143 | interrupted by Ctrl-C, terminated |
 """

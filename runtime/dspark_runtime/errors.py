@@ -97,3 +97,45 @@ class BundleBusy(BundleError):
 
 class BundleNotWritten(BundleError):
     """The bundle could not be written: the folder is taken or read-only, the disk is full, a limit was reached."""
+
+
+class InvalidVocabMap(CheckpointError):
+    """The map from a draft's own tokens to the target's is missing, incomplete or contradicts itself."""
+
+
+class DraftMismatch(CheckpointError):
+    """A draft does not fit the model it should draft for, in more ways than one. Derived types name a single way."""
+
+    exit_code = 9
+
+
+class TokenizerMismatch(DraftMismatch):
+    """Draft and model split text differently or number their tokens differently."""
+
+
+class VocabularyMismatch(DraftMismatch):
+    """Draft and model have vocabularies of sizes that padding does not explain."""
+
+
+class HiddenSizeMismatch(DraftMismatch):
+    """The draft reads features of another width than the model's."""
+
+
+class TapsMismatch(DraftMismatch):
+    """The draft reads layers the model does not have, or was made for a model of another depth."""
+
+
+class BlockSizeMismatch(DraftMismatch):
+    """More tokens per round are asked for than the draft was trained to draft."""
+
+
+class MaskTokenMismatch(DraftMismatch):
+    """The draft's mask token is no row of the model's embedding, or one of the model's ordinary tokens."""
+
+
+class RopeMismatch(DraftMismatch):
+    """Draft and model rotate positions differently."""
+
+
+class EmbeddingsMismatch(DraftMismatch):
+    """The draft's copies of the model's embedding or head differ from the model's own."""

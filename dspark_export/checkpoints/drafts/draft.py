@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ import torch
 
 Family = Literal["qwen3", "gemma4"]
 MarkovType = Literal["none", "vanilla", "gated", "rnn"]
+TapsRule = Literal["given", "eagle3", "zlab"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ class DraftCheckpoint:
     whatever the format calls it), lazily read, without the target's embedding and head unless ``own_embedding`` or
     ``own_head`` is set. ``target_ids``: int64 [draft_vocab], target id of every draft token; None for all of them.
     ``has_tokenizer``: tokenizer files lie beside the weights.
+
+    For the pair check: ``copies`` are stored copies of the target's embedding and head, ``target_layers`` is the depth
+    of the target it was trained for (None if unknown), ``taps_rule`` how ``taps`` follow from that depth where the
+    files do not name them, ``rope_copied`` says that the format copies the target's rotary settings.
     """
 
     id: str
@@ -119,3 +124,7 @@ class DraftCheckpoint:
     own_head: bool = False
     has_tokenizer: bool = False
     files: Mapping[str, str] | None = None
+    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    target_layers: int | None = None
+    taps_rule: TapsRule = "given"
+    rope_copied: bool = True
