@@ -28,6 +28,7 @@ from typer.core import TyperGroup
 
 from dspark_export.cli.bench import bench
 from dspark_export.cli.build import build
+from dspark_export.cli.check import check
 from dspark_export.cli.doctor import doctor
 from dspark_export.cli.draft_trace import draft_trace
 from dspark_export.cli.generate import generate
@@ -93,7 +94,7 @@ def options(
     """Turn a Hugging Face language model into a bundle of ONNX graphs, and generate text from it speculatively."""
 
 
-for verb in (build, inspect, generate, bench, draft_trace, doctor):
+for verb in (build, check, inspect, generate, bench, draft_trace, doctor):
     app.command()(verb)
 
 if __name__ == "__main__":

@@ -61,7 +61,6 @@ def read_classic_eagle3(raw: Mapping[str, Any], where: str, stored: Collection[s
         target_layers=target_layers,
         taps_rule=rule,
         taps_count=len(taps) or 3,
-        rope_copied=False,
     )
 
 

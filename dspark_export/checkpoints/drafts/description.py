@@ -40,7 +40,7 @@ class Description:
     target_layers: int | None = None
     taps_rule: TapsRule = "given"
     taps_count: int | None = None
-    rope_copied: bool = True
+    rope_copied: bool = False
 
 
 def expected_tensors(description: Description) -> Iterator[tuple[str, Shape]]:

@@ -127,4 +127,4 @@ class DraftCheckpoint:
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     target_layers: int | None = None
     taps_rule: TapsRule = "given"
-    rope_copied: bool = True
+    rope_copied: bool = False

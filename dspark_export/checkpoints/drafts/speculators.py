@@ -102,7 +102,6 @@ def _eagle(
         maps=True,
         taps_rule=rule,
         taps_count=len(taps) or DEFAULT_TAPS,
-        rope_copied=False,
     )
 
 

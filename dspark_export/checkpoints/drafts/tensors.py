@@ -54,6 +54,14 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
         """The tensors ``stored`` (new name to name here), under their new names."""
         return StoredTensors({key: self._places[name] for key, name in stored.items()})
 
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, from the header alone."""
+        from safetensors import safe_open
+
+        path, stored = self._places[name]
+        with safe_open(path, "pt") as file:
+            return tuple(file.get_slice(stored).get_shape())
+
     def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Some rows of a matrix without reading the others; ``rows`` int64, ascending."""
         from safetensors import safe_open

@@ -1,0 +1,67 @@
+"""``dspark-export check``: whether a draft can draft for a model, before anything is built."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dspark_export.pair_check import PairReport
+
+_MARKS = {"ok": "ok", "warning": "warning", "error": "ERROR"}
+
+
+def check(
+    model: Annotated[str, typer.Argument(help="Hub id, checkpoint folder or .gguf file.", show_default=False)],
+    draft: Annotated[str, typer.Argument(help="Hub id or folder of the draft.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    draft_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub draft.")] = None,
+    drafts: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per round that will be asked for (default: what the draft can).")
+    ] = None,
+    allow_own_embeddings: Annotated[
+        bool, typer.Option("--allow-own-embeddings", help="Use a draft's embeddings that differ from the target's.")
+    ] = False,
+    allow_unsafe_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unsafe-checkpoint", help="Run code that comes with the checkpoint. Only if you trust it."
+        ),
+    ] = False,
+    allow_untested_architecture: Annotated[
+        bool,
+        typer.Option("--allow-untested-architecture", help="Try an architecture no parity test covers."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
+) -> None:
+    """Check that DRAFT can draft for MODEL: tokenizer, vocabulary, taps, mask token, positions, stored embeddings.
+
+    Ends with 0 if a build would take the pair, with 9 if not, and with the code of the error if a file is damaged.
+    """
+    from dspark_export.checkpoints import Trust, resolve
+    from dspark_export.checkpoints.drafts import recognise
+    from dspark_export.pair_check import check_pair
+
+    trust = Trust.opened() if allow_unsafe_checkpoint else Trust.closed()
+    target = resolve(model, revision, trust, allow_untested_architecture)
+    opened = recognise(draft, revision=draft_revision, trust=trust, allow_untested=allow_untested_architecture)
+    report = check_pair(target, opened, allow_own_embeddings=allow_own_embeddings, drafts=drafts)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
+        _print(report)
+    if error := report.error():
+        raise typer.Exit(error.exit_code)
+
+
+def _print(report: PairReport) -> None:
+    typer.echo(f"{report.draft} ({report.format}) for {report.target}")
+    for finding in report.findings:
+        text = finding.found if finding.severity == "ok" else finding.message
+        typer.echo(f"  {_MARKS[finding.severity]:8}{finding.id:12} {text}")
+    if report.ok:
+        typer.echo("fits" + (f", {len(report.warnings)} warnings" if report.warnings else ""))
+    else:
+        typer.echo(f"does not fit: {len(report.errors)} errors")
