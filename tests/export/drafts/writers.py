@@ -61,7 +61,7 @@ def write_target(folder: Path, sizes: Sizes | None = None, *, arch: str = "qwen3
         "hidden_size": sizes.hidden,
         "num_hidden_layers": sizes.target_layers,
         "tie_word_embeddings": False,
-        **({"max_window_layers": sizes.target_layers} if arch == "qwen3" else {}),
+        **({"max_window_layers": sizes.target_layers, "head_dim": sizes.head_dim} if arch == "qwen3" else {}),
     }
     _, model = tiny_models.make(arch, **{**settings, **overrides})
     model.save_pretrained(folder)
