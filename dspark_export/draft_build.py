@@ -61,8 +61,8 @@ def open_drafts(target: Checkpoint, options: BuildOptions) -> list[OpenedDraft]:
 
     opened: list[OpenedDraft] = []
     for draft in options.drafts:
-        checkpoint = recognise(draft, trust=options.trust)
-        require_pair(target, checkpoint)
+        found = recognise(draft, trust=options.trust)
+        checkpoint = require_pair(target, found, allow_own_embeddings=options.allow_own_embeddings)
         opened.append(OpenedDraft(_free_name(checkpoint, {other.name for other in opened}), checkpoint))
     return opened
 
@@ -185,6 +185,7 @@ def _eagle(
         head=model.get_output_embeddings().weight,
         name=draft.name,
         dtype=options.dtype,
+        embedding_scale=_embedding_scale(model),
     )
     ids = checkpoint.target_ids
     facts = EagleFacts(
