@@ -10,6 +10,7 @@ import torch
 
 from dspark_export.checkpoints.drafts.draft import BlockConfig, DraftCheckpoint
 from dspark_export.draft_modules.block import BlockModule
+from dspark_export.graphs.shared_tables import shared_tables
 from dspark_export.tracing.to_onnx import trace
 from dspark_runtime.contract import ATTENTION_MASK, WRITE_INDICES, CacheLayer, GraphContract, TensorSpec
 from dspark_runtime.draft_contract import (
@@ -22,6 +23,7 @@ from dspark_runtime.draft_contract import (
     TEMPERATURE,
     block_contract,
 )
+from dspark_runtime.errors import UsageError
 
 _SIZES = {"batch": 2, "features": 3, "kv_len": 29, "capacity": 37}
 
@@ -47,10 +49,12 @@ def export_block_drafter(
         dtype: what it computes in, ``float32``, ``float16`` or ``bfloat16``.
         candidates: likeliest tokens returned per slot.
         draft_vocabulary: int64, ascending: the target's ids that may be drafted; None for all.
-        markov_topk: candidates per slot the Markov head corrects; None for all.
+        markov_topk: candidates per slot the Markov head corrects, the only tokens that can be drafted then; None for
+            all. Without effect on a draft that has no Markov head.
         embedding_scale: what the target multiplies embeddings with.
 
     Raises:
+        UsageError: ``markov_topk`` is below ``candidates``.
         ExportError: torch cannot trace the draft.
     """
     module, contract = block_module(
@@ -85,12 +89,9 @@ def block_module(
     kind: torch.dtype = getattr(torch, dtype)
     ids = checkpoint.target_ids if draft_vocabulary is None else draft_vocabulary
     weights = {key: tensor.to(kind) for key, tensor in checkpoint.tensors.items()}
-    if checkpoint.own_embedding:
-        embedding = weights["embed_tokens.weight"]
-    if checkpoint.own_head:
-        head = weights["lm_head.weight"]
-    if ids is not None and len(head) != len(ids):
-        head = head[ids]
+    embedding, head = shared_tables(checkpoint, weights, embedding, head, ids)
+    if markov_topk is not None and markov_topk < candidates:
+        raise UsageError(f"markov_topk={markov_topk}: a slot has {candidates} candidates; give at least as many")
     module = BlockModule(
         config,
         weights,

@@ -31,8 +31,9 @@ class Shape:
     softcap: float | None = None
     markov: str = "none"
     confidence_with_markov: bool = False
-    window: int | None = None
+    windows: tuple[int | None, ...] = ()
     causal: bool = False
+    turned_pairs: int | None = None
 
 
 def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
@@ -40,11 +41,11 @@ def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     return out if weight is None else out * weight
 
 
-def turned(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """``x`` [rows, heads, width]."""
+def turned(x: Tensor, positions: Tensor, theta: float, pairs: int | None = None) -> Tensor:
+    """``x`` [rows, heads, width], its first ``pairs`` pairs turned (None: all)."""
     half = x.shape[-1] // 2
-    out = torch.empty_like(x)
-    for pair in range(half):
+    out = x.clone()
+    for pair in range(half if pairs is None else pairs):
         angle = positions.double() * theta ** (-2 * pair / x.shape[-1])
         cosine, sine = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
         out[..., pair] = x[..., pair] * cosine - x[..., pair + half] * sine
@@ -63,8 +64,12 @@ def draft(
     uniforms: Tensor | None = None,
     target_ids: Tensor | None = None,
     scale: float = 1.0,
+    topk: int | None = None,
 ) -> dict[str, Tensor]:
-    """All values of one round; ``features`` [S, taps * hidden] of the positions before the anchor's."""
+    """All values of one round; ``features`` [S, taps * hidden] of the positions before the anchor's.
+
+    ``topk``: only so many tokens of a slot, the likeliest before the Markov head, may be drafted.
+    """
     count = len(features)
     context = norm(features @ w["fc.weight"].T, w["hidden_norm.weight"], shape.epsilon)
     ids = torch.tensor([anchor] + [shape.mask_token] * (shape.block - 1))
@@ -77,7 +82,9 @@ def draft(
 
         def part(rows: Tensor, name: str, where: Tensor, p: str = p) -> Tensor:
             raw = (rows @ w[f"{p}self_attn.{name}_proj.weight"].T).reshape(len(rows), -1, shape.width)
-            return turned(norm(raw, w[f"{p}self_attn.{name}_norm.weight"], shape.epsilon), where, shape.theta)
+            return turned(
+                norm(raw, w[f"{p}self_attn.{name}_norm.weight"], shape.epsilon), where, shape.theta, shape.turned_pairs
+            )
 
         def value(rows: Tensor, p: str = p) -> Tensor:
             name = f"{p}self_attn.v_proj.weight"
@@ -94,8 +101,9 @@ def draft(
             group = head_number // (shape.heads // shape.kv_heads)
             scores = query[:, head_number] @ keys[:, group].T * (1.0 if shape.gemma else 1 / math.sqrt(shape.width))
             distance = positions[:, None] - torch.cat([own, positions])[None]
-            if shape.window is not None:
-                scores = scores.masked_fill(distance >= shape.window, -math.inf)
+            window = shape.windows[i] if shape.windows else None
+            if window is not None:
+                scores = scores.masked_fill(distance >= window, -math.inf)
                 if shape.causal:
                     scores = scores.masked_fill(distance < 0, -math.inf)
             out[:, head_number] = torch.softmax(scores, -1) @ values[:, group]
@@ -118,8 +126,13 @@ def draft(
     if shape.softcap is not None:
         base = torch.tanh(base / shape.softcap) * shape.softcap
     found |= {"block_hidden": hidden, "base_logits": base}
-    tokens, corrected, confidences, probs = [], [], [], []
-    previous, state = anchor, torch.zeros(w["markov_head.markov_w1.weight"].shape[1]) if shape.markov == "rnn" else None
+    tokens: list[int] = []
+    corrected: list[Tensor] = []
+    confidences: list[Tensor] = []
+    probs: list[Tensor] = []
+    likely: list[Tensor] = []
+    previous = anchor
+    state = torch.zeros(w["markov_head.markov_w1.weight"].shape[1]) if shape.markov == "rnn" else torch.empty(0)
     for slot in range(len(hidden)):
         logits = base[slot]
         extra = hidden[slot]
@@ -132,7 +145,7 @@ def draft(
                 inner = torch.sigmoid(gate) * row
             if shape.markov == "rnn":
                 joint = torch.cat([state, row, hidden[slot]]) @ w["markov_head.joint_proj.weight"].T
-                u, c, o = (joint + w["markov_head.joint_proj.bias"]).split(len(row))
+                u, c, o = (joint + w["markov_head.joint_proj.bias"]).chunk(3)
                 state = torch.sigmoid(u) * state + (1 - torch.sigmoid(u)) * torch.tanh(c)
                 inner = torch.tanh(o)
             outer = w["markov_head.markov_w2.weight"]
@@ -143,11 +156,18 @@ def draft(
                 extra = torch.cat([hidden[slot], row])
         if "confidence_head.proj.weight" in w:
             confidences.append((w["confidence_head.proj.weight"] @ extra + w["confidence_head.proj.bias"])[0])
+        mask_places = [
+            place
+            for place in range(len(logits))
+            if (place if target_ids is None else int(target_ids[place])) == shape.mask_token
+        ]
+        if topk is not None:
+            order = [int(place) for place in torch.argsort(base[slot], descending=True) if place not in mask_places]
+            logits = torch.full_like(logits, -math.inf).scatter(0, torch.tensor(order[:topk]), logits[order[:topk]])
         corrected.append(logits)
         allowed = logits.clone()
-        for place in range(len(allowed)):
-            if (place if target_ids is None else int(target_ids[place])) == shape.mask_token:
-                allowed[place] = -math.inf
+        allowed[mask_places] = -math.inf
+        likely.append(torch.softmax(allowed.double(), -1))
         if temperature > 0:
             assert uniforms is not None
             prob = torch.softmax(allowed.double() / temperature, -1)
@@ -160,6 +180,9 @@ def draft(
     found |= {"draft_tokens": torch.tensor(tokens), "corrected_logits": torch.stack(corrected)}
     if confidences:
         found["confidence_logits"] = torch.stack(confidences)
+    likely_probs, likely_ids = torch.stack(likely).sort(-1, descending=True)
+    found["candidate_probs"] = likely_probs[:, :4].to(base.dtype)
+    found["candidate_tokens"] = (likely_ids if target_ids is None else target_ids[likely_ids])[:, :4]
     if probs:
         found["draft_probs"] = torch.stack(probs)
     return found

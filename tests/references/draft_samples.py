@@ -21,7 +21,7 @@ def random_block(
     block: int = 4,
     first_slot: int = 0,
     confidence: bool = True,
-    window: int | None = None,
+    windows: tuple[int | None, ...] | None = None,
     causal: bool = False,
     hidden: int = HIDDEN,
     vocab: int = VOCAB,
@@ -46,8 +46,10 @@ def random_block(
         1e-6,
         "gelu_pytorch_tanh" if gemma else "silu",
         False,
-        Rope(10000.0),
-        (window,) * layers,
+        Rope(10000.0, 0.25, {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 10000.0})
+        if gemma
+        else Rope(10000.0),
+        windows or (None,) * layers,
         512,
         k_eq_v=gemma,
         scale=1.0 if gemma else WIDTH**-0.5,
@@ -110,7 +112,8 @@ def random_block(
         softcap=geometry.softcap,
         markov=markov,
         confidence_with_markov=config.confidence_with_markov,
-        window=window,
+        windows=windows or (),
         causal=causal,
+        turned_pairs=2 if gemma else None,
     )
     return DraftCheckpoint("random", "DeepSpec", Path("."), config, w), shape
