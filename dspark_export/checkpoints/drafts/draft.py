@@ -103,6 +103,7 @@ class EagleConfig:
 class DraftCheckpoint:
     """An opened and checked draft.
 
+    ``id`` is a hub id, or the name of a local folder; ``revision`` the commit of a hub draft, None for a local one.
     ``format``: the format's name for people. ``tensors``: all weights under DeepSpec's names (``fc.weight``,
     ``layers.0.self_attn.q_proj.weight``, ``markov_head.markov_w1.weight``, ...; an EAGLE-3 layer is ``layers.0``
     whatever the format calls it), lazily read, without the target's embedding and head unless ``own_embedding`` or
@@ -128,3 +129,4 @@ class DraftCheckpoint:
     target_layers: int | None = None
     taps_rule: TapsRule = "given"
     rope_copied: bool = False
+    revision: str | None = None

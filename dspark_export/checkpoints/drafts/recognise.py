@@ -49,7 +49,7 @@ def recognise(
             read_json(checked_file(folder, CONFIG, InvalidConfig), InvalidConfig) if (folder / CONFIG).exists() else {}
         )
         if _is_trained(raw, draft):
-            return _open(raw, _fetched(snapshot, draft, trust), draft, draft, trust)
+            return _open(raw, _fetched(snapshot, draft, trust), draft, draft, trust, snapshot.commit)
     return resolve(draft, revision, trust, allow_untested)
 
 
@@ -99,7 +99,9 @@ def _describe(raw: dict[str, Any], where: str, header: Header) -> Description:
     return classic_eagle3.read_classic_eagle3(raw, where, list(header.shapes))
 
 
-def _open(raw: dict[str, Any], files: WeightFiles, draft: str, name: str, trust: Trust) -> DraftCheckpoint:
+def _open(
+    raw: dict[str, Any], files: WeightFiles, draft: str, name: str, trust: Trust, revision: str | None = None
+) -> DraftCheckpoint:
     header = read_stored(files, draft, trust)
     description = _describe(raw, f"{draft}: {CONFIG}", header)
     weights = check_tensors(header, description, draft)
@@ -119,4 +121,5 @@ def _open(raw: dict[str, Any], files: WeightFiles, draft: str, name: str, trust:
         target_layers=description.target_layers,
         taps_rule=description.taps_rule,
         rope_copied=description.rope_copied,
+        revision=revision,
     )
