@@ -21,8 +21,9 @@ class HostBlock {
     for (int thread = 0; thread < threads_; ++thread) f(thread);
   }
 
-  // Add to, or raise, a shared number.
-  template <class T> void add(T* target, T value) const { *target += value; }
+  // Add to a shared number; add_one only to one that stays below 2^32.
+  void add(uint64_t* target, uint64_t value) const { *target += value; }
+  void add_one(uint64_t* target) const { ++*target; }
 
   // The same when all threads of the block call it together; cheaper on the device.
   void add_together(uint64_t* target, uint64_t value) const { *target += value; }
@@ -46,7 +47,7 @@ class HostBlock {
   int threads_;
 };
 
-#ifdef __CUDACC__
+#ifdef DSPARK_HAS_DEVICE
 class DeviceBlock {
  public:
   __device__ int size() const { return static_cast<int>(blockDim.x); }
@@ -56,9 +57,16 @@ class DeviceBlock {
     __syncthreads();
   }
 
+  // In halves of 32 bits, which shared memory adds natively: each carry is seen by exactly one thread.
   __device__ void add(uint64_t* target, uint64_t value) const {
-    atomicAdd(reinterpret_cast<unsigned long long*>(target), static_cast<unsigned long long>(value));
+    unsigned int* const halves = reinterpret_cast<unsigned int*>(target);
+    const unsigned int low = static_cast<unsigned int>(value);
+    const unsigned int carry = atomicAdd(halves, low) + low < low ? 1u : 0u;
+    const unsigned int high = static_cast<unsigned int>(value >> 32) + carry;
+    if (high) atomicAdd(halves + 1, high);
   }
+
+  __device__ void add_one(uint64_t* target) const { atomicAdd(reinterpret_cast<unsigned int*>(target), 1u); }
 
   __device__ void add_together(uint64_t* target, uint64_t value) const {
     for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);

@@ -40,11 +40,8 @@ DSPARK_HD uint64_t total_mass(const Block& block, SampleShared& shared, const Ro
   });
   block.each([&](int thread) {
     uint64_t sum = 0;
-    float values[kGroup];
-    for (int group = thread; group < groups; group += threads) {
-      const int count = row.load(group * kGroup, values);
-      for (int i = 0; i < count; ++i) sum += weigher.mass(values[i], group * kGroup + i);
-    }
+    for (int group = thread; group < groups; group += threads)
+      row.visit(group, [&](int id, float logit) { sum += weigher.mass(logit, id); });
     block.add_together(&shared.rest, sum);
   });
   return block.read(&shared.rest);

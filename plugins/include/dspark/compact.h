@@ -1,8 +1,8 @@
 // Which cache rows move when a pass is accepted, and in which order.
 //
-// Accepted row path[j] of the pass goes to place j. A path rises, so path[j] >= j; moving j = 1, 2, ... in turn never
-// writes a row that is still to be read, and columns of a row are independent. So each thread owns columns and needs no
-// buffer and no barrier, although source and destination overlap.
+// Accepted row path[j] of the pass goes to place j. A path rises, so path[j] >= j: moving j = 1, 2, ... in turn never
+// writes a row that is still to be read. Columns of a row are independent, so each thread owns one and needs no barrier,
+// although source and destination overlap.
 #pragma once
 
 #include "dspark/platform.h"
@@ -23,15 +23,33 @@ struct CacheTensors {
   int32_t count;
 };
 
+constexpr int kMoves = 4;  // rows on their way together, to overlap the waiting for memory
+
 // Moves one column. `column` points at its unit in slot 0 of its sequence and head; slots are `stride` units apart. A
-// row outside the pass or the capacity ends the moving.
+// row outside the pass or the capacity, or not above the one before it, ends the moving.
 template <class Unit>
 DSPARK_HD void compact_column(Unit* column, int64_t stride, int64_t capacity, int64_t start, const int64_t* path,
                               int rows, int64_t accepted) {
-  for (int64_t j = 1; j <= accepted && j < rows; ++j) {
-    const int64_t from = path[j];
-    if (from < j || from >= rows || start < 0 || start + from >= capacity) return;
-    if (from != j) column[(start + j) * stride] = column[(start + from) * stride];
+  const int64_t last = smaller<int64_t>(accepted, rows - 1);
+  if (start < 0) return;
+  int64_t above = 0;
+  for (int64_t first = 1; first <= last; first += kMoves) {
+    // Reading early is safe: a row is never written before it is read, only rows below it are.
+    Unit units[kMoves];
+    int count = 0;
+    DSPARK_UNROLL
+    for (int i = 0; i < kMoves; ++i) {
+      if (count < i || first + i > last) continue;
+      const int64_t from = path[first + i];
+      if (from <= above || from >= rows || start + from >= capacity) continue;
+      above = from;
+      units[i] = column[(start + from) * stride];
+      count = i + 1;
+    }
+    DSPARK_UNROLL
+    for (int i = 0; i < kMoves; ++i)
+      if (i < count) column[(start + first + i) * stride] = units[i];
+    if (count < kMoves) return;
   }
 }
 

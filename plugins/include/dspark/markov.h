@@ -42,16 +42,23 @@ template <class T> struct MarkovHead {
 
 // One lane's part of a dot product, added to `sum`.
 template <class A, class B> DSPARK_HD float lane_dot(const A* a, const B* b, int size, int lane, float sum) {
-  for (int first = lane * 8; first < size; first += 256) {
-    const int last = smaller(first + 8, size);
-    for (int i = first; i < last; ++i) sum = fmaf(to_float(a[i]), to_float(b[i]), sum);
+  for (int first = lane * kGroup; first < size; first += 32 * kGroup) {
+    if (first + kGroup <= size) {
+      float x[kGroup], y[kGroup];
+      load_group(a + first, x);
+      load_group(b + first, y);
+      DSPARK_UNROLL
+      for (int i = 0; i < kGroup; ++i) sum = fmaf(x[i], y[i], sum);
+    } else {
+      for (int i = first; i < size; ++i) sum = fmaf(to_float(a[i]), to_float(b[i]), sum);
+    }
   }
   return sum;
 }
 
 // Sum of part(lane) over 32 lanes. On the device a whole warp calls this and each thread computes its lane.
 template <class Part> DSPARK_HD float fold(Part part) {
-#ifdef __CUDA_ARCH__
+#ifdef DSPARK_ON_DEVICE
   float sum = part(static_cast<int>(threadIdx.x % 32));
   for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   return sum;

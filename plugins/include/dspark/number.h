@@ -27,12 +27,42 @@ DSPARK_HD float to_float(float value) { return value; }
 DSPARK_HD float to_float(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
 DSPARK_HD float to_float(Half value) {
+#ifdef __CUDA_ARCH__
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t rest = value.bits & 0x7fffu;
   if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
   if (rest >= 0x400u) return bit_cast<float>(sign | ((rest << 13) + 0x38000000u));
   const float magnitude = static_cast<float>(rest) * 5.9604644775390625e-8f;  // subnormal: 2^-24 each
   return bit_cast<float>(sign | bit_cast<uint32_t>(magnitude));
+#endif
+}
+
+constexpr int kGroup = 8;  // numbers a thread reads together: 16 bytes of 16-bit ones
+
+// data[0..kGroup), wide. On the device in words of 16 bytes where the address allows it.
+template <class T> DSPARK_HD void load_group(const T* data, float* values) {
+#ifdef DSPARK_ON_DEVICE
+  if (reinterpret_cast<uintptr_t>(data) % 16 == 0) {
+    constexpr int kWords = kGroup * sizeof(T) / 16, kEach = 16 / sizeof(T);
+    DSPARK_UNROLL
+    for (int word = 0; word < kWords; ++word) {
+      union {
+        uint4 raw;
+        T parts[kEach];
+      } loaded;
+      loaded.raw = reinterpret_cast<const uint4*>(data)[word];
+      DSPARK_UNROLL
+      for (int i = 0; i < kEach; ++i) values[word * kEach + i] = to_float(loaded.parts[i]);
+    }
+    return;
+  }
+#endif
+  DSPARK_UNROLL
+  for (int i = 0; i < kGroup; ++i) values[i] = to_float(data[i]);
 }
 
 DSPARK_HD bool is_nan(float value) { return (bit_cast<uint32_t>(value) & 0x7fffffffu) > 0x7f800000u; }

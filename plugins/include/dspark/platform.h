@@ -11,10 +11,18 @@
 
 #ifdef __CUDACC__
 #define DSPARK_HD __host__ __device__ __forceinline__
-#define DSPARK_LAMBDA __host__ __device__
+#define DSPARK_UNROLL _Pragma("unroll")
 #else
 #define DSPARK_HD inline
-#define DSPARK_LAMBDA
+#define DSPARK_UNROLL
+#endif
+
+// The device's view of a block: on the device, or where a test imitates one (DSPARK_EMULATED) to run the kernels.
+#if defined(__CUDA_ARCH__) || defined(DSPARK_EMULATED)
+#define DSPARK_ON_DEVICE 1
+#endif
+#if defined(__CUDACC__) || defined(DSPARK_EMULATED)
+#define DSPARK_HAS_DEVICE 1
 #endif
 
 namespace dspark {

@@ -13,7 +13,6 @@
 namespace dspark {
 
 constexpr int kBins = 1024;   // 10 bits in each of 3 rounds; a weight's bits are below 2^30
-constexpr int kGroup = 8;     // tokens a thread looks at together: 16 bytes of 16-bit logits
 constexpr int kDamaged = -1;  // in place of a token
 constexpr float kGreedyBelow = 1e-5f;
 
@@ -43,27 +42,19 @@ template <class T> struct Row {
 
   DSPARK_HD int groups() const { return (size + kGroup - 1) / kGroup; }
 
-  // Logits [first, first + count), count <= kGroup; returns count.
-  DSPARK_HD int load(int first, float* values) const {
-    const int count = smaller(size - first, kGroup);
-#ifdef __CUDA_ARCH__
-    if (count == kGroup && reinterpret_cast<uintptr_t>(data + first) % 16 == 0) {
-      constexpr int kWords = kGroup * sizeof(T) / 16, kEach = 16 / sizeof(T);
-#pragma unroll
-      for (int word = 0; word < kWords; ++word) {
-        union {
-          uint4 raw;
-          T parts[kEach];
-        } loaded;
-        loaded.raw = reinterpret_cast<const uint4*>(data + first)[word];
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) values[word * kEach + i] = to_float(loaded.parts[i]);
-      }
-      return kGroup;
+  // f(id, logit) for the tokens of a group, ids ascending.
+  template <class F> DSPARK_HD void visit(int group, F f) const {
+    const int first = group * kGroup;
+    float values[kGroup];
+    if (first + kGroup <= size) {
+      load_group(data + first, values);
+    } else {
+      DSPARK_UNROLL
+      for (int i = 0; i < kGroup; ++i) values[i] = first + i < size ? at(first + i) : 0.0f;
     }
-#endif
-    for (int i = 0; i < count; ++i) values[i] = to_float(data[first + i]);
-    return count;
+    DSPARK_UNROLL
+    for (int i = 0; i < kGroup; ++i)
+      if (first + i < size) f(first + i, values[i]);
   }
 };
 
@@ -101,12 +92,8 @@ DSPARK_HD int32_t locate(const Block& block, SampleShared& shared, const Row<T>&
     if (thread == 0) shared.found = -1;
   });
   const auto group_sum = [&](int group) {
-    float values[kGroup];
     uint64_t sum = 0;
-    if (group < groups) {
-      const int count = row.load(group * kGroup, values);
-      for (int i = 0; i < count; ++i) sum += value(group * kGroup + i, values[i]);
-    }
+    if (group < groups) row.visit(group, [&](int id, float logit) { sum += value(id, logit); });
     return sum;
   };
   block.each([&](int thread) {
@@ -132,17 +119,12 @@ DSPARK_HD int32_t locate(const Block& block, SampleShared& shared, const Row<T>&
   block.each([&](int thread) {
     const uint64_t end = thread + 1 < threads ? parts[thread + 1] : of_tile;
     if (parts[thread] > rest || rest >= end) return;
-    const int first = (tile * threads + thread) * kGroup;
     uint64_t cumulative = parts[thread];
-    float values[kGroup];
-    const int count = row.load(first, values);
-    for (int i = 0; i < count; ++i) {
-      cumulative += value(first + i, values[i]);
-      if (cumulative > rest) {
-        shared.found = first + i;
-        break;
-      }
-    }
+    row.visit(tile * threads + thread, [&](int id, float logit) {
+      const bool below = cumulative <= rest;
+      cumulative += value(id, logit);
+      if (below && cumulative > rest) shared.found = id;
+    });
   });
   return block.read(&shared.found);
 }
@@ -162,17 +144,15 @@ DSPARK_HD void select(const Block& block, SampleShared& shared, const Row<T>& ro
       if (thread == 0) shared.found = -1;
     });
     block.each([&](int thread) {
-      float values[kGroup];
       for (int group = thread; group < groups; group += threads) {
-        const int count = row.load(group * kGroup, values);
-        for (int i = 0; i < count; ++i) {
-          const float w = old.weight(values[i]);
+        row.visit(group, [&](int id, float logit) {
+          const float w = old.weight(logit);
           const uint32_t bits = bit_cast<uint32_t>(w);
-          if (bits == 0 || bits >> shift >> 10 != prefix || !old.keeps(bits, group * kGroup + i)) continue;
+          if (bits == 0 || bits >> shift >> 10 != prefix || !old.keeps(bits, id)) return;
           const int bin = kBins - 1 - static_cast<int>(bits >> shift & (kBins - 1));  // heavy tokens first
-          block.add(&shared.count[bin], uint64_t{1});
-          block.add(&shared.mass[bin], mass_of(w));
-        }
+          if (by_count || shift == 0) block.add_one(&shared.count[bin]);
+          if (!by_count) block.add(&shared.mass[bin], mass_of(w));
+        });
       }
     });
     const uint64_t counted = block.scan(shared.count, kBins, shared.warp_sums);
@@ -213,24 +193,39 @@ DSPARK_HD void select(const Block& block, SampleShared& shared, const Row<T>& ro
       [&](uint64_t) { return ties - 1; }, &total);
 }
 
-// The filtered distribution of a row.
+// argmax_key of the tokens of groups [first, last).
 template <class Block, class T>
-DSPARK_HD Weigher weigh(const Block& block, SampleShared& shared, const Row<T>& row, const SamplingParams& params) {
-  const int threads = block.size(), groups = row.groups();
+DSPARK_HD uint64_t best_key(const Block& block, SampleShared& shared, const Row<T>& row, int first, int last) {
+  const int threads = block.size();
   block.each([&](int thread) {
     if (thread == 0) shared.best = 0;
   });
   block.each([&](int thread) {
-    uint64_t best = 0;
-    float values[kGroup];
-    for (int group = thread; group < groups; group += threads) {
-      const int count = row.load(group * kGroup, values);
-      for (int i = 0; i < count; ++i) best = larger(best, argmax_key(values[i], group * kGroup + i));
+    uint64_t key = 0;
+    if (first + thread < last) {
+      float best = bit_cast<float>(0xff800000u);  // -inf
+      int32_t best_id = (first + thread) * kGroup;
+      for (int group = first + thread; group < last; group += threads) {
+        // A comparison that a NaN passes; after the first NaN nothing is taken.
+        row.visit(group, [&](int id, float logit) {
+          if (logit <= best || is_nan(best)) return;
+          best = logit;
+          best_id = id;
+        });
+      }
+      key = argmax_key(best, best_id);
     }
-    block.raise_together(&shared.best, best);
+    block.raise_together(&shared.best, key);
   });
+  return block.read(&shared.best);
+}
+
+// The filtered distribution of a row, given the best_key of all its tokens.
+template <class Block, class T>
+DSPARK_HD Weigher weigh(const Block& block, SampleShared& shared, const Row<T>& row, const SamplingParams& params,
+                        uint64_t best) {
   Weigher weigher;
-  weigher.top_id = argmax_id(block.read(&shared.best));
+  weigher.top_id = argmax_id(best);
   weigher.top = row.at(weigher.top_id);
   weigher.greedy = params.temperature < kGreedyBelow;
   weigher.damaged = weigher.greedy ? is_nan(weigher.top) : !is_finite(weigher.top);
@@ -248,6 +243,11 @@ DSPARK_HD Weigher weigh(const Block& block, SampleShared& shared, const Row<T>& 
     }
   }
   return weigher;
+}
+
+template <class Block, class T>
+DSPARK_HD Weigher weigh(const Block& block, SampleShared& shared, const Row<T>& row, const SamplingParams& params) {
+  return weigh(block, shared, row, params, best_key(block, shared, row, 0, row.groups()));
 }
 
 // A token of the row for a uniform number in [0, 1), or kDamaged.
