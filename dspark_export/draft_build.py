@@ -99,7 +99,7 @@ def write_vocab_maps(exported: Sequence[DraftGraphs], folder: Path) -> None:
         if draft.target_ids is not None and facts is not None and facts.vocab_map is not None:
             path = folder / facts.vocab_map
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, draft.target_ids, allow_pickle=False)
+            np.save(path, draft.target_ids)
 
 
 def _free_name(checkpoint: DraftCheckpoint | Checkpoint, taken: set[str]) -> str:

@@ -14,7 +14,7 @@ from dspark_runtime.errors import UsageError
 def read_draft_vocab(path: Path, vocab_size: int) -> torch.Tensor:
     """int64 [tokens], ascending: the target ids in ``path``, an int64 .npy or a JSON list. Raises UsageError."""
     try:
-        raw = np.load(path, allow_pickle=False) if path.suffix == ".npy" else json.loads(path.read_text("utf-8"))
+        raw = np.load(path) if path.suffix == ".npy" else json.loads(path.read_text("utf-8"))
         ids = np.asarray(raw)
     except (OSError, ValueError) as error:
         raise UsageError(f"--draft-vocab {path} cannot be read: {error}; give an .npy or a JSON list of ids") from error

@@ -126,6 +126,16 @@ _MORE: dict[str, dict[str, Any]] = {
     "ernie4_5": _HEADS_OF_16,
     "exaone4": {"sliding_window": WINDOW},
     "gemma": _HEADS_OF_16,
+    "gemma4_text": {
+        **_HEADS_OF_16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 5.0,
+    },
     "glm4": _HEADS_OF_16,
     "gpt_neox": {},
     "granite": {

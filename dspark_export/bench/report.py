@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SHOWN_DIVERGENCES = 8
+_SHOWN_DEPTHS = 8
 _FIGURES = ("tokens/s", "x plain", "worst", "accepted\nlength", "draft", "verify", "host", "ms a\nround", "equal\ntext")
 
 
@@ -66,6 +67,9 @@ def print_report(console: Console, conditions: Conditions, result: BenchResult, 
     """The table, the limit set by memory, and the first divergences."""
     console.print(heading(conditions), style="bold", highlight=False, markup=False)
     console.print(_table(shown_summaries(result)))
+    if any(s.drafters for s in over_all_sets(result)):
+        console.print()
+        console.print(_drafters_table(over_all_sets(result)))
     for line in _notes(conditions, result):
         console.print(line, highlight=False, markup=False)
     if result.divergences:
@@ -76,6 +80,34 @@ def shown_summaries(result: BenchResult) -> list[ModeSummary]:
     """All summaries, without those over all sets where there is but one set."""
     one_set = len({s.set for s in result.summaries}) == 2
     return [s for s in result.summaries if not (one_set and s.set == ALL_SETS)]
+
+
+def over_all_sets(result: BenchResult) -> list[ModeSummary]:
+    """The summaries over all sets, one of each mode."""
+    return [s for s in result.summaries if s.set == ALL_SETS]
+
+
+def _drafters_table(summaries: Sequence[ModeSummary]) -> Table:
+    """Acceptance by depth, all sets together."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("mode", "drafter"):
+        table.add_column(column, no_wrap=True)
+    for column in ("drafts\naccepted", "calibration\nerror"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("accepted at depth 1, 2, ...\nif all before were / with all before", no_wrap=True)
+    for s in summaries:
+        for place, (name, drafter) in enumerate(s.drafters.items()):
+            depths = list(zip(drafter.conditional_acceptance, drafter.prefix_survival, strict=True))
+            shown = "  ".join(f"{given:.2f}/{whole:.2f}" for given, whole in depths[:_SHOWN_DEPTHS])
+            error = drafter.calibration_error
+            table.add_row(
+                "" if place else s.mode,
+                name,
+                f"{drafter.accepted}/{drafter.drafted}",
+                "-" if error is None else f"{error:.1%}",
+                shown + ("  ..." if len(depths) > _SHOWN_DEPTHS else ""),
+            )
+    return table
 
 
 def _table(summaries: Sequence[ModeSummary]) -> Table:

@@ -11,6 +11,7 @@ import numpy as np
 from dspark_export.bench.prompts import PromptItem
 from dspark_runtime import Bundle, Generation
 from dspark_runtime.errors import ChatTemplateError, UsageError
+from dspark_runtime.statistics import Statistics
 
 PLAIN = "off"
 ALL_SETS = "all"
@@ -56,6 +57,23 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class DrafterSummary:
+    """One drafter of a mode: what became of its drafts, by depth of its main chain (its likeliest tokens).
+
+    ``verified``: rounds that verified a draft at a depth; ``conditional_acceptance``: share accepted where all drafts
+    before it were; ``prefix_survival``: share of rounds in which everything up to it was. ``calibration_error``: of the
+    drafter's own estimates of its survival, in [0, 1]; None if it makes none.
+    """
+
+    drafted: int
+    accepted: int
+    verified: list[int]
+    conditional_acceptance: list[float]
+    prefix_survival: list[float]
+    calibration_error: float | None
+
+
+@dataclass(frozen=True)
 class ModeSummary:
     """One mode over one set of prompts.
 
@@ -63,6 +81,7 @@ class ModeSummary:
     prompts of the medians over repeats. ``ratio`` is to plain decoding, likewise; ``worst_ratio`` is the lowest of a
     prompt. ``draft_ms``, ``verify_ms`` and ``host_ms`` are means of a round, ``*_share`` their parts of decode time.
     ``equal`` counts prompts whose tokens equal the plain ones in every repeat. None: nothing was decoded.
+    ``accepted_length`` counts the correction or bonus token. ``drafters``: see :class:`DrafterSummary`.
     """
 
     set: str
@@ -82,6 +101,7 @@ class ModeSummary:
     draft_share: float
     verify_share: float
     host_share: float
+    drafters: dict[str, DrafterSummary]
 
 
 @dataclass(frozen=True)
@@ -213,7 +233,22 @@ def _summary(name: str, mode: str, plain: Sequence[Measured], own: Sequence[Meas
         accepted_length=(tokens - len(stats)) / rounds if rounds else 0.0,
         **{f"{phase}_ms": 1e3 * spent / max(rounds, 1) for phase, spent in seconds.items()},
         **{f"{phase}_share": spent / decode for phase, spent in seconds.items()},
+        drafters=_drafters(stats),
     )
+
+
+def _drafters(stats: Sequence[Statistics]) -> dict[str, DrafterSummary]:
+    return {
+        name: DrafterSummary(
+            drafted=counts.drafted,
+            accepted=counts.accepted,
+            verified=[position.verified for position in counts.positions],
+            conditional_acceptance=[position.conditional for position in counts.positions],
+            prefix_survival=[position.survival for position in counts.positions],
+            calibration_error=counts.calibration_error,
+        )
+        for name, counts in Statistics.total(stats).per_drafter.items()
+    }
 
 
 def _geometric_mean(values: Sequence[float]) -> float | None:

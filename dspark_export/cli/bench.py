@@ -42,7 +42,7 @@ def bench(
     from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
     from dspark_export.bench.machine import this_machine
     from dspark_export.bench.prompts import SHIPPED, load_sets
-    from dspark_export.bench.report import Conditions, heading, print_report, shown_summaries, to_json
+    from dspark_export.bench.report import Conditions, heading, over_all_sets, print_report, shown_summaries, to_json
     from dspark_export.bench.runner import checked_modes, modes_of, run
     from dspark_runtime import Bundle
 
@@ -73,7 +73,7 @@ def bench(
     if plot is not None:
         from dspark_export.bench.plot import draw
 
-        draw(shown_summaries(result), plot, heading(conditions))
+        draw(shown_summaries(result), over_all_sets(result), plot, heading(conditions))
     if as_json:
         typer.echo(json.dumps(to_json(conditions, result)))
         return

@@ -27,6 +27,7 @@ TESTED = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma4_text",
         "glm4",
         "gpt2",
         "gpt_neox",
@@ -58,7 +59,7 @@ TESTED = frozenset(
 )
 """``model_type`` of every architecture with a parity test."""
 
-ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "proportional", "yarn"})
 """Rotary embeddings whose frequencies do not depend on how long the text has become."""
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})

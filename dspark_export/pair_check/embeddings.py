@@ -36,11 +36,20 @@ _NAMES = {EMBEDDING: "embedding", HEAD: "head"}
 
 
 def check_copies(target: Checkpoint, draft: DraftCheckpoint, allowed: bool, tokens: int | None) -> list[Finding]:
-    """One finding for each stored copy; ``allowed``: a difference is a warning. Rows from ``tokens`` on are padding."""
+    """A finding for the embedding and one for the head; ``allowed``: a copy that differs is a warning.
+
+    Rows from ``tokens`` on are padding.
+    """
+    own = {EMBEDDING: draft.own_embedding, HEAD: draft.own_head}
+    findings = [
+        passed(word, f"draft and model share the {word}", "the draft's own" if own[name] else "not stored, the model's")
+        for name, word in _NAMES.items()
+        if name not in draft.copies
+    ]
     if not draft.copies or draft.config.layers.hidden_size != target.config.get_text_config().hidden_size:
-        return []
+        return findings
     live = live_tables(target)
-    return [_compare(draft, name, live, allowed, tokens) for name in sorted(draft.copies)]
+    return findings + [_compare(draft, name, live, allowed, tokens) for name in sorted(draft.copies)]
 
 
 def live_tables(target: Checkpoint) -> Mapping[str, torch.Tensor]:

@@ -170,7 +170,7 @@ class DrafterChoice:
     def _target_ids(self, path: str | None) -> IntArray | None:
         if path is None:
             return None
-        ids = np.load(self.files.path(path), allow_pickle=False)
+        ids = np.load(self.files.path(path))
         vocab = self.files.manifest.model.vocab_size
         if ids.ndim != 1 or ids.dtype != np.int64 or len(ids) == 0 or ids.min() < 0 or ids.max() >= vocab:
             raise DamagedBundle(f"{path} is no list of token ids below {vocab}; build the bundle again")

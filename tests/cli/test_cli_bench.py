@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 
 from dspark_export.bench import bandwidth
 from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
 from dspark_export.bench.machine import this_machine
+from dspark_export.bench.plot import draw
 from dspark_export.bench.prompts import SHIPPED, load_sets
-from dspark_export.bench.runner import _rotated, checked_modes, first_difference, modes_of, run
-from dspark_runtime import SPECULATION_MODES, Bundle
+from dspark_export.bench.report import _drafters_table, over_all_sets, shown_summaries
+from dspark_export.bench.runner import (
+    ALL_SETS,
+    BenchResult,
+    Measured,
+    _rotated,
+    _summary,
+    checked_modes,
+    first_difference,
+    modes_of,
+    run,
+)
+from dspark_runtime import SPECULATION_MODES, Bundle, Generation
 from dspark_runtime.errors import UsageError
+from dspark_runtime.statistics import DrafterCounts, Statistics
 from tests.cli.conftest import Invoke
 
 PROMPTS = ["one two one two", "red blue red", "a b c a b"]
@@ -56,7 +72,32 @@ def test_json_and_plot(bundle: Path, invoke: Invoke, prompts: Path, tmp_path: Pa
         assert summary["tokens_per_second"] > 0 and summary["prefill_tokens_per_second"] > 0
         if summary["mode"] == "off":
             assert summary["ratio"] == pytest.approx(1.0) and summary["accepted_length"] == pytest.approx(1.0)
+        assert set(summary["drafters"]) <= {summary["mode"]}
+        for drafter in summary["drafters"].values():
+            depths = [drafter[key] for key in ("verified", "conditional_acceptance", "prefix_survival")]
+            assert len({len(figures) for figures in depths}) == 1 and depths[0]
+            assert depths[0] == sorted(depths[0], reverse=True)
+            assert depths[1][0] == depths[2][0] and drafter["accepted"] <= drafter["drafted"]
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_acceptance_by_depth(tmp_path: Path) -> None:
+    stats = [Statistics(), Statistics()]
+    for one, accepted in zip(stats, (2, 0), strict=True):
+        counts = one.per_drafter.setdefault("dspark", DrafterCounts(drafted=3, accepted=accepted))
+        counts.count_chain(3, accepted, [0.9, 0.5, 0.5])
+    measured = [Measured(generations=[Generation("", [], "length", 4, one)]) for one in stats]
+    summary = _summary("set", "dspark", measured, measured, 0)
+    drafter = summary.drafters["dspark"]
+    assert (drafter.drafted, drafter.accepted, drafter.verified) == (6, 2, [2, 2, 2])
+    assert drafter.conditional_acceptance == [0.5, 1.0, 0.0] and drafter.prefix_survival == [0.5, 0.5, 0.0]
+    assert drafter.calibration_error == pytest.approx((0.8 + 0.1 + 0.45) / 6)  # 0.9: 1 of 2; 0.45: 1 of 2; 0.225: none
+    result = BenchResult([replace(summary, set=name) for name in ("set", ALL_SETS)], [])
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(_drafters_table(over_all_sets(result)))
+    assert "2/6" in (text := console.export_text()) and "0.50/0.50  1.00/0.50  0.00/0.00" in text
+    draw(shown_summaries(result), over_all_sets(result), tmp_path / "bench.svg", "title")
+    assert "depth of the draft" in (tmp_path / "bench.svg").read_text()
 
 
 def test_table(bundle: Path, invoke: Invoke, prompts: Path) -> None:

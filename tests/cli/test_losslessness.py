@@ -60,24 +60,24 @@ def test_teacher_forced_logits_choose_the_plain_token(opened: Bundle, program: M
 
 
 @pytest.mark.parametrize(
-    ("exact", "gap", "verdict"), [(False, 1e-5, "near tie"), (False, 1.0, "WRONG"), (True, 1e-5, "WRONG")]
+    ("promised", "gap", "verdict"), [(False, 1e-5, "near tie"), (False, 1.0, "WRONG"), (True, 1e-5, "WRONG")]
 )
 def test_verdicts(
-    bundle: Path, program: ModuleType, monkeypatch: pytest.MonkeyPatch, exact: bool, gap: float, verdict: str
+    bundle: Path, program: ModuleType, monkeypatch: pytest.MonkeyPatch, promised: bool, gap: float, verdict: str
 ) -> None:
-    opened = Bundle.open(bundle, threads=1, exact=exact)
+    opened = Bundle.open(bundle, threads=1)
     noise = opened.manifest.precision.row_noise
     assert noise is not None
     logits = np.zeros((2, 10), np.float32)
     logits[:, 3] = 5.0
     logits[:, 4] = 5.0 - (0.5 * noise.max_abs_logit_diff if gap < 1 else gap)
     monkeypatch.setattr(program, "next_logits", lambda *_: logits)
-    found = program.judge(opened, [1], [3], 0, [3, 4])
+    found = program.judge(opened, [1], [3], 0, [3, 4], promised)
     assert found["verdict"] == verdict
     assert found["margin"] == pytest.approx(float(logits[0, 3] - logits[0, 4]))
     # A token far behind the two best is wrong, however near these are to each other.
-    assert program.judge(opened, [1], [3], 0, [3, 5])["verdict"] == "WRONG"
-    assert program.judge(opened, [1], [3], 0, [3, None])["verdict"] == "WRONG"
+    assert program.judge(opened, [1], [3], 0, [3, 5], promised)["verdict"] == "WRONG"
+    assert program.judge(opened, [1], [3], 0, [3, None], promised)["verdict"] == "WRONG"
 
 
 def test_prompts_are_taken_in_turn(program: ModuleType) -> None:

@@ -97,8 +97,8 @@ def run(model: str, out: Path, listener: Callable[[Stage], None], user: int | No
 
 def trace_once(model: str) -> None:
     """Trace here what every child would trace again; the graphs are not what the faults are about."""
-    graphs = building._trace(resolve(model).load_model(torch.float32), None)
-    building._trace = lambda model, layers: graphs
+    graphs = building._trace(resolve(model).load_model(torch.float32), None, ())
+    building._trace = lambda model, layers, taps: graphs
 
 
 def main(model: str, folder: Path) -> None:

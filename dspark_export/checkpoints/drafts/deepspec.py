@@ -55,4 +55,4 @@ def read_deepspec(raw: Mapping[str, Any], where: str, architecture: str) -> Desc
         )
         name = "DeepSpec DSpark" if config.markov != "none" or config.confidence else "DeepSpec DFlash"
     fields.finish()
-    return Description(f"{name} ({family})", config, copies="required", target_layers=target_layers, rope_copied=True)
+    return Description(f"{name} ({family})", config, target_layers=target_layers, rope_copied=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from dspark_export.checkpoints.drafts.draft import BlockConfig, EagleConfig, TapsRule
 
@@ -12,7 +11,6 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 D2T, T2D = "d2t", "t2d"
 MAPS = (D2T, T2D)
 
-Copies = Literal["required", "allowed", "absent"]
 Shape = tuple[int, ...]
 
 
@@ -24,16 +22,16 @@ def _same(name: str) -> str:
 class Description:
     """A draft as its config describes it.
 
-    ``rename`` turns a stored name into DeepSpec's. ``copies``: whether the format stores the target's embedding and
-    head. ``trained_embedding``, ``trained_head``: these are the draft's own by design, no copies. ``target_layers``:
-    depth of the target it was trained for, if the config has it. ``taps_rule``: where its taps come from.
+    ``rename`` turns a stored name into DeepSpec's. ``trained_embedding``, ``trained_head``: if stored they are the
+    draft's own by design, not copies of the target's. ``maps``: the format has ``d2t`` and ``t2d``. ``target_layers``:
+    depth of the target it was trained for, if the config has it. ``taps_rule``: where its taps come from, and
+    ``taps_count`` how many they are.
     ``rope_copied``: its rotary settings are a copy of the target's, so that others are a mistake.
     """
 
     format: str
     config: BlockConfig | EagleConfig
     rename: Callable[[str], str] = _same
-    copies: Copies = "allowed"
     trained_embedding: bool = False
     trained_head: bool = False
     maps: bool = False

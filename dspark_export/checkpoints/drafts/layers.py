@@ -172,8 +172,9 @@ def _rope_of(
     partial = given.get("partial_rotary_factor", 1.0)
     if kind == "proportional":
         allowed["partial_rotary_factor"] = float
-        if not isinstance(partial, int | float) or not 0 < partial <= 1:
+        if isinstance(partial, bool) or not isinstance(partial, int | float) or not 0 < partial <= 1:
             fields.problem(f"{place}.partial_rotary_factor must lie in (0, 1], it is {partial!r}")
+            partial = 1.0
     elif partial not in (1, 1.0) or isinstance(partial, bool):
         fields.problem(f"{place}.partial_rotary_factor {partial!r} is supported for rope_type proportional only")
     for key, value in given.items():

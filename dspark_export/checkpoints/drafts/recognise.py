@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dspark_export.checkpoints.checkpoint import Checkpoint
 
 _LOOKS_LIKE_A_DRAFT = ("dspark", "dflash", "eagle", "speculator", "medusa", "hydra", "mlpspeculator", "mtpmodel")
+_FIELDS_OF_DRAFTS = ("target_layer_ids", "num_target_layers", "markov_rank", "ttt_length", "aux_hidden_state_layer_ids")
 
 
 def recognise(
@@ -80,10 +81,12 @@ def _is_trained(raw: dict[str, Any], draft: str) -> bool:
     known = (*deepspec.ARCHITECTURES, *zlab.ARCHITECTURES, *classic_eagle3.ARCHITECTURES)
     if architecture in known or zlab.INNER in raw or "draft_vocab_size" in raw:
         return True
-    if any(word in architecture.lower() for word in _LOOKS_LIKE_A_DRAFT):
+    fields = [field for field in _FIELDS_OF_DRAFTS if field in raw]
+    if fields or any(word in architecture.lower() for word in _LOOKS_LIKE_A_DRAFT):
+        seen = f" (it has {fields[0]})" if fields else ""
         raise UnsupportedArchitecture(
-            f"{draft} is a draft of architecture {architecture!r}; supported are {', '.join(known)}, speculators' "
-            f"{', '.join(speculators.KINDS)}, and causal language models"
+            f"{draft} is a draft of architecture {architecture!r}{seen}; supported are {', '.join(known)}, "
+            f"speculators' {', '.join(speculators.KINDS)}, and causal language models"
         )
     return False
 

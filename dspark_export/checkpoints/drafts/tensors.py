@@ -138,10 +138,7 @@ def check_tensors(header: Header, description: Description, name: str) -> DraftW
     shapes = dict(expected_tensors(description))
     table = (config.vocab_size, config.layers.hidden_size)
     copied = {EMBEDDING: table, HEAD: (config.draft_vocab_size, config.layers.hidden_size)}
-    if description.copies == "required":
-        shapes |= copied
-    elif description.copies == "allowed":
-        shapes |= {key: shape for key, shape in copied.items() if key in stored}
+    shapes |= {key: shape for key, shape in copied.items() if key in stored}
     if description.maps:
         lengths = {D2T: (config.draft_vocab_size,), T2D: (config.vocab_size,)}
         _check_maps(stored, header, lengths, name)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from dspark_export.checkpoints.drafts import recognise
 from dspark_runtime.errors import CheckpointError, InvalidConfig, InvalidVocabMap, InvalidWeights
 from tests.export.checkpoint_samples import edit_config
+from tests.export.drafts.conftest import change
 from tests.export.drafts.writers import (
     Sizes,
     Written,
@@ -217,12 +217,6 @@ def test_config_that_is_no_config(tmp_path: Path, content: str, says: str) -> No
 # Tensors
 
 
-def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    loaded = {name: tensor.clone() for name, tensor in load_file(folder / FILE).items()}
-    edit(loaded)
-    save_file(loaded, folder / FILE)
-
-
 def test_missing_and_unknown_tensors_are_named_at_once(tmp_path: Path) -> None:
     folder = write_deepspec(tmp_path / "draft").folder
 
@@ -241,7 +235,6 @@ def test_missing_and_unknown_tensors_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "name"),
     [
-        (write_deepspec, "lm_head.weight"),
         (write_deepspec, "markov_head.markov_w2.weight"),
         (write_deepspec, "confidence_head.proj.bias"),
         (partial(write_deepspec, markov="gated"), "markov_head.gate_proj.bias"),

@@ -22,8 +22,8 @@ from dspark_runtime.errors import (
     UntrustedCheckpoint,
     UsageError,
 )
-from tests.export.checkpoint_samples import edit_config, write_checkpoint
-from tests.export.drafts.conftest import Target
+from tests.export.checkpoint_samples import write_checkpoint
+from tests.export.drafts.conftest import Target, change
 from tests.export.drafts.writers import (
     Sizes,
     Written,
@@ -149,6 +149,14 @@ def test_tensors_are_read_when_asked_for(tmp_path: Path) -> None:
     assert draft.tensors["fc.weight"].dtype == torch.bfloat16
     assert draft.tensors["fc.weight"] is not draft.tensors["fc.weight"]
     assert set(draft.files or {}) == {"config.json", "model.safetensors"}
+
+
+def test_a_deepspec_draft_may_leave_the_tables_to_the_target(tmp_path: Path) -> None:
+    written = write_deepspec(tmp_path / "draft")
+    change(written.folder, lambda loaded: [loaded.pop(name) for name in TABLES])
+    draft = opened(written.folder)
+    assert not draft.copies and not draft.own_embedding and not draft.own_head
+    same_tensors(draft, written)
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -307,11 +315,8 @@ def test_a_classic_config_is_known_by_its_reduced_vocabulary(tmp_path: Path) -> 
 
 
 def test_a_classic_draft_may_share_the_head(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     written = write_classic_eagle3(tmp_path / "draft")
-    file = written.folder / "model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}, file)
+    change(written.folder, lambda loaded: loaded.pop("lm_head.weight"))
     draft = opened(written.folder)
     assert not draft.own_head and "lm_head.weight" not in draft.tensors
 
@@ -351,6 +356,7 @@ def test_a_language_model_is_a_draft_model(tmp_path: Path) -> None:
             lambda f: write_speculators(f, speculators_model_type="mlp_speculator"),
             "type 'mlp_speculator'; dspark, dflash",
         ),
+        (lambda f: write_deepspec(f, architectures=["Qwen3ForCausalLM"]), "it has target_layer_ids"),
         (
             lambda f: write_deepspec(f, architectures=["DeepseekV4DSparkModel"]),
             "DeepseekV4DSparkModel.*Qwen3DSparkModel",
@@ -372,6 +378,6 @@ def test_what_is_no_draft_at_all(tmp_path: Path) -> None:
     folder = write_deepspec(tmp_path / "draft").folder
     with pytest.raises(UsageError, match="local path"):
         recognise(str(folder), revision="main")
-    edit_config(folder, architectures=..., model_type="nonsense")
+    (folder / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(UnsupportedArchitecture, match="nonsense"):
         recognise(str(folder))

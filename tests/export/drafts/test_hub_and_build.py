@@ -22,8 +22,7 @@ from dspark_runtime.errors import (
     UntrustedCheckpoint,
 )
 from tests.export.checkpoint_samples import edit_config, refusal
-from tests.export.drafts.conftest import Target
-from tests.export.drafts.test_bad_files import change
+from tests.export.drafts.conftest import Target, change
 from tests.export.drafts.writers import Sizes, Written, write_classic_eagle3, write_deepspec, write_zlab
 from tests.export.hub_server import COMMIT, Hub
 from tests.export.test_checkpoints_hub import hub  # noqa: F401  (a fixture)

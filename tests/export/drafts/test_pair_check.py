@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dspark_export.checkpoints import Checkpoint, resolve
 from dspark_export.checkpoints.drafts import DraftCheckpoint, recognise
-from dspark_export.checkpoints.tokenizer import MissingTokenizer
-from dspark_export.pair_check import Finding, PairReport, PairWarning, check_pair, embeddings, require_pair
+from dspark_export.pair_check import PairWarning, check_pair, embeddings, require_pair
 from dspark_runtime.errors import (
     BlockSizeMismatch,
     DraftMismatch,
@@ -25,13 +23,11 @@ from dspark_runtime.errors import (
     RopeMismatch,
     TapsMismatch,
     TokenizerMismatch,
-    VocabularyMismatch,
 )
 from tests import tiny_models
-from tests.export.checkpoint_samples import edit_config
-from tests.export.drafts.conftest import Target
+from tests.export.drafts.conftest import Target, change
+from tests.export.drafts.pair_reports import give_tokenizer, of, only_error, report, zlab_config
 from tests.export.drafts.writers import (
-    TARGET_TOKENS,
     Sizes,
     Written,
     target_tables,
@@ -42,39 +38,6 @@ from tests.export.drafts.writers import (
     write_target,
     write_zlab,
 )
-
-Edit = Callable[[dict[str, Any]], Any]
-
-
-def give_tokenizer(folder: Path, edit: Edit | None = None) -> None:
-    """The target's tokenizer files, changed."""
-    tiny_models.tokenizer(TARGET_TOKENS).save_pretrained(folder)
-    if edit is not None:
-        path = folder / "tokenizer.json"
-        content = json.loads(path.read_text())
-        edit(content)
-        path.write_text(json.dumps(content))
-
-
-def report(target: Target, written: Written, **options: Any) -> PairReport:
-    return check_pair(target.checkpoint, recognise(str(written.folder)), **options)
-
-
-def only_error(found: PairReport, kind: type[DraftMismatch], name: str) -> Finding:
-    """The one error, which a build raises as ``kind`` and which says what to do."""
-    assert [finding.id for finding in found.errors] == [name], [finding.message for finding in found.errors]
-    error = found.error()
-    assert error is not None and type(error) is kind and error.exit_code == 9
-    finding = found.errors[0]
-    assert finding.error is kind and finding.fix and finding.message in str(error)
-    assert found.draft in str(error) and found.target in str(error) and found.fitted is None
-    return finding
-
-
-def of(found: PairReport, name: str) -> Finding:
-    (finding,) = (finding for finding in found.findings if finding.id == name)
-    return finding
-
 
 # Pairs that fit
 
@@ -122,154 +85,6 @@ def test_a_fit_changes_nothing_that_fits(tmp_path: Path, target: Target) -> None
     assert not fitted.own_embedding and not fitted.own_head
     assert set(fitted.tensors) == set(draft.tensors) and len(fitted.tensors) == len(draft.tensors)
     assert all(torch.equal(fitted.tensors[name], draft.tensors[name]) for name in draft.tensors)
-
-
-# Tokenizers
-
-
-def swap(vocabulary: dict[str, int]) -> None:
-    one, two = list(vocabulary)[40:42]
-    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
-
-
-def not_special(content: dict[str, Any]) -> None:
-    content["added_tokens"][4]["special"] = False
-
-
-TOKENIZERS: dict[str, tuple[Edit, str]] = {
-    "ids": (lambda content: swap(content["model"]["vocab"]), "2 tokens have other ids"),
-    "merges": (lambda content: content["model"]["merges"].reverse(), "merges differ from number 0 on"),
-    "normalizer": (lambda content: content.update(normalizer={"type": "NFC"}), "other normalizer"),
-    "pre-tokenizer": (lambda content: content["pre_tokenizer"].update(add_prefix_space=True), "other pre-tokenizer"),
-    "special": (not_special, "special tokens differ: '<|assistant|>'"),
-}
-
-
-@pytest.mark.parametrize("case", TOKENIZERS)
-def test_tokenizers_of_equal_size_that_differ(tmp_path: Path, target: Target, case: str) -> None:
-    edit, says = TOKENIZERS[case]
-    written = write_zlab(tmp_path / "draft")
-    give_tokenizer(written.folder, edit)
-    finding = only_error(report(target, written), TokenizerMismatch, "tokenizer")
-    assert says in finding.found
-
-
-def test_another_end_of_text(tmp_path: Path, target: Target) -> None:
-    written = write_zlab(tmp_path / "draft")
-    give_tokenizer(written.folder)
-    path = written.folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|assistant|>"}))
-    finding = only_error(report(target, written), TokenizerMismatch, "tokenizer")
-    assert "eos_token is 1 for the model and 4 for the draft" in finding.found
-
-
-def test_a_smaller_tokenizer(tmp_path: Path, target: Target) -> None:
-    written = write_zlab(tmp_path / "draft")
-    tiny_models.tokenizer(300).save_pretrained(written.folder)
-    finding = only_error(report(target, written), TokenizerMismatch, "tokenizer")
-    assert "84 tokens only the model has" in finding.found
-
-
-def test_a_mask_token_added_for_the_draft_is_fine(tmp_path: Path, target: Target) -> None:
-    written = write_zlab(tmp_path / "draft")
-    tokenizer = tiny_models.tokenizer(TARGET_TOKENS)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|MASK|>"]})
-    tokenizer.save_pretrained(written.folder)
-    found = report(target, written)
-    assert found.ok and of(found, "tokenizer").found == "equal, 384 tokens; the draft adds '<|MASK|>'"
-    tiny_models.tokenizer(TARGET_TOKENS)  # shared by tests: has to be as it was
-    assert target.checkpoint.tokenizer is not None
-    assert "<|MASK|>" not in target.checkpoint.tokenizer.backend.get_vocab()
-
-
-def test_a_damaged_tokenizer(tmp_path: Path, target: Target) -> None:
-    written = write_zlab(tmp_path / "draft")
-    (written.folder / "tokenizer.json").write_text("{")
-    finding = only_error(report(target, written), TokenizerMismatch, "tokenizer")
-    assert "cannot be loaded" in finding.found
-
-
-def test_without_tokenizer_files_there_is_a_warning(tmp_path: Path, target: Target) -> None:
-    found = report(target, write_zlab(tmp_path / "draft"))
-    assert found.ok and [finding.id for finding in found.warnings] == ["tokenizer"]
-    assert "the draft comes without tokenizer files" in found.warnings[0].message
-
-
-# Vocabularies
-
-
-def test_padding_rows_are_allowed_and_never_drafted(tmp_path: Path, target: Target) -> None:
-    written = write_specforge(tmp_path / "draft", sizes=Sizes(vocab=390), dflash_config=None)
-    edit_config(written.folder, dflash_config=_inner(mask_token_id=399))
-    found = report(target, written)
-    assert found.ok and "from 384 on they are padding, which is never drafted" in of(found, "vocabulary").found
-    fitted = found.fitted
-    assert isinstance(fitted, DraftCheckpoint) and fitted.target_ids is not None
-    assert torch.equal(fitted.target_ids, torch.arange(384))
-    table = fitted.tensors["markov_head.markov_w1.weight"]
-    assert table.shape == (400, 8), "any token the model can give has a row"
-    assert torch.equal(table[:390], written.tensors["markov_head.markov_w1.weight"]) and not table[390:].any()
-    assert fitted.tensors["markov_head.markov_w2.weight"].shape == (390, 8)
-
-
-def _inner(**changes: Any) -> dict[str, Any]:
-    return {
-        "target_layer_ids": [1, 3, 5],
-        "projector_type": "dspark",
-        "markov_rank": 8,
-        "markov_head_type": "vanilla",
-        "enable_confidence_head": True,
-        "confidence_head_with_markov": True,
-        **changes,
-    }
-
-
-@pytest.mark.parametrize("vocab", [383, 200])
-def test_a_vocabulary_smaller_than_the_tokenizer(tmp_path: Path, target: Target, vocab: int) -> None:
-    found = report(target, write_zlab(tmp_path / "draft", sizes=Sizes(vocab=vocab), dflash_config=_zlab(399)))
-    finding = only_error(found, VocabularyMismatch, "vocabulary")
-    assert finding.found == f"the model has 400 rows for 384 tokens, the draft {vocab}"
-
-
-def _zlab(mask: int) -> dict[str, Any]:
-    return {"target_layer_ids": [1, 3, 5], "mask_token_id": mask}
-
-
-def test_without_the_models_tokenizer_sizes_have_to_be_equal(tmp_path: Path, target: Target) -> None:
-    folder = tmp_path / "target"
-    shutil.copytree(target.folder, folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / file).unlink(missing_ok=True)
-    with pytest.warns(MissingTokenizer):
-        bare = resolve(str(folder))
-    found = check_pair(bare, recognise(str(write_zlab(tmp_path / "same").folder)))
-    assert found.ok and {finding.id for finding in found.warnings} == {"tokenizer", "mask_token"}
-    assert "the model comes without tokenizer files" in of(found, "tokenizer").found
-    other = write_zlab(tmp_path / "other", sizes=Sizes(vocab=390), dflash_config=_zlab(389))
-    finding = only_error(check_pair(bare, recognise(str(other.folder))), VocabularyMismatch, "vocabulary")
-    assert "without the model's tokenizer nothing tells padding" in finding.found
-
-
-def test_a_map_that_leads_outside_the_model(tmp_path: Path, target: Target) -> None:
-    written = write_classic_eagle3(tmp_path / "draft", sizes=Sizes(vocab=480), draft_vocab=96)
-    change(written.folder, _shift_map)
-    finding = only_error(report(target, written), VocabularyMismatch, "vocab_map")
-    assert finding.found == "its map leads to id 479, the model has 400 rows"
-
-
-def _shift_map(loaded: dict[str, torch.Tensor]) -> None:
-    ids = torch.arange(96) + 384
-    loaded["d2t"] = ids - torch.arange(96)
-    loaded["t2d"] = torch.zeros(480, dtype=torch.bool)
-    loaded["t2d"][ids] = True
-
-
-def test_a_map_to_padding_rows_is_a_warning(tmp_path: Path, target: Target) -> None:
-    written = write_classic_eagle3(tmp_path / "draft", draft_vocab=400)
-    change(written.folder, lambda loaded: loaded.update(d2t=torch.arange(400).flip(0) - torch.arange(400)))
-    change(written.folder, lambda loaded: loaded.update(t2d=torch.ones(400, dtype=torch.bool)))
-    found = report(target, written)
-    assert found.ok and "16 of them are rows behind the model's 384 tokens" in of(found, "vocab_map").found
 
 
 # Geometry
@@ -332,14 +147,14 @@ def test_a_block_shorter_than_asked(tmp_path: Path, target: Target) -> None:
     ],
 )
 def test_mask_tokens(tmp_path: Path, target: Target, mask: int, says: str) -> None:
-    written = write_zlab(tmp_path / "draft", dflash_config=_zlab(mask))
+    written = write_zlab(tmp_path / "draft", dflash_config=zlab_config(mask))
     finding = only_error(report(target, written), MaskTokenMismatch, "mask_token")
     assert says in finding.found
 
 
 @pytest.mark.parametrize(("mask", "says"), [(5, "the reserved token '<|system|>'"), (390, "unused")])
 def test_mask_tokens_that_no_text_has(tmp_path: Path, target: Target, mask: int, says: str) -> None:
-    found = report(target, write_zlab(tmp_path / "draft", dflash_config=_zlab(mask)))
+    found = report(target, write_zlab(tmp_path / "draft", dflash_config=zlab_config(mask)))
     assert found.ok and says in of(found, "mask_token").found
 
 
@@ -368,12 +183,6 @@ def test_fewer_positions_are_a_warning(tmp_path: Path, target: Target) -> None:
 # Stored embeddings
 
 
-def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    loaded = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    edit(loaded)
-    save_file(loaded, folder / "model.safetensors")
-
-
 @pytest.mark.parametrize("name", ["embedding", "head"])
 def test_one_row_that_differs(tmp_path: Path, target: Target, name: str) -> None:
     written = write_deepspec(tmp_path / "draft", tables=target.tables)
@@ -389,6 +198,15 @@ def test_one_row_that_differs(tmp_path: Path, target: Target, name: str) -> None
     assert (fitted.own_embedding, fitted.own_head) == (name == "embedding", name == "head")
     assert torch.equal(fitted.tensors[stored], load_file(written.folder / "model.safetensors")[stored])
     assert not ({"embed_tokens.weight", "lm_head.weight"} - {stored}) & set(fitted.tensors)
+
+
+def test_tables_the_draft_leaves_out_are_the_models(tmp_path: Path, target: Target) -> None:
+    written = write_deepspec(tmp_path / "draft")
+    change(written.folder, lambda loaded: [loaded.pop(name) for name in ("embed_tokens.weight", "lm_head.weight")])
+    found = report(target, written)
+    assert found.ok and of(found, "embedding").found == of(found, "head").found == "not stored, the model's"
+    own = report(target, write_classic_eagle3(tmp_path / "eagle"))
+    assert of(own, "head").found == "the draft's own"
 
 
 def test_copies_rounded_to_bfloat16_are_copies(tmp_path: Path, target: Target) -> None:
@@ -461,7 +279,10 @@ def test_a_language_model_with_another_tokenizer(tmp_path: Path, target: Target)
 def test_all_findings_are_collected(tmp_path: Path, target: Target) -> None:
     sizes = Sizes(hidden=32, theta=5e5, taps=(1, 3, 9), vocab=300)
     written = write_zlab(
-        tmp_path / "draft", sizes=sizes, num_target_layers=12, dflash_config={**_zlab(1), "target_layer_ids": [1, 3, 9]}
+        tmp_path / "draft",
+        sizes=sizes,
+        num_target_layers=12,
+        dflash_config={**zlab_config(1), "target_layer_ids": [1, 3, 9]},
     )
     tiny_models.tokenizer(300).save_pretrained(written.folder)
     found = report(target, written, drafts=8)
