@@ -7,7 +7,7 @@
 | 3 | the checkpoint is missing, damaged or inconsistent |
 | 4 | the checkpoint would run its own code, and that was not allowed |
 | 5 | the architecture is not supported |
-| 6 | tracing, rewriting or quantizing failed |
+| 6 | tracing, rewriting, quantizing or compiling failed |
 | 7 | a bundle cannot be opened or written |
 | 8 | an inference backend is missing or failed |
 | 9 | the draft does not fit the model |
@@ -29,6 +29,7 @@ from typer.core import TyperGroup
 from dspark_export.cli.bench import bench
 from dspark_export.cli.build import build
 from dspark_export.cli.check import check
+from dspark_export.cli.compile import compile_
 from dspark_export.cli.doctor import doctor
 from dspark_export.cli.draft_trace import draft_trace
 from dspark_export.cli.generate import generate
@@ -96,6 +97,7 @@ def options(
 
 for verb in (build, check, inspect, generate, bench, draft_trace, doctor):
     app.command()(verb)
+app.command("compile")(compile_)
 
 if __name__ == "__main__":
     app()

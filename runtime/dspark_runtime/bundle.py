@@ -22,37 +22,29 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import pydantic_core
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
 
 from dspark_runtime.contract import CacheLayer, TensorSpec
+from dspark_runtime.engine_facts import EngineBuild as EngineBuild
+from dspark_runtime.engine_facts import EngineEntry as EngineEntry
+from dspark_runtime.engine_facts import EngineInspection as EngineInspection
+from dspark_runtime.engine_facts import EngineProfile as EngineProfile
 from dspark_runtime.errors import BundleError, DamagedBundle, IncompatibleBundle
+from dspark_runtime.manifest_types import RECORD, Count, GraphName, Positive, RelativePath, Sha256, safe_relative_path
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 TOKENIZER_DIR = "tokenizer"
 GRAPH_DIR = "onnx"
+ENGINE_DIR = "engines"
 MANIFEST_MAX_BYTES = 16 * 2**20
 _HASH_BLOCK = 4 * 2**20
 
-
-def safe_relative_path(path: str) -> str:
-    """``path`` itself if it is a plain relative path inside a bundle (forward slashes); ValueError otherwise."""
-    parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts) or any(c in path for c in "\\:\0"):
-        raise ValueError(f"{path!r} is not a plain relative path inside the bundle")
-    return path
-
-
-RelativePath = Annotated[str, AfterValidator(safe_relative_path)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-GraphName = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]*$")]
 Variant = Literal["standard", "onnxruntime-cpu", "onnxruntime-cpu-batch"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = RECORD
 
 
 class FileEntry(_Record):
@@ -207,6 +199,7 @@ class Manifest(_Record):
     drafters: tuple[DrafterEntry, ...] = ()
     precision: Precision
     costs: StepCosts | None = None
+    engines: tuple[EngineEntry, ...] = ()
     files: dict[RelativePath, FileEntry] = {}
     validation: dict[str, JsonValue] = {}
 
@@ -223,6 +216,11 @@ class Manifest(_Record):
         for graph in self.graphs:
             paths = (graph.file, *graph.data_files)
             missing += [f"{path} of graph {graph.name}" for path in paths if path not in self.files]
+        for engine in self.engines:
+            if engine.graph not in names:
+                missing.append(f"graph {engine.graph} of its {engine.flavour} engine")
+            paths = (engine.file, engine.log)
+            missing += [f"{path} of engine {engine.graph}" for path in paths if path not in self.files]
         return missing
 
     @classmethod

@@ -139,3 +139,83 @@ class RopeMismatch(DraftMismatch):
 
 class EmbeddingsMismatch(DraftMismatch):
     """The draft's copies of the model's embedding or head differ from the model's own."""
+
+
+class EngineBuildError(ExportError):
+    """A graph could not be compiled to an engine; the message names node and tensor as far as the compiler tells."""
+
+
+class UnsupportedNode(EngineBuildError):
+    """The compiler does not take an operator of the graph, or not with these inputs."""
+
+
+class EnginePrecisionError(EngineBuildError):
+    """The compiler has no fused attention for the element type of the bundle."""
+
+
+class AttentionNotFused(EngineBuildError):
+    """The compiler has no fused kernel for an attention, or an engine came out without one."""
+
+
+class CacheNotInPlace(EngineBuildError):
+    """An engine came out in which a cache output is not the memory of its input."""
+
+
+class ProfileMismatch(EngineBuildError):
+    """An engine came out with other shape ranges than were asked for."""
+
+
+class CompilerCrashed(EngineBuildError):
+    """The compiler's process ended without an answer."""
+
+
+class CompilerMissing(BackendError):
+    """The compiler of the wanted flavour is not installed."""
+
+
+class PlanDamaged(DamagedBundle):
+    """An engine's plan is not the file the manifest describes. Derived types say how it differs."""
+
+
+class PlanEmpty(PlanDamaged):
+    """The plan has no bytes."""
+
+
+class PlanTruncated(PlanDamaged):
+    """The plan is shorter than the manifest says."""
+
+
+class PlanExtended(PlanDamaged):
+    """The plan is longer than the manifest says."""
+
+
+class PlanAltered(PlanDamaged):
+    """The plan has the right length and another digest."""
+
+
+class PlanSwapped(PlanDamaged):
+    """The plan is that of another engine of the bundle."""
+
+
+class EngineRefused(BackendError):
+    """An undamaged engine cannot be used here. Derived types say why."""
+
+
+class EngineOutdated(EngineRefused):
+    """The engine was compiled from another graph than the bundle's."""
+
+
+class EngineVersionMismatch(EngineRefused):
+    """The engine needs another version of TensorRT than the installed one."""
+
+
+class EngineDeviceMismatch(EngineRefused):
+    """The engine was compiled for other GPUs than this one."""
+
+
+class EngineWithoutDevice(EngineRefused):
+    """There is no usable GPU: no device, no driver, or one that is too old."""
+
+
+class EngineRangeExceeded(EngineRefused):
+    """A pass is larger than the shape ranges the engine was compiled for."""

@@ -1,0 +1,156 @@
+"""A bundle gets engines: compile, inspect, and put plans, logs and the new manifest in place at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dspark_export.bundle_writer import BundleWriter
+from dspark_export.engines.compiler import compile_graph
+from dspark_export.engines.inspection import inspect
+from dspark_export.engines.options import CompileOptions
+from dspark_export.engines.prepare import capacity_of, check_precision, onnx_bytes, prepare
+from dspark_runtime.bundle import (
+    ENGINE_DIR,
+    BundleFiles,
+    EngineBuild,
+    EngineEntry,
+    EngineProfile,
+    GraphEntry,
+    Manifest,
+)
+from dspark_runtime.errors import UsageError
+
+VERIFY = "verify"
+Progress = Callable[[str, str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """A bundle with engines, and those this compilation made."""
+
+    out: Path
+    manifest: Manifest
+    engines: tuple[EngineEntry, ...] = field(default=())
+
+
+def compile_bundle(
+    bundle: Path, options: CompileOptions, on_progress: Progress = lambda graph, phase, step, steps: None
+) -> CompileResult:
+    """Compile graphs of ``bundle`` and replace it by a copy with the engines; ``on_progress`` hears graph and phase.
+
+    The bundle stays as it was if anything fails. Its files are copied, so the disk has to hold it twice meanwhile.
+    Engines of the same graph, flavour and targets are replaced.
+
+    Raises:
+        BundleError: the bundle is damaged, or cannot be written.
+        EngineBuildError: a graph cannot be compiled.
+        CompilerMissing: the flavour is not installed.
+        UsageError: a graph that is not there.
+    """
+    files = BundleFiles.open(bundle)
+    chosen = choose(files.manifest, options)
+    with BundleWriter(files.root, overwrite=True) as writer:
+        for relative in files.manifest.files:
+            target = writer.dir / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files.root / relative, target)
+        manifest, made = add_engines(writer.dir, files.manifest, chosen, options, on_progress)
+        manifest = writer.commit(manifest)
+    return CompileResult(writer.out, manifest, made)
+
+
+def choose(manifest: Manifest, options: CompileOptions) -> list[GraphEntry]:
+    """The standard graphs to compile: those asked for, else all but ``verify``, which is no decoder.
+
+    Raises:
+        UsageError: there is no such graph, or ``--max-length`` is longer than the model's positions.
+        EnginePrecisionError: a graph computes in float32.
+    """
+    standard = {graph.name: graph for graph in manifest.graphs if graph.variant == "standard"}
+    compilable = [name for name in standard if name != VERIFY]
+    names = compilable if options.graphs is None else list(options.graphs)
+    if unknown := [name for name in names if name not in compilable]:
+        raise UsageError(f"--graph {unknown[0]} is none of this bundle; choose {', '.join(compilable)}")
+    if options.ranges.max_length > manifest.model.max_positions:
+        raise UsageError(
+            f"--max-length {options.ranges.max_length} is more than the {manifest.model.max_positions} positions of "
+            "the model; lower it"
+        )
+    for name in names:
+        check_precision(standard[name])
+    return [standard[name] for name in names]
+
+
+def add_engines(
+    folder: Path, manifest: Manifest, graphs: Sequence[GraphEntry], options: CompileOptions, on_progress: Progress
+) -> tuple[Manifest, tuple[EngineEntry, ...]]:
+    """Compile ``graphs`` of the bundle written in ``folder``; returns the manifest with its engines, and the new ones.
+
+    The manifest's digests are those of the graphs in ``folder``.
+    """
+    digests = {graph.name: manifest.files[graph.file].sha256 for graph in graphs}
+    made = tuple(compile_entry(folder, graph, digests[graph.name], options, on_progress) for graph in graphs)
+    replaced = {(engine.graph, engine.flavour, engine.targets) for engine in made}
+    kept = [e for e in manifest.engines if (e.graph, e.flavour, e.targets) not in replaced]
+    for old in manifest.engines:
+        if old not in kept and old.file not in {engine.file for engine in made}:
+            for path in (old.file, old.log):
+                (folder / path).unlink(missing_ok=True)
+    return manifest.model_copy(update={"engines": (*kept, *made)}), made
+
+
+def compile_entry(
+    folder: Path, graph: GraphEntry, digest: str, options: CompileOptions, on_progress: Progress
+) -> EngineEntry:
+    """Compile one graph of ``folder``, of SHA-256 ``digest``; plan and log are put below ``engines/``.
+
+    Raises:
+        EngineBuildError: the graph cannot be compiled, or the engine is not what was asked for.
+        CompilerMissing: the flavour is not installed.
+    """
+    partial = folder / ENGINE_DIR / ".partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    prepared_file = folder / Path(graph.file).parent / f".{graph.name}.engine.onnx"
+    try:
+        prepared = prepare(graph, folder, options.ranges, prepared_file)
+        plan, log = partial / "plan", partial / "log"
+        done = compile_graph(
+            prepared, options, plan, log, lambda phase, step, steps: on_progress(graph.name, phase, step, steps)
+        )
+        inspection = inspect(prepared, done)
+        place = f"{ENGINE_DIR}/{options.flavour}-{done['version']}-{options.targets}"
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        file, text = f"{place}/{graph.name}.plan", f"{place}/{graph.name}.log"
+        plan.replace(folder / file)
+        log.replace(folder / text)
+        return EngineEntry(
+            graph=graph.name,
+            flavour=options.flavour,
+            version=done["version"],
+            cuda=done["cuda"],
+            targets=tuple(done["targets"]),
+            file=file,
+            log=text,
+            graph_sha256=digest,
+            dtype="bfloat16" if graph.dtype == "bfloat16" else "float16",
+            capacity=capacity_of(graph, options.ranges),
+            profiles=tuple(EngineProfile(name=name, dims=dims) for name, dims in prepared.dims.items()),
+            version_compatible=options.version_compatible,
+            hardware_compatible=options.hardware_compatible,
+            refittable=options.refittable or options.strip_weights,
+            stripped=options.strip_weights,
+            inspection=inspection,
+            build=EngineBuild(
+                seconds=round(done["seconds"], 3),
+                peak_memory=done["peak_memory"],
+                plan=done["plan_bytes"],
+                onnx=onnx_bytes(folder / graph.file),
+                scratch=done["scratch"],
+            ),
+        )
+    finally:
+        prepared_file.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)

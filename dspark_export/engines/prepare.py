@@ -1,0 +1,114 @@
+"""A bundle's graph in the form an engine is compiled from, and the facts to check the engine against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from dspark_export.engines.options import Bounds, Profile, Ranges
+from dspark_export.passes.equal_attention_widths import EqualAttentionWidths
+from dspark_export.passes.gather_experts import GatherExperts
+from dspark_export.passes.pin_capacity import CAPACITY, PinCapacity
+from dspark_runtime.bundle import GraphEntry
+from dspark_runtime.errors import EngineBuildError, EnginePrecisionError
+
+PROFILES: tuple[Profile, ...] = ("decode", "prefill")
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """An ONNX node by name: its operator and the tensors it makes."""
+
+    operator: str
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PreparedGraph:
+    """An ONNX file ready for the compiler.
+
+    ``shapes[profile][input]`` are smallest, likeliest and largest shape. ``attention`` are the names of the attention
+    nodes, ``caches`` maps every cache output to its input. ``nodes`` explain names in the compiler's messages.
+    """
+
+    name: str
+    path: Path
+    dims: dict[Profile, dict[str, Bounds]]
+    shapes: dict[Profile, dict[str, list[list[int]]]]
+    attention: tuple[str, ...]
+    caches: dict[str, str]
+    nodes: dict[str, NodeFacts]
+
+
+def prepare(entry: GraphEntry, bundle: Path, ranges: Ranges, to: Path) -> PreparedGraph:
+    """Write the engine's form of the bundle's graph to ``to``, which must lie beside the bundle's weights.
+
+    Raises:
+        EnginePrecisionError: the graph computes in float32.
+        EngineBuildError: it has a dimension no range is known for.
+    """
+    check_precision(entry)
+    model = ir.load(bundle / entry.file)
+    ir.passes.Sequential(GatherExperts(), EqualAttentionWidths(), PinCapacity(ranges.max_length))(model)
+    onnx.save_model(ir.to_proto(model), to)
+    dims = {profile: _used(ranges.dims(profile), entry) for profile in PROFILES}
+    # A graph that neither chunks a prompt nor reads its features has one profile.
+    if not {"tokens", "features"} & set(dims["prefill"]):
+        del dims["prefill"]
+    outputs = [spec.name for spec in entry.outputs if spec.name.startswith(_PRESENT)]
+    return PreparedGraph(
+        entry.name,
+        to,
+        dims,
+        {profile: {i.name: _bounds(i.shape, sizes) for i in entry.inputs} for profile, sizes in dims.items()},
+        tuple(node.name or "" for node in model.graph if node.op_type == "Attention"),
+        {name: _PAST + name.removeprefix(_PRESENT) for name in outputs},
+        {
+            node.name: NodeFacts(node.op_type, tuple(value.name or "" for value in node.outputs))
+            for node in model.graph
+            if node.name
+        },
+    )
+
+
+def check_precision(entry: GraphEntry) -> None:
+    """EnginePrecisionError for a float32 graph: both flavours have fused attention for half precision only."""
+    if entry.dtype == "float32":
+        raise EnginePrecisionError(
+            f"graph {entry.name} computes in float32, for which TensorRT has no fused attention; engines need half "
+            "precision: build the bundle with --precision fp16 or bf16"
+        )
+
+
+def capacity_of(entry: GraphEntry, ranges: Ranges) -> int | None:
+    """Cache slots of an engine of the graph, None for one without a cache."""
+    return ranges.max_length if any(CAPACITY in spec.shape for spec in entry.inputs) else None
+
+
+def _used(sizes: dict[str, Bounds], entry: GraphEntry) -> dict[str, Bounds]:
+    wanted = {dim: spec.name for spec in entry.inputs for dim in spec.shape if isinstance(dim, str)}
+    for dim, name in wanted.items():
+        if dim not in sizes:
+            raise EngineBuildError(
+                f"input {name} of graph {entry.name} has a dimension {dim!r} that engines know no range for "
+                f"(they know {', '.join(sizes)}); build the bundle again with this version"
+            )
+    return {dim: sizes[dim] for dim in wanted}
+
+
+def _bounds(shape: tuple[int | str, ...], sizes: dict[str, Bounds]) -> list[list[int]]:
+    return [[dim if isinstance(dim, int) else sizes[dim][which] for dim in shape] for which in range(3)]
+
+
+def onnx_bytes(path: Path) -> int:
+    """Size of a graph's file and of the weights it refers to, each counted once."""
+    places = {
+        (tensor.offset or 0, tensor.length or 0)
+        for value in ir.load(path).graph.initializers.values()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor)
+    }
+    return path.stat().st_size + sum(length for _, length in places)

@@ -1,0 +1,71 @@
+"""Half-precision graphs of tiny models, saved as a build saves them, without the rest of a build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from dspark_export.engines.compile import compile_entry
+from dspark_export.engines.options import CompileOptions, Ranges
+from dspark_export.graphs.decoder import DecoderTrace
+from dspark_export.graphs.save import save_graphs
+from dspark_export.graphs.self_draft import export_self_draft
+from dspark_export.graphs.target import export_target
+from dspark_export.manifest import graph_entry
+from dspark_export.passes import optimize
+from dspark_runtime.bundle import GRAPH_DIR, EngineEntry, GraphEntry, sha256_of
+from tests import tiny_models
+
+RANGES = Ranges(batch=2, max_length=128, verify_rows=8, chunk=32)
+OPTIONS = CompileOptions(ranges=RANGES)
+HEADS = {
+    "llama": {"head_dim": 16},
+    "qwen3": {"head_dim": 32},
+    "gemma3_text": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16},
+    "deepseek_v3": {},
+}
+"""Architectures that engines are compiled of, with head widths that fused kernels exist for."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder with graphs, and their entries by name."""
+
+    folder: Path
+    graphs: dict[str, GraphEntry]
+
+    def compile(self, name: str, options: CompileOptions = OPTIONS) -> EngineEntry:
+        """The engine of graph ``name``, by the real compiler."""
+        entry = self.graphs[name]
+        digest = sha256_of(self.folder / entry.file)
+        return compile_entry(self.folder, entry, digest, options, lambda graph, phase, step, steps: None)
+
+
+def save(
+    folder: Path, graphs: dict[str, ir.Model], dtype: str = "float16", layers: tuple[int, ...] | None = None
+) -> Saved:
+    """Write ``graphs`` as a build does."""
+    save_graphs(graphs, folder / GRAPH_DIR)
+    entries = {
+        name: graph_entry(name, "standard", graph, folder / GRAPH_DIR, dtype, layers if name == "self_draft" else None)
+        for name, graph in graphs.items()
+    }
+    return Saved(folder, entries)
+
+
+def decoder_graphs(arch: str, folder: Path, dtype: torch.dtype = torch.float16) -> Saved:
+    """Target and self-draft of a tiny model with two layers."""
+    _, model = tiny_models.make(arch, dtype=dtype, num_hidden_layers=2, **_two_layers(arch), **HEADS[arch])
+    trace = DecoderTrace(model)
+    graphs = {"target": export_target(trace), "self_draft": export_self_draft(trace, (1,))}
+    for graph in graphs.values():
+        optimize(graph)
+    return save(folder, graphs, str(dtype).removeprefix("torch."), (1,))
+
+
+def _two_layers(arch: str) -> dict[str, list[str]]:
+    return {"layer_types": ["sliding_attention", "full_attention"]} if arch == "gemma3_text" else {}

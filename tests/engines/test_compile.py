@@ -1,0 +1,79 @@
+"""Engines by the real compiler: TensorRT-RTX needs no GPU to compile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from dspark_export.engines.listing import read_listing
+from dspark_export.engines.options import CompileOptions
+from dspark_export.engines.prepare import prepare
+from dspark_runtime.bundle import EngineEntry
+from tests.engines.graphs import HEADS, OPTIONS, RANGES, Saved, decoder_graphs
+
+
+def check(saved: Saved, engine: EngineEntry) -> None:
+    """The engine is what its graph asks for, by the compiler's own listing and not by the code under test alone."""
+    nodes = [
+        n.name for n in onnx.load(saved.folder / saved.graphs[engine.graph].file).graph.node if n.op_type == "Attention"
+    ]
+    log = (saved.folder / engine.log).read_text(encoding="utf-8")
+    assert nodes and engine.inspection.attention == len(nodes)
+    kernels = [line for line in log.splitlines() if line.startswith("Name: _gemm_mha")]
+    fused = sorted(node for line in kernels for node in nodes if f"[ONNX Layer: {node}]" in line)
+    assert fused == sorted(nodes * len(engine.profiles))
+    layers = "\n".join(line for line in log.splitlines() if line.startswith("Name: "))
+    for spec in saved.graphs[engine.graph].outputs:
+        if spec.name.startswith("present."):
+            assert spec.name in layers and spec.name.replace("present", "past_key_values") not in layers
+    assert engine.inspection.aliased == sum(s.name.startswith("present.") for s in saved.graphs[engine.graph].outputs)
+    assert engine.build.plan == (saved.folder / engine.file).stat().st_size > 0
+    assert engine.build.peak_memory > engine.build.plan and engine.build.scratch > 0
+    assert str(saved.folder) not in log
+
+
+@pytest.mark.parametrize("arch", HEADS)
+def test_target_and_self_draft_compile(arch: str, tmp_path: Path) -> None:
+    saved = decoder_graphs(arch, tmp_path)
+    for name in saved.graphs:
+        check(saved, saved.compile(name))
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+def test_bfloat16_compiles(tmp_path: Path) -> None:
+    saved = decoder_graphs("llama", tmp_path, torch.bfloat16)
+    engine = saved.compile("target")
+    check(saved, engine)
+    assert engine.dtype == "bfloat16"
+
+
+def test_the_engine_has_the_ranges_that_were_asked_for(llama: Saved) -> None:
+    engine = llama.compile("target")
+    decode, prefill = engine.profiles
+    assert (decode.name, prefill.name) == ("decode", "prefill")
+    assert decode.dims["tokens"][2] == decode.dims["rows"][2] == RANGES.verify_rows
+    assert prefill.dims["tokens"][2] == RANGES.chunk and engine.capacity == RANGES.max_length
+    listed = read_listing((llama.folder / engine.log).read_text(encoding="utf-8"))
+    for place, profile in enumerate(engine.profiles):
+        for spec in llama.graphs["target"].inputs:
+            wanted = [[d if isinstance(d, int) else profile.dims[d][k] for d in spec.shape] for k in range(3)]
+            assert listed.shapes[spec.name][place] == wanted, spec.name
+
+
+def test_compute_capabilities_name_the_folder_and_the_manifest(llama: Saved) -> None:
+    engine = llama.compile("self_draft", CompileOptions(ranges=RANGES, compute_capabilities=("8.6", "12.0")))
+    assert engine.targets == ("8.6", "12.0")
+    assert Path(engine.file).parent.name == f"tensorrt-rtx-{engine.version}-sm86-sm120"
+
+
+def test_the_prepared_graph_has_a_fixed_cache(llama: Saved, tmp_path: Path) -> None:
+    entry = llama.graphs["target"]
+    prepared = prepare(entry, llama.folder, OPTIONS.ranges, llama.folder / "onnx" / "prepared.onnx")
+    graph = onnx.load(prepared.path, load_external_data=False).graph
+    shapes = [value.type.tensor_type.shape.dim for value in (*graph.input, *graph.output)]
+    assert not [dim for shape in shapes for dim in shape if dim.dim_param == "capacity"]
+    assert sum(dim.dim_value == RANGES.max_length for shape in shapes for dim in shape) == 8
+    prepared.path.unlink()
