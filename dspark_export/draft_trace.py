@@ -27,7 +27,9 @@ confidence_logits    [drafts]                    of drafters with a confidence h
 
 Of an EAGLE-3 drafter or a draft model: ``extend.<name>`` and ``step<k>.<name>`` for every input and output of the
 passes of the round. Of every round: ``tree_tokens`` and ``tree_parents`` [rows], what was verified; ``target_logits``
-[rows, vocab]; ``accepted`` [], drafts accepted; ``emitted`` [accepted + 1]. Once: ``prompt_ids``, ``first_token``.
+[rows, vocab]; ``accepted`` [], drafts accepted; ``emitted`` [accepted + 1]. Verified by rejection sampling, also
+``accept_probs`` [drafts], the chance min(1, p/q) of each draft, and ``residuals`` [drafts, vocab], the distribution
+that follows its rejection. Once: ``prompt_ids``, ``first_token``.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ import numpy as np
 import onnx
 
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import AnyArray, CacheMemory, GraphEngine, GraphRunner, StepBuffers
+from dspark_runtime.backends.engine import AnyArray, CacheMemory, FloatArray, GraphEngine, GraphRunner, StepBuffers
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
 from dspark_runtime.contract import ATTENTION_MASK, OPSET, WRITE_INDICES
 from dspark_runtime.draft_contract import (
@@ -57,10 +59,11 @@ from dspark_runtime.drafters.hybrid import Proposal
 from dspark_runtime.errors import UsageError
 from dspark_runtime.loop import DecodingLoop, LoopOptions
 from dspark_runtime.request import make_requests
-from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.sampling import SamplingParams, distribution
 from dspark_runtime.schedule import Schedule
 from dspark_runtime.sequence import Chunk, SequenceState
 from dspark_runtime.tree import TokenTree
+from dspark_runtime.verify import MIN_RESIDUAL
 
 _INNER = (CTX_FEATURES, BLOCK_HIDDEN, BASE_LOGITS, CORRECTED_LOGITS)
 _INNER_PREFIXES = ("ctx_keys.", "ctx_values.")
@@ -192,7 +195,22 @@ class _RecordingLoop(DecodingLoop):
             "accepted": np.array(len(chunk.tokens) - 1),
             "emitted": np.array(chunk.tokens),
         }
+        drawn = proposal.parts[0].draft.probs if proposal.parts else None
+        if drawn is not None:
+            self.verified |= _of_rejection(tree.tokens[1:], drawn, logits, sequence.request.params)
         return chunk
+
+
+def _of_rejection(
+    drafts: Sequence[int], drawn: FloatArray, logits: FloatArray, params: SamplingParams
+) -> dict[str, AnyArray]:
+    """What speculative sampling decides by, see :func:`dspark_runtime.verify.verify_chain`."""
+    target = np.stack([distribution(row, params) for row in logits[: len(drafts)]])
+    places = np.arange(len(drafts)), np.array(drafts)
+    rest = np.maximum(target - drawn[: len(drafts)], 0)
+    mass = rest.sum(1, keepdims=True)
+    residuals = np.where(mass > MIN_RESIDUAL, rest / np.maximum(mass, MIN_RESIDUAL), target)
+    return {"accept_probs": np.minimum(1, target[places] / drawn[places]), "residuals": residuals}
 
 
 def _of_block(calls: Sequence[tuple[str, dict[str, AnyArray]]]) -> dict[str, AnyArray]:

@@ -201,7 +201,7 @@ def test_commands_in_the_texts_exist() -> None:
     known, wrong = verbs(), []
     for name, text in texts(".md").items():
         for verb, rest in re.findall(
-            r"^\s*(?:\$ )?dspark-export +(?:--debug +)?([a-z]+)\b([^\n#|`]*)", text, re.MULTILINE
+            r"^\s*(?:\$ )?dspark-export +(?:--debug +)?([a-z][a-z-]*)\b([^\n#|`]*)", text, re.MULTILINE
         ):
             if verb not in known:
                 wrong.append(f"{name}: {verb}")

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from dspark_export.cli.main import app
 from dspark_export.draft_trace import trace_draft
 from dspark_runtime import Bundle, Generation
+from dspark_runtime.drafter_choice import DraftOptions
 from dspark_runtime.errors import UsageError
+from dspark_runtime.sampling import SamplingParams
 from tests.drafting.conftest import Pairs
 from tests.references.block_reference import Shape, draft
 
@@ -137,6 +139,26 @@ def test_traced_rounds_are_those_of_the_reference(pairs: Pairs, tmp_path: Path) 
         assert found[prefix + "draft_tokens"].tolist() == expected["draft_tokens"].tolist()
         start = len(text) - 1
         text += found[prefix + "emitted"].tolist()
+
+
+def test_traced_rejections_give_back_the_target(pairs: Pairs) -> None:
+    """A draft is emitted by acceptance or after a rejection: together that is the target's distribution."""
+    options, params = DraftOptions("rejection", 0.0, 1), SamplingParams(0.8)
+    found = trace_draft(pairs.bundle, LONG, "dspark", options=options, params=params, seed=3)
+    drafts = found["tree_tokens"][1:]
+    places = np.arange(len(drafts)), drafts
+    assert len(drafts) == 4 and found["draft_probs"].shape == (4, 400)
+    scaled = found["target_logits"].astype(np.float64) / 0.8
+    target = np.exp(scaled - scaled.max(1, keepdims=True))
+    target /= target.sum(1, keepdims=True)
+    q, p = found["draft_probs"].astype(np.float64), target[:4]
+    np.testing.assert_allclose(found["accept_probs"], np.minimum(1, p[places] / q[places]), rtol=1e-4)
+    accepted = np.minimum(p, q)
+    mixed = accepted + (1 - accepted.sum(1, keepdims=True)) * found["residuals"]
+    np.testing.assert_allclose(mixed, p, atol=1e-6)
+    assert np.abs(p - q).sum() > 0.1
+    greedy = trace_draft(pairs.bundle, LONG, "dspark")
+    assert not {"accept_probs", "residuals", "draft_probs"} & set(greedy)
 
 
 def test_statistics_by_depth(pairs: Pairs) -> None:
