@@ -4,7 +4,6 @@
 // device results are compared with, bit for bit. Functions return 0, or a number that says which argument is wrong.
 #include "dspark/host.h"
 
-#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -55,13 +54,12 @@ template <class T> int32_t draft(const dspark_draft* d, const HostBlock& block) 
   std::vector<float> v(d->rank), state(d->rank), next(d->rank), logits(d->vocab);
   for (int64_t b = 0; b < d->batch; ++b) {
     int64_t previous = d->anchors[b];
-    std::fill(state.begin(), state.end(), 0.0f);
     for (int64_t k = 0; k < d->drafts; ++k) {
       const int64_t slot = b * d->drafts + k;
       const T* const h = static_cast<const T*>(d->hidden_rows) + slot * d->hidden;
       const T* const e = head.rank ? head.embedding(previous) : nullptr;
       if (head.kind != MarkovKind::kNone) {
-        for (int i = 0; i < d->rank; ++i) v[i] = correction_entry(head, e, h, state.data(), next.data(), i);
+        for (int i = 0; i < d->rank; ++i) v[i] = correction_entry(head, e, h, k ? state.data() : nullptr, next.data(), i);
         if (head.kind == MarkovKind::kRnn) state.swap(next);
       }
       if (head.confidence) d->confidences[slot] = confidence_logit(head, e, h);
@@ -154,17 +152,16 @@ int32_t dspark_verify_tree(int32_t dtype, const void* logits, const int64_t* tok
     using T = decltype(type);
     const HostBlock block(threads);
     const auto shared = std::make_unique<SampleShared>();
-    WalkShared walking;
-    std::vector<int32_t> drawn(rows);
+    WalkShared walking{};
     for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t r = 0; r < rows; ++r) {
+      const auto drawn = [&](int r) {
         const Row<T> row{static_cast<const T*>(logits) + (b * rows + r) * vocab, static_cast<int>(vocab)};
         uint64_t total;
         const Weigher weigher = weigh(block, *shared, row, params_of(*sampling, b));
-        drawn[r] = draw(block, *shared, row, weigher, uniforms[b * rows + r], &total);
-      }
+        return draw(block, *shared, row, weigher, uniforms[b * rows + r], &total);
+      };
       const Tree tree{tokens + b * rows, ancestors + b * rows * rows, static_cast<int>(rows)};
-      walk(block, walking, tree, drawn.data(), {path + b * rows, emitted + b * rows, accepted + b});
+      walk(block, walking, tree, drawn, {path + b * rows, emitted + b * rows, accepted + b});
     }
     return 0;
   });
@@ -179,18 +176,21 @@ int32_t dspark_verify_chain(int32_t dtype, const void* logits, const int64_t* to
     using T = decltype(type);
     const HostBlock block(threads);
     const auto shared = std::make_unique<SampleShared>();
-    std::vector<int32_t> stood(rows);
     const int64_t drafts = rows - 1;
     for (int64_t b = 0; b < batch; ++b) {
-      const T* const sequence = static_cast<const T*>(logits) + b * rows * vocab;
       const float* const probs = draft_probs + b * drafts * vocab;
       const SamplingParams params = params_of(*sampling, b);
-      for (int64_t i = 0; i < drafts && i < drafted[b]; ++i)
-        stood[i] = accepts(block, *shared, Row<T>{sequence + i * vocab, static_cast<int>(vocab)}, params,
-                           tokens[b * rows + i + 1], probs + i * vocab, accept_uniforms[b * drafts + i]);
-      conclude(block, *shared, sequence, static_cast<int>(rows), static_cast<int>(vocab), tokens + b * rows, probs,
-               drafted[b], stood.data(), draw_uniforms + b * rows, params,
-               {path + b * rows, emitted + b * rows, accepted + b});
+      for (int64_t i = 0;; ++i) {
+        const Row<T> row{static_cast<const T*>(logits) + (b * rows + i) * vocab, static_cast<int>(vocab)};
+        const Weigher weigher = weigh(block, *shared, row, params);
+        const uint64_t total = total_mass(block, *shared, row, weigher);
+        const float* const q = i < drafts && i < drafted[b] ? probs + i * vocab : nullptr;
+        if (q && accepts(row, weigher, total, tokens[b * rows + i + 1], q, accept_uniforms[b * drafts + i])) continue;
+        const int32_t last = correct(block, *shared, row, weigher, total, q, draw_uniforms[b * rows + i]);
+        conclude(block, tokens + b * rows, static_cast<int>(rows), static_cast<int>(i), last,
+                 {path + b * rows, emitted + b * rows, accepted + b});
+        break;
+      }
     }
     return 0;
   });

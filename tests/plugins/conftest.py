@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,8 +11,16 @@ import pytest
 
 from tests.plugins.host_library import HostLibrary
 
-PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
-FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{PLUGINS / 'include'}"]
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = ROOT / "plugins"
+FLAGS = [
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    *(f"-I{path}" for path in (PLUGINS / "include", PLUGINS, ROOT / "tests" / "plugins")),
+]
 
 
 def compile_host(output: Path, *options: str, sources: tuple[str, ...] = ("host/library.cpp",)) -> Path:
@@ -27,4 +36,6 @@ def compile_host(output: Path, *options: str, sources: tuple[str, ...] = ("host/
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> HostLibrary:
+    if given := os.environ.get("DSPARK_HOST_LIBRARY"):
+        return HostLibrary(Path(given))  # built otherwise, see test_sanitizers
     return HostLibrary(compile_host(tmp_path_factory.mktemp("host") / "libdspark_host.so", "-O2", "-shared", "-fPIC"))

@@ -62,7 +62,7 @@ def _tensor(array: Array) -> torch.Tensor:
 def reference(kind: str, case: dict[str, Array], tokens: Array) -> Reference:
     """What the drafters' modules compute in float32 when the tokens drafted are ``tokens`` [batch, drafts]."""
     base, hidden = _tensor(case["base_logits"]), _tensor(case["hidden_rows"])
-    batch, drafts = tokens.shape
+    drafts = tokens.shape[1]
     previous = torch.from_numpy(np.concatenate([case["anchors"][:, None], tokens[:, :-1]], 1))
     rows, logits = [], base
     if kind != "none":

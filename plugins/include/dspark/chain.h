@@ -33,7 +33,7 @@ DSPARK_HD uint64_t residual_mass(float p, float q) {
 // Mass of all tokens of a row.
 template <class Block, class T>
 DSPARK_HD uint64_t total_mass(const Block& block, SampleShared& shared, const Row<T>& row, const Weigher& weigher) {
-  if (weigher.greedy) return 1ull << kMassBits;
+  if (weigher.greedy || weigher.damaged) return 1ull << kMassBits;
   const int threads = block.size(), groups = row.groups();
   block.each([&](int thread) {
     if (thread == 0) shared.rest = 0;
@@ -47,15 +47,12 @@ DSPARK_HD uint64_t total_mass(const Block& block, SampleShared& shared, const Ro
   return block.read(&shared.rest);
 }
 
-// Whether the draft `token`, drawn from `draft_probs` [vocab], stands. A damaged row lets nothing stand, nor does a
-// token outside the vocabulary.
-template <class Block, class T>
-DSPARK_HD bool accepts(const Block& block, SampleShared& shared, const Row<T>& row, const SamplingParams& params,
-                       int64_t token, const float* draft_probs, float uniform) {
-  if (token < 0 || token >= row.size) return false;
-  const Weigher weigher = weigh(block, shared, row, params);
-  if (weigher.damaged) return false;
-  const uint64_t total = total_mass(block, shared, row, weigher);
+// Whether the draft `token`, drawn from `draft_probs` [vocab], stands; `total` is the row's total_mass. A damaged row
+// lets nothing stand, nor does a token outside the vocabulary.
+template <class T>
+DSPARK_HD bool accepts(const Row<T>& row, const Weigher& weigher, uint64_t total, int64_t token,
+                       const float* draft_probs, float uniform) {
+  if (token < 0 || token >= row.size || weigher.damaged) return false;
   const int32_t id = static_cast<int32_t>(token);
   return stands(uniform, draft_probs[id], probability(weigher.mass(row.at(id), id), inverse_of(total)));
 }
@@ -63,32 +60,30 @@ DSPARK_HD bool accepts(const Block& block, SampleShared& shared, const Row<T>& r
 // The token after the last draft that stands: from the residual if a draft fell here (`draft_probs` given), else from
 // the target itself. kDamaged if the row is damaged.
 template <class Block, class T>
-DSPARK_HD int32_t correct(const Block& block, SampleShared& shared, const Row<T>& row, const SamplingParams& params,
-                          const float* draft_probs, float uniform) {
-  const Weigher weigher = weigh(block, shared, row, params);
-  uint64_t total;
-  if (weigher.damaged || draft_probs == nullptr) return draw(block, shared, row, weigher, uniform, &total);
-  const float inverse = inverse_of(total_mass(block, shared, row, weigher));
-  const int32_t token = locate(
-      block, shared, row,
-      [&](int32_t id, float logit) {
-        return residual_mass(probability(weigher.mass(logit, id), inverse), draft_probs[id]);
-      },
-      [&](uint64_t all) { return draw_goal(all, uniform); }, &total);
-  return total > kMinResidual ? token : draw(block, shared, row, weigher, uniform, &total);
+DSPARK_HD int32_t correct(const Block& block, SampleShared& shared, const Row<T>& row, const Weigher& weigher,
+                          uint64_t total, const float* draft_probs, float uniform) {
+  if (weigher.damaged) return kDamaged;
+  const float inverse = inverse_of(total);
+  bool residual = draft_probs != nullptr;
+  DSPARK_ROLLED
+  for (;; residual = false) {
+    if (!residual && weigher.greedy) return weigher.top_id;
+    uint64_t sum;
+    const int32_t token = locate(
+        block, shared, row,
+        [&](int32_t id, float logit) {
+          const uint64_t mass = weigher.mass(logit, id);
+          return residual ? residual_mass(probability(mass, inverse), draft_probs[id]) : mass;
+        },
+        [&](uint64_t all) { return draw_goal(all, uniform); }, &sum);
+    if (!residual || sum > kMinResidual) return token;
+  }
 }
 
-// Writes the verdict of one sequence: `stood` [drafted] tells which drafts stand by themselves.
-template <class Block, class T>
-DSPARK_HD void conclude(const Block& block, SampleShared& shared, const T* logits, int rows, int vocab,
-                        const int64_t* tokens, const float* draft_probs, int64_t drafted, const int32_t* stood,
-                        const float* uniforms, const SamplingParams& params, const Verdict& verdict) {
-  const int drafts = static_cast<int>(smaller<int64_t>(larger<int64_t>(drafted, 0), rows - 1));
-  int accepted = 0;
-  while (accepted < drafts && stood[accepted]) ++accepted;
-  const Row<T> row{logits + static_cast<int64_t>(accepted) * vocab, vocab};
-  const float* const probs = accepted < drafts ? draft_probs + static_cast<int64_t>(accepted) * vocab : nullptr;
-  const int32_t last = correct(block, shared, row, params, probs, uniforms[accepted]);
+// Writes the verdict of one sequence: `accepted` drafts stand, `last` follows them.
+template <class Block>
+DSPARK_HD void conclude(const Block& block, const int64_t* tokens, int rows, int accepted, int32_t last,
+                        const Verdict& verdict) {
   block.each([&](int thread) {
     for (int i = thread; i < rows; i += block.size()) {
       verdict.path[i] = i <= accepted ? i : -1;

@@ -28,17 +28,17 @@
 //                       workspace)
 //   grid (tiles, ceil(batch / kDraftSequences)); tiles is free. `probs` float32 [batch, drafts, vocab] receives
 //   corrected logits.
-// dspark_draft_draw(drafts, slot, vocab, temperature, uniforms, token_map, probs, tokens, workspace)
-//   grid (batch), block `threads`. token_map may be null.
+// dspark_draft_draw(drafts, slot, vocab, tiles, rank, temperature, uniforms, token_map, probs, tokens, workspace)
+//   grid (batch), block `threads`; `tiles` of the step before it. token_map may be null.
 // dspark_draft_finish_{T}(rank, hidden, vocab, embeddings, drafts, uses_token, hidden_rows, anchors, tokens, w1,
 //                         confidence, confidence_bias, confidences, probs, workspace)
 //   grid (tiles + 1, drafts, batch). Turns corrected logits into probabilities; computes confidences, unless null.
 //   A block is: for every slot [mix], step, draw; then finish. Workspace: draft_workspace_bytes, contents free.
 //
-// dspark_compact_cache(CacheTensors by value, path, accepted, starts, rows, capacity)
-// dspark_compact_cache_table(const CacheTensors* in device memory, path, accepted, starts, rows, capacity)
-//   grid (tiles, batch, tensors), block `threads`: tiles * threads cover heads * row_units of the largest tensor. Units
-//   are Unit16 if all rows and addresses are multiples of 16 bytes, else uint8_t: kernels with suffix _bytes.
+// dspark_compact_cache_{U}(CacheTensors by value, path, accepted, starts, rows, capacity)
+// dspark_compact_cache_table_{U}(const CacheTensors* in device memory, path, accepted, starts, rows, capacity)
+//   U is the size of a unit in bytes, 16 where all addresses and rows are multiples of it, else 1. Grid (tiles, batch,
+//   tensors), block `threads`: tiles * threads cover heads * row_units of the largest tensor.
 #pragma once
 
 #include "dspark/compact.h"
@@ -50,13 +50,20 @@ namespace dspark {
 constexpr int kMaxBatch = 256;
 constexpr int kMaxVerifyRows = 128;
 constexpr int kDraftSequences = 8;  // of one block of a draft step: they share the reading of w2
-constexpr int kDraftThreads = 256;
 
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+DSPARK_HD constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// best_key and ticket of each row, ticket of each sequence, draw of each row.
+// What the block of a row leaves for the one that ends the sequence. `drawn` is a token, or whether a draft stands.
+struct RowVerdict {
+  Weigher weigher;
+  uint64_t total;
+  int32_t drawn;
+};
+
+// best_key, verdict and ticket of each row, ticket of each sequence.
 constexpr int64_t verify_workspace_bytes(int64_t batch, int64_t rows) {
-  return aligned(batch * rows * 8) + aligned(batch * rows * 4) + aligned(batch * 4) + aligned(batch * rows * 4);
+  return aligned(batch * rows * 8) + aligned(batch * rows * static_cast<int64_t>(sizeof(RowVerdict))) +
+         aligned(batch * rows * 4) + aligned(batch * 4);
 }
 
 // Blocks a row is shared by: enough for the whole device, none without work. `processors` is the number of

@@ -71,7 +71,7 @@ template <class Part> DSPARK_HD float fold(Part part) {
 #endif
 }
 
-// Entry i of v; for rnn also of the next state. `state` and `next` are [rank], used by rnn only.
+// Entry i of v; for rnn also of the next state. `state` and `next` are [rank], used by rnn only; a null state is zero.
 template <class T>
 DSPARK_HD float correction_entry(const MarkovHead<T>& head, const T* e, const T* h, const float* state, float* next,
                                  int i) {
@@ -85,18 +85,19 @@ DSPARK_HD float correction_entry(const MarkovHead<T>& head, const T* e, const T*
     return sigmoid(gate + to_float(head.mix_bias[i])) * to_float(e[i]);
   }
   float z[3];
+  DSPARK_UNROLL
   for (int part = 0; part < 3; ++part) {
     const int64_t index = static_cast<int64_t>(part) * rank + i;
     const T* const row = head.mix + index * (2 * rank + hidden);
     z[part] = fold([&](int lane) {
-      float sum = lane_dot(row, state, rank, lane, 0.0f);
+      float sum = state ? lane_dot(row, state, rank, lane, 0.0f) : 0.0f;
       sum = lane_dot(row + rank, e, rank, lane, sum);
       return lane_dot(row + 2 * rank, h, hidden, lane, sum);
     });
     z[part] += to_float(head.mix_bias[index]);
   }
   const float update = sigmoid(z[0]);
-  next[i] = fmaf(update, state[i], (1.0f - update) * hyperbolic_tangent(z[1]));
+  next[i] = fmaf(update, state ? state[i] : 0.0f, (1.0f - update) * hyperbolic_tangent(z[1]));
   return hyperbolic_tangent(z[2]);
 }
 

@@ -12,9 +12,11 @@
 #ifdef __CUDACC__
 #define DSPARK_HD __host__ __device__ __forceinline__
 #define DSPARK_UNROLL _Pragma("unroll")
+#define DSPARK_ROLLED _Pragma("unroll 1")
 #else
 #define DSPARK_HD inline
 #define DSPARK_UNROLL
+#define DSPARK_ROLLED
 #endif
 
 // The device's view of a block: on the device, or where a test imitates one (DSPARK_EMULATED) to run the kernels.

@@ -138,6 +138,7 @@ DSPARK_HD void select(const Block& block, SampleShared& shared, const Row<T>& ro
   const Weigher old = weigher;
   uint64_t goal = by_count ? static_cast<uint64_t>(top_k) : 0, before = 0, equals = 0;
   uint32_t prefix = 0;
+  DSPARK_ROLLED
   for (int shift = 20; shift >= 0; shift -= 10) {
     block.each([&](int thread) {
       for (int i = thread; i < kBins; i += threads) shared.mass[i] = shared.count[i] = 0;
@@ -233,8 +234,12 @@ DSPARK_HD Weigher weigh(const Block& block, SampleShared& shared, const Row<T>& 
   weigher.cut = 0;
   weigher.last = row.size - 1;
   if (weigher.greedy || weigher.damaged) return weigher;
-  if (params.top_k > 0 && params.top_k < row.size) select(block, shared, row, weigher, true, params.top_k, 1.0f);
-  if (params.top_p < 1.0f) select(block, shared, row, weigher, false, 0, params.top_p);
+  DSPARK_ROLLED  // one copy of the code serves both filters
+  for (int filter = 0; filter < 2; ++filter) {
+    const bool by_count = filter == 0;
+    const bool on = by_count ? params.top_k > 0 && params.top_k < row.size : params.top_p < 1.0f;
+    if (on) select(block, shared, row, weigher, by_count, params.top_k, params.top_p);
+  }
   if (params.min_p > 0.0f) {
     const uint32_t least = bit_cast<uint32_t>(smaller(params.min_p, 1.0f));  // the largest weight is 1
     if (least > weigher.cut) {

@@ -5,7 +5,7 @@
 
 namespace dspark {
 
-constexpr int kMaxRows = 256;
+constexpr int kMaxRows = 256;  // of the host build; the kernels take kMaxVerifyRows
 
 struct WalkShared {
   int32_t depth[kMaxRows];
@@ -26,12 +26,11 @@ struct Verdict {
   int64_t* accepted;
 };
 
-// Follows `drawn` from the anchor: to the child that holds the token drawn, until there is none. A child of a row sees
+// Follows the draws, drawn(row), from the anchor: to the child that holds the token drawn, until there is none. A child of a row sees
 // it and is one deeper. Should siblings repeat a token, the first is taken. A damaged row emits kDamaged and ends the
 // walk, so that emitted[accepted] is -1 exactly where the logits were damaged.
-template <class Block>
-DSPARK_HD void walk(const Block& block, WalkShared& shared, const Tree& tree, const int32_t* drawn,
-                    const Verdict& verdict) {
+template <class Block, class Drawn>
+DSPARK_HD void walk(const Block& block, WalkShared& shared, const Tree& tree, Drawn drawn, const Verdict& verdict) {
   const int threads = block.size(), rows = tree.rows;
   block.each([&](int thread) {
     for (int row = thread; row < rows; row += threads) {
@@ -43,7 +42,7 @@ DSPARK_HD void walk(const Block& block, WalkShared& shared, const Tree& tree, co
   });
   int row = 0, accepted = 0;
   for (;; ++accepted) {
-    const int64_t token = drawn[row];
+    const int64_t token = drawn(row);
     block.each([&](int thread) {
       if (thread != 0) return;
       verdict.path[accepted] = row;
