@@ -11,7 +11,7 @@ from dspark_export.bundle_writer import BundleWriter
 from dspark_export.engines.compiler import compile_graph
 from dspark_export.engines.inspection import inspect
 from dspark_export.engines.options import CompileOptions
-from dspark_export.engines.prepare import capacity_of, check_precision, onnx_bytes, prepare
+from dspark_export.engines.prepare import check_precision, has_cache, onnx_bytes, prepare
 from dspark_runtime.bundle import (
     ENGINE_DIR,
     BundleFiles,
@@ -23,7 +23,6 @@ from dspark_runtime.bundle import (
 )
 from dspark_runtime.errors import UsageError
 
-VERIFY = "verify"
 Progress = Callable[[str, str, int, int], None]
 
 
@@ -63,17 +62,19 @@ def compile_bundle(
 
 
 def choose(manifest: Manifest, options: CompileOptions) -> list[GraphEntry]:
-    """The standard graphs to compile: those asked for, else all but ``verify``, which is no decoder.
+    """The standard graphs to compile: those asked for, else all with a cache.
+
+    ``verify`` has none: it sorts whole vocabularies, and TensorRT sorts at most 3840 numbers.
 
     Raises:
         UsageError: there is no such graph, or ``--max-length`` is longer than the model's positions.
         EnginePrecisionError: a graph computes in float32.
     """
     standard = {graph.name: graph for graph in manifest.graphs if graph.variant == "standard"}
-    compilable = [name for name in standard if name != VERIFY]
-    names = compilable if options.graphs is None else list(options.graphs)
-    if unknown := [name for name in names if name not in compilable]:
-        raise UsageError(f"--graph {unknown[0]} is none of this bundle; choose {', '.join(compilable)}")
+    decoders = [name for name, graph in standard.items() if has_cache(graph)]
+    names = decoders if options.graphs is None else list(dict.fromkeys(options.graphs))
+    if unknown := [name for name in names if name not in decoders]:
+        raise UsageError(f"--graph {unknown[0]} is no decoder of this bundle; choose {', '.join(decoders)}")
     if options.ranges.max_length > manifest.model.max_positions:
         raise UsageError(
             f"--max-length {options.ranges.max_length} is more than the {manifest.model.max_positions} positions of "
@@ -136,7 +137,7 @@ def compile_entry(
             log=text,
             graph_sha256=digest,
             dtype="bfloat16" if graph.dtype == "bfloat16" else "float16",
-            capacity=capacity_of(graph, options.ranges),
+            capacity=options.ranges.max_length,
             profiles=tuple(EngineProfile(name=name, dims=dims) for name, dims in prepared.dims.items()),
             version_compatible=options.version_compatible,
             hardware_compatible=options.hardware_compatible,

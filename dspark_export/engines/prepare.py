@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from dspark_export.engines.options import Bounds, Profile, Ranges
+from dspark_export.passes.draw_for_all import DrawForAll
 from dspark_export.passes.equal_attention_widths import EqualAttentionWidths
 from dspark_export.passes.gather_experts import GatherExperts
 from dspark_export.passes.pin_capacity import CAPACITY, PinCapacity
@@ -53,7 +54,7 @@ def prepare(entry: GraphEntry, bundle: Path, ranges: Ranges, to: Path) -> Prepar
     """
     check_precision(entry)
     model = ir.load(bundle / entry.file)
-    ir.passes.Sequential(GatherExperts(), EqualAttentionWidths(), PinCapacity(ranges.max_length))(model)
+    ir.passes.Sequential(GatherExperts(), DrawForAll(), EqualAttentionWidths(), PinCapacity(ranges.max_length))(model)
     onnx.save_model(ir.to_proto(model), to)
     dims = {profile: _used(ranges.dims(profile), entry) for profile in PROFILES}
     # A graph that neither chunks a prompt nor reads its features has one profile.
@@ -76,7 +77,7 @@ def prepare(entry: GraphEntry, bundle: Path, ranges: Ranges, to: Path) -> Prepar
 
 
 def check_precision(entry: GraphEntry) -> None:
-    """EnginePrecisionError for a float32 graph: both flavours have fused attention for half precision only."""
+    """EnginePrecisionError for a float32 graph: fused attention exists for half precision only."""
     if entry.dtype == "float32":
         raise EnginePrecisionError(
             f"graph {entry.name} computes in float32, for which TensorRT has no fused attention; engines need half "
@@ -84,9 +85,9 @@ def check_precision(entry: GraphEntry) -> None:
         )
 
 
-def capacity_of(entry: GraphEntry, ranges: Ranges) -> int | None:
-    """Cache slots of an engine of the graph, None for one without a cache."""
-    return ranges.max_length if any(CAPACITY in spec.shape for spec in entry.inputs) else None
+def has_cache(entry: GraphEntry) -> bool:
+    """Whether the graph is a decoder: those are what engines are for."""
+    return any(CAPACITY in spec.shape for spec in entry.inputs)
 
 
 def _used(sizes: dict[str, Bounds], entry: GraphEntry) -> dict[str, Bounds]:

@@ -57,7 +57,7 @@ class EngineEntry(_Record):
     """One TensorRT engine of the graph ``graph``, compiled from the file with digest ``graph_sha256``.
 
     ``targets`` are compute capabilities such as ``8.6``; empty: every GPU the flavour supports by default.
-    ``capacity`` is the cache slots of a sequence, a constant of the engine; None without a cache. ``log`` is what the
+    ``capacity`` is the cache slots of a sequence, a constant of the engine. ``log`` is what the
     compiler said. A ``stripped`` plan has no weights and must be refitted.
     """
 
@@ -70,7 +70,7 @@ class EngineEntry(_Record):
     log: RelativePath
     graph_sha256: Sha256
     dtype: Literal["float16", "bfloat16"]
-    capacity: Positive | None
+    capacity: Positive
     profiles: Annotated[tuple[EngineProfile, ...], Field(min_length=1)]
     version_compatible: bool = False
     hardware_compatible: HardwareCompatibility = "none"
