@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,16 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class EngineFinding:
+    """One engine of a bundle: the graph it is of, what it needs, and every reason why it cannot run here."""
+
+    graph: str
+    needs: str
+    works: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Requirement:
     """A declared dependency; ``extras`` is empty if it is needed always."""
 
@@ -49,8 +60,14 @@ class Requirement:
         return f'pip install "{self.name}{self.versions}"'
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+def doctor(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A bundle: say of its engines whether they can run here.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
     """Say what is installed, which backends work, and how to get the rest. Exit code 8 if the CPU backend does not."""
+    engines = None if bundle is None else _engines(bundle)
     machine = _machine()
     backends = [_guarded(name, check) for name, check in _BACKENDS.items()]
     packages = _packages()
@@ -58,11 +75,31 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
     if as_json:
         found = {"healthy": healthy, "machine": machine}
         found |= {"backends": [asdict(f) for f in backends], "packages": [asdict(f) for f in packages]}
+        if engines is not None:
+            found["engines"] = [asdict(f) for f in engines]
         typer.echo(json.dumps(found))
     else:
         _print(machine, backends, packages)
+        if engines is not None:
+            _print_engines(engines)
     if not healthy:
         raise typer.Exit(BackendError.exit_code)
+
+
+def _engines(bundle: Path) -> list[EngineFinding]:
+    """Every engine of ``bundle``, whose files are checked first: a damaged plan is an error, not a finding."""
+    from dspark_runtime.backends.tensorrt_device import installed_version, this_device
+    from dspark_runtime.bundle import BundleFiles
+    from dspark_runtime.engine_check import checked_plan, refusals
+
+    files, device = BundleFiles.open(bundle), this_device()
+    found = []
+    for engine in files.manifest.engines:
+        reasons = refusals(engine, files.manifest, installed_version(engine.flavour), device)
+        if not reasons:
+            checked_plan(files, engine)
+        found.append(EngineFinding(engine.graph, f"{engine.flavour} {engine.version}", not reasons, tuple(reasons)))
+    return found
 
 
 def _machine() -> dict[str, str]:
@@ -257,3 +294,13 @@ def _print(machine: dict[str, str], backends: list[Finding], packages: list[Find
             table.add_row("ok" if f.works else "--", *map(escape, (f.name, f.needed_for, f.detail, f.remedy)))
         console.print()
         console.print(table, highlight=False)
+
+
+def _print_engines(engines: list[EngineFinding]) -> None:
+    typer.echo("")
+    if not engines:
+        typer.echo("engines: the bundle has none; `dspark-export compile BUNDLE` adds some")
+    for engine in engines:
+        typer.echo(f"{'ok' if engine.works else '--'} engine {engine.graph} ({engine.needs})")
+        for reason in engine.reasons:
+            typer.echo(f"   {reason}")

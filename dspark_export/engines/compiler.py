@@ -19,6 +19,10 @@ Progress = Callable[[str, int, int], None]
 _WORKER = "dspark_export.engines.worker"
 
 
+class CompilerSaid(Exception):
+    """All the compiler said of a failure: the cause of the error that explains it."""
+
+
 def compile_graph(
     graph: PreparedGraph, options: CompileOptions, plan: Path, log: Path, on_progress: Progress
 ) -> dict[str, Any]:
@@ -70,5 +74,5 @@ def compile_graph(
     if answer is None:
         raise crashed(graph, options.flavour, code, said)
     if answer["event"] == "failed":
-        raise explain(graph, options.flavour, answer)
+        raise explain(graph, options.flavour, answer) from CompilerSaid(answer["message"])
     return answer

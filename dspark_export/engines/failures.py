@@ -28,10 +28,12 @@ def explain(graph: PreparedGraph, flavour: str, failure: dict[str, Any]) -> Exce
         return _refused_node(graph, flavour, failure["nodes"])
     if "Attention operation was not supported by a dedicated kernel" in message:
         return _no_fused_kernel(graph, flavour, message)
-    where = _mentioned(graph, message)
+    name = _mentioned(graph, message)
+    facts = graph.nodes.get(name)
+    where = f" at node {name} ({facts.operator}{_tensors(facts)})" if facts else ""
     return EngineBuildError(
-        f"{flavour} cannot compile graph {graph.name}{where}: {_first_line(message)}; the whole log is shown with "
-        "--debug. Build the bundle again with this version, or leave the graph out with --graph"
+        f"{flavour} cannot compile graph {graph.name}{where}: {_first_line(message)}. "
+        f"{_advice(facts.operator if facts else '')}; --debug shows all it said"
     )
 
 
@@ -83,18 +85,14 @@ def _no_fused_kernel(graph: PreparedGraph, flavour: str, message: str) -> Attent
     return AttentionNotFused(
         f"{flavour} has no fused kernel for {which}{_tensors(graph.nodes.get(name), before=' tensor')} of graph "
         f"{graph.name}, and unfused attention would be slow and not exact. Fused are float16 and bfloat16 with heads "
-        "of at most 256 numbers; choose --precision fp16, or run this model with ONNX Runtime"
+        "of at most 256 numbers; run this model with ONNX Runtime, or leave the graph out with --graph"
     )
 
 
 def _mentioned(graph: PreparedGraph, message: str) -> str:
-    """The longest node name that stands in ``message``, with its tensor."""
+    """The longest node name that stands in ``message``, empty if none does."""
     names = [name for name in graph.nodes if re.search(rf"(?<![\w/.]){re.escape(name)}(?![\w/])", message)]
-    if not names:
-        return ""
-    name = max(names, key=len)
-    facts = graph.nodes[name]
-    return f" at node {name} ({facts.operator}{_tensors(facts)})"
+    return max(names, key=len, default="")
 
 
 def _tensors(facts: NodeFacts | None, before: str = ", tensor") -> str:

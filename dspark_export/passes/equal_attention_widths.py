@@ -1,8 +1,9 @@
-"""Engines only: values as wide as keys (multi-head latent attention has narrower ones).
+"""Engines only: queries, keys and values of one width, and of one that fused kernels exist for.
 
-TensorRT's attention takes keys and values of one width. The narrower of the two is padded with zeros as it is read from
-the cache, which keeps its own width: zeros behind a key (and its query) leave every score as it is, and what zeros
-behind a value add to the output is cut off again. The scale must be explicit, since its default depends on the width.
+TensorRT's attention takes keys and values of one width (multi-head latent attention has narrower values), and its fused
+kernels multiples of 8 from 16 to 256. What is narrower is padded with zeros as it is read from the cache, which keeps
+its own width: zeros behind a key (and its query) leave every score as it is, and what zeros behind a value add to the
+output is cut off again. The scale must be explicit, since its default depends on the width.
 """
 
 from __future__ import annotations
@@ -14,38 +15,43 @@ import onnx_ir as ir
 
 from dspark_export.passes import match
 
+_LEAST, _STEP = 16, 8
+
 
 class EqualAttentionWidths(ir.passes.InPlacePass):
-    """Pads keys and queries, or values, of every ``Attention`` whose widths differ."""
+    """Pads keys and queries, and values, of every ``Attention`` that TensorRT would not take as it is."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Return the same model and whether an attention had two widths."""
+        """Return the same model and whether an attention was padded."""
         changed = 0
         for node in list(model.graph):
             if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
                 continue
             keys, values = match.last_dim(node.inputs[1]), match.last_dim(node.inputs[2])
-            if keys is None or values is None or keys == values:
+            if keys is None or values is None:
+                continue
+            wanted = -(-max(keys, values, _LEAST) // _STEP) * _STEP
+            if keys == values == wanted:
                 continue
             if "scale" not in node.attributes:
                 node.attributes["scale"] = ir.AttrFloat32("scale", 1.0 / math.sqrt(keys))
-            if values < keys:
-                _pad(model.graph, node, 2, keys - values)
+            if keys < wanted:
+                _pad(model.graph, node, 0, wanted)
+                _pad(model.graph, node, 1, wanted)
+            if values < wanted:
+                _pad(model.graph, node, 2, wanted)
                 _cut(model.graph, node, values)
-            else:
-                _pad(model.graph, node, 0, values - keys)
-                _pad(model.graph, node, 1, values - keys)
             changed += 1
         return ir.passes.PassResult(model, modified=changed > 0)
 
 
-def _pad(graph: ir.Graph, node: ir.Node, index: int, width: int) -> None:
+def _pad(graph: ir.Graph, node: ir.Node, index: int, wide: int) -> None:
     source = node.inputs[index]
-    wide = match.last_dim(source) + width
+    missing = wide - match.last_dim(source)
     zero = match.add_initializer(
         graph, f"zero_{source.dtype.name.lower()}", ir.tensor(np.zeros((), source.dtype.numpy()), dtype=source.dtype)
     )
-    pads = match.int64_constant(graph, [0, 0, 0, 0, 0, 0, 0, width])
+    pads = match.int64_constant(graph, [0, 0, 0, 0, 0, 0, 0, missing])
     padded = ir.node("Pad", [source, pads, zero], num_outputs=1, name=f"{source.name}/padded")
     # TensorRT loses the number of heads on the way and wants to see that keys and values have the same.
     shape = match.int64_constant(graph, [0, source.shape[1], -1, wide])

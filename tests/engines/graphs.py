@@ -21,7 +21,7 @@ from tests import tiny_models
 
 RANGES = Ranges(batch=2, max_length=128, verify_rows=8, chunk=32)
 OPTIONS = CompileOptions(ranges=RANGES)
-HEADS = {
+HEADS: dict[str, dict[str, int]] = {
     "llama": {"head_dim": 16},
     "qwen3": {"head_dim": 32},
     "gemma3_text": {"head_dim": 16},
@@ -57,9 +57,12 @@ def save(
     return Saved(folder, entries)
 
 
-def decoder_graphs(arch: str, folder: Path, dtype: torch.dtype = torch.float16) -> Saved:
+def decoder_graphs(
+    arch: str, folder: Path, dtype: torch.dtype = torch.float16, overrides: dict[str, int] | None = None
+) -> Saved:
     """Target and self-draft of a tiny model with two layers."""
-    _, model = tiny_models.make(arch, dtype=dtype, num_hidden_layers=2, **_two_layers(arch), **HEADS[arch])
+    settings = {"num_hidden_layers": 2, **_two_layers(arch), **HEADS[arch], **(overrides or {})}
+    _, model = tiny_models.make(arch, dtype=dtype, **settings)
     trace = DecoderTrace(model)
     graphs = {"target": export_target(trace), "self_draft": export_self_draft(trace, (1,))}
     for graph in graphs.values():
