@@ -11,6 +11,7 @@ The embedding table becomes 8-bit rows: gathered first and dequantized after, so
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -42,6 +43,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
         self._head_output = head_output
         self.quantized: list[str] = []
         self.skipped: list[str] = []
+        self._named: Counter[str] = Counter()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return the same model; ``quantized`` and ``skipped`` then list the weights by name."""
@@ -89,7 +91,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
             parts,
             attributes={"axis": 0, "block_size": self.settings.block_size},
             num_outputs=1,
-            name=f"{name}/DequantizeLinear",
+            name=self._name(f"{name}/DequantizeLinear"),
         )
         out = dequantize.outputs[0]
         out.shape, out.type = ir.Shape(blocks.shape), ir.TensorType(tensor.dtype)
@@ -110,7 +112,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
         gathered = []
         for suffix, part in rows.items():
             value = match.add_initializer(graph, f"{table.name}.rows.{suffix}", part)
-            gather = ir.node("Gather", [value, ids], num_outputs=1, name=f"{table.name}.{suffix}/Gather")
+            gather = ir.node("Gather", [value, ids], num_outputs=1, name=self._name(f"{table.name}.{suffix}/Gather"))
             gather.outputs[0].shape = ir.Shape([*list(ids.shape), int(part.shape[1])])
             gather.outputs[0].type = ir.TensorType(part.dtype)
             gathered.append(gather)
@@ -119,11 +121,16 @@ class QuantizeWeights(ir.passes.InPlacePass):
             [g.outputs[0] for g in gathered],
             attributes={"axis": len(ids.shape), "block_size": block},
             num_outputs=1,
-            name=f"{table.name}/DequantizeLinear",
+            name=self._name(f"{table.name}/DequantizeLinear"),
         )
         match.insert_before(node, [*gathered, dequantize])
         match.replace_value(node.outputs[0], dequantize.outputs[0])
         self.quantized.append(f"{table.name}.rows")
+
+    def _name(self, wanted: str) -> str:
+        """A name no node has yet: a weight may be used several times, as in an unrolled loop."""
+        self._named[wanted] += 1
+        return wanted if self._named[wanted] == 1 else f"{wanted}.{self._named[wanted]}"
 
 
 class _LazyBlocks:

@@ -10,6 +10,7 @@ import pytest
 
 from dspark_runtime import Bundle
 from tests.cli.conftest import Invoke
+from tests.export.drafts.tensors import Sizes
 from tests.export.drafts.writers import target_tables, write_deepspec, write_target
 
 IDS = [5, 6, 7, 8, 9, 30, 31, 32]
@@ -48,6 +49,19 @@ def test_a_draft_of_few_tokens_and_candidates(pair: tuple[Path, Path], tmp_path:
     arrays = np.load(tmp_path / "t.npz")
     assert arrays["base_logits"].shape == (4, len(allowed))
     assert set(arrays["draft_tokens"].tolist()) <= set(allowed)
+
+
+@pytest.mark.parametrize("markov", ["gated"])
+def test_a_quantized_pair(pair: tuple[Path, Path], tmp_path: Path, invoke: Invoke, markov: str) -> None:
+    sizes = Sizes(rank=32)  # blocks of 32 weights share a scale
+    draft = write_deepspec(tmp_path / "draft", markov=markov, sizes=sizes, tables=target_tables(pair[0])).folder
+    out = tmp_path / "b.dspark"
+    built = invoke("build", pair[0], "--out", out, "--draft", draft, "--precision", "int8", "--exact")
+    assert built.exit_code == 0, built.output
+    bundle = Bundle.open(out, threads=1)
+    plain = bundle.generate(IDS, max_new_tokens=16, speculate="off", ignore_eos=True).tokens
+    found = bundle.generate(IDS, max_new_tokens=16, speculate="dspark", draft_length=4, ignore_eos=True)
+    assert found.tokens == plain and found.stats.per_drafter["dspark"].drafted > 20
 
 
 @pytest.mark.parametrize(

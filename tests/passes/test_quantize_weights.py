@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -133,6 +134,32 @@ def test_a_tied_head_is_quantized_from_the_embedding(traced: Callable) -> None:
     rewrite(graph)
     assert {"lm_head.weight.T", "lm_head.weight.rows"} <= set(rewrite.quantized)
     assert "lm_head.weight" not in graph.graph.initializers
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_used_several_times(bits: int, tmp_path: Path) -> None:
+    """As in the unrolled loop of a Markov head: a table looked up and a matrix multiplied once per step."""
+    rng = np.random.default_rng(0)
+    table, matrix = rng.normal(size=(300, 64)).astype(np.float32), rng.normal(size=(64, 96)).astype(np.float32)
+    nodes = [onnx.helper.make_node("Gather", ["table", "ids"], ["row0"], name="g0")]
+    for step in range(2):
+        nodes.append(onnx.helper.make_node("MatMul", [f"row{step}", "matrix"], [f"out{step}"], name=f"m{step}"))
+        nodes.append(onnx.helper.make_node("Gather", ["table", "others"], [f"row{step + 1}"], name=f"g{step + 1}"))
+    given = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [3]) for name in ("ids", "others")]
+    results = [onnx.helper.make_tensor_value_info(f"out{i}", onnx.TensorProto.FLOAT, [3, 96]) for i in range(2)]
+    weights = [onnx.numpy_helper.from_array(array, name) for name, array in (("table", table), ("matrix", matrix))]
+    proto = onnx.helper.make_graph(nodes, "loop", given, results, weights)
+    opset = [onnx.helper.make_opsetid("", 24)]
+    model = ir.from_proto(onnx.helper.make_model(proto, opset_imports=opset, ir_version=11))
+    QuantizeWeights(BlockQuantization(bits, head=True))(model)
+    names = [node.name for node in model.graph]
+    assert len(set(names)) == len(names) and "DequantizeLinear" in {node.op_type for node in model.graph}
+    session = ort.InferenceSession(save_graphs({"loop": model}, tmp_path)["loop"])
+    ids, others = np.array([1, 2, 3]), np.array([7, 8, 299])
+    found = session.run(None, {"ids": ids, "others": others})
+    for result, rows in zip(found, (ids, others), strict=True):
+        exact = table[rows] @ matrix
+        assert 0 < np.abs(result - exact).max() < (0.02 if bits == 8 else 0.2) * np.abs(exact).max()
 
 
 def test_weights_that_cannot_be_quantized_are_named(traced: Callable) -> None:
