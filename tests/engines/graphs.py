@@ -30,6 +30,9 @@ HEADS: dict[str, dict[str, int]] = {
 }
 """Architectures that engines are compiled of, with head widths that fused kernels exist for."""
 
+DTYPES = {"qwen3": torch.bfloat16}
+"""Element type of the graphs where it is not float16."""
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -57,11 +60,10 @@ def save(
     return Saved(folder, entries)
 
 
-def decoder_graphs(
-    arch: str, folder: Path, dtype: torch.dtype = torch.float16, overrides: dict[str, int] | None = None
-) -> Saved:
+def decoder_graphs(arch: str, folder: Path, overrides: dict[str, int] | None = None) -> Saved:
     """Target and self-draft of a tiny model with two layers."""
     settings = {"num_hidden_layers": 2, **_two_layers(arch), **HEADS[arch], **(overrides or {})}
+    dtype = DTYPES.get(arch, torch.float16)
     _, model = tiny_models.make(arch, dtype=dtype, **settings)
     trace = DecoderTrace(model)
     graphs = {"target": export_target(trace), "self_draft": export_self_draft(trace, (1,))}

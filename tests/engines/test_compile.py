@@ -12,7 +12,7 @@ from dspark_export.engines.listing import read_listing
 from dspark_export.engines.options import CompileOptions
 from dspark_export.engines.prepare import prepare
 from dspark_runtime.bundle import EngineEntry
-from tests.engines.graphs import HEADS, OPTIONS, RANGES, Saved, decoder_graphs
+from tests.engines.graphs import DTYPES, HEADS, OPTIONS, RANGES, Saved, decoder_graphs
 
 
 def check(saved: Saved, engine: EngineEntry) -> None:
@@ -36,18 +36,13 @@ def check(saved: Saved, engine: EngineEntry) -> None:
 
 
 @pytest.mark.parametrize("arch", HEADS)
-def test_target_and_self_draft_compile(arch: str, tmp_path: Path) -> None:
-    saved = decoder_graphs(arch, tmp_path)
+def test_target_and_self_draft_compile(arch: str, tmp_path: Path, llama: Saved) -> None:
+    saved = llama if arch == "llama" else decoder_graphs(arch, tmp_path)
     for name in saved.graphs:
-        check(saved, saved.compile(name))
-    assert not [path for path in tmp_path.rglob(".*")]
-
-
-def test_bfloat16_compiles(tmp_path: Path) -> None:
-    saved = decoder_graphs("llama", tmp_path, torch.bfloat16)
-    engine = saved.compile("target")
-    check(saved, engine)
-    assert engine.dtype == "bfloat16"
+        engine = saved.compile(name)
+        check(saved, engine)
+        assert engine.dtype == str(DTYPES.get(arch, torch.float16)).removeprefix("torch.")
+    assert not [path for path in saved.folder.rglob(".*")]
 
 
 def test_the_engine_has_the_ranges_that_were_asked_for(llama: Saved) -> None:
