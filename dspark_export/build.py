@@ -17,6 +17,7 @@ from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle_writer import BundleWriter
 from dspark_export.draft_build import DraftGraphs, export_drafts, open_drafts, taps_of, write_vocab_maps
 from dspark_runtime.bundle import GRAPH_DIR, TOKENIZER_DIR, BundleFiles, GraphEntry, Manifest, ModelFacts, Variant
+from dspark_runtime.engine_facts import Flavour
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from dspark_export.checkpoints import Checkpoint
 
-Stage = Literal["check", "load", "self-draft", "trace", "optimize", "save", "tokenizer", "measure", "commit"]
+Stage = Literal["check", "load", "self-draft", "trace", "optimize", "save", "tokenizer", "measure", "compile", "commit"]
 DATA_FILE = "weights.data"
 
 
@@ -67,6 +68,10 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         stages.enter("check")
         from dspark_export.checkpoints import resolve
 
+        if options.backend is not None:
+            from dspark_export.engines.compile import require_compiler
+
+            require_compiler(options.backend)
         checkpoint = resolve(options.model, options.revision, options.trust, options.allow_untested)
         layers = _requested_layers(options, checkpoint)
         drafts = open_drafts(checkpoint, options)
@@ -96,6 +101,9 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         gc.collect()  # models are full of cycles; measuring needs the memory for a second copy
         stages.enter("measure")
         manifest = _measure(writer, manifest, options)
+        if options.backend is not None:
+            stages.enter("compile")
+            manifest = _compile(writer, manifest, options.backend)
         stages.enter("commit")
         manifest = writer.commit(manifest)
     return BuildResult(writer.out, manifest, stages.finish())
@@ -219,3 +227,14 @@ def _measure(writer: BundleWriter, manifest: Manifest, options: BuildOptions) ->
     found = measure(BundleFiles.open(writer.dir, verify=False), options.threads)
     precision = manifest.precision.model_copy(update={"row_noise": found.row_noise})
     return manifest.model_copy(update={"costs": found.costs, "precision": precision})
+
+
+def _compile(writer: BundleWriter, manifest: Manifest, flavour: Flavour) -> Manifest:
+    """The manifest with engines of every decoder, which are written beside the graphs."""
+    from dspark_export.engines.compile import add_engines, choose
+    from dspark_export.engines.options import CompileOptions, Ranges
+
+    options = CompileOptions(flavour=flavour, ranges=Ranges.fitting(manifest.model.max_positions))
+    manifest = writer.preview(manifest)
+    made, _ = add_engines(writer.dir, manifest, choose(manifest, options), options, lambda *progress: None)
+    return made

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dspark_export.checkpoints.trust import Trust
+from dspark_runtime.engine_facts import Flavour
 from dspark_runtime.errors import UsageError
 
 Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
@@ -24,7 +25,7 @@ class BuildOptions:
     the candidates per slot a Markov head corrects, None for all; ``allow_own_embeddings`` uses embeddings of a draft
     that differ from the target's. ``exact`` None: exact for float weights,
     where it costs next to nothing. ``self_draft`` is ``auto``, ``none`` or ``layers=...``. ``threads`` None: as many as
-    there are cores.
+    there are cores. ``backend``: compile engines of that flavour, with default ranges.
 
     Raises UsageError for combinations that make no sense.
     """
@@ -46,6 +47,7 @@ class BuildOptions:
     overwrite: bool = False
     trust: Trust = field(default_factory=Trust.closed)
     allow_untested: bool = False
+    backend: Flavour | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Weights):
@@ -62,6 +64,11 @@ class BuildOptions:
             raise UsageError("--draft-vocab, --markov-topk and --allow-own-embeddings are about a --draft; give one")
         if self.markov_topk is not None and self.markov_topk < 1:
             raise UsageError(f"--markov-topk {self.markov_topk} is not positive; leave it out to correct every token")
+        if self.backend is not None and self.precision not in ("fp16", "bf16"):
+            raise UsageError(
+                f"--backend {self.backend} compiles graphs in half precision, not {self.precision}; "
+                "add --precision fp16 or bf16"
+            )
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads} is not positive; leave it out to use every core")
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dspark_export.cli.compile import BackendName, describe
+
 if TYPE_CHECKING:
     from dspark_export.build import BuildResult, Stage
 
@@ -27,6 +29,7 @@ DESCRIPTIONS = {
     "save": "writing graphs and weights",
     "tokenizer": "writing the tokenizer",
     "measure": "measuring step costs",
+    "compile": "compiling engines",
     "commit": "hashing and committing",
 }
 
@@ -79,6 +82,9 @@ def build(
     allow_own_embeddings: Annotated[
         bool, typer.Option("--allow-own-embeddings", help="Use a draft's embeddings that differ from the target's.")
     ] = False,
+    backend: Annotated[
+        BackendName | None, typer.Option(help="Compile engines too, with default ranges; see `compile`.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads for measuring (default: all cores).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in --out.")] = False,
     allow_unsafe_checkpoint: Annotated[
@@ -117,6 +123,7 @@ def build(
         overwrite=overwrite,
         trust=Trust.opened() if allow_unsafe_checkpoint else Trust.closed(),
         allow_untested=allow_untested_architecture,
+        backend=None if backend is None else backend.value,
     )
     with _terminable(), _shown(progress) as on_stage:
         _quiet_exporter()
@@ -192,4 +199,6 @@ def _print_summary(result: BuildResult) -> None:
     typer.echo(f"  precision {manifest.precision.weights}")
     typer.echo(f"  drafters  {drafters}")
     typer.echo(f"  size      {size / 1e6:.1f} MB in {len(manifest.files)} files")
+    for engine in manifest.engines:
+        typer.echo(f"  engine    {describe(engine)}")
     typer.echo(f'try it:     dspark-export generate {result.out} "Once upon a time"')

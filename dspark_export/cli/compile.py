@@ -36,12 +36,12 @@ def compile_(
     graph: Annotated[
         list[str] | None, typer.Option(help="A graph to compile (default: all but verify). Repeatable.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Most sequences of a pass.")] = 1,
+    batch: Annotated[int | None, typer.Option(help="Most sequences of a pass (default: 1).")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Cache slots of a sequence (default: the model's positions, at most 4096).")
     ] = None,
-    verify_rows: Annotated[int, typer.Option(help="Most rows of a decode or verify pass.")] = 16,
-    chunk: Annotated[int, typer.Option(help="Most tokens of a prefill pass.")] = 256,
+    verify_rows: Annotated[int | None, typer.Option(help="Most rows of a decode or verify pass (default: 16).")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Most tokens of a prefill pass (default: 256).")] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(help="tensorrt-rtx: compile for this one, such as 8.6 (default: all from 8.0). Repeatable."),
@@ -59,15 +59,13 @@ def compile_(
 ) -> None:
     """Compile the graphs of BUNDLE to TensorRT engines and add them to it. tensorrt-rtx needs no GPU for that."""
     from dspark_export.engines.compile import compile_bundle
-    from dspark_export.engines.options import DEFAULT_LENGTH, CompileOptions, Ranges
+    from dspark_export.engines.options import CompileOptions, Ranges
     from dspark_runtime.bundle import BundleFiles
 
-    if max_length is None:
-        positions = BundleFiles.open(bundle, verify=False).manifest.model.max_positions
-        max_length = min(positions, DEFAULT_LENGTH)
+    positions = BundleFiles.open(bundle, verify=False).manifest.model.max_positions
     options = CompileOptions(
         flavour=backend.value,
-        ranges=Ranges(batch, max_length, verify_rows, chunk),
+        ranges=Ranges.fitting(positions, batch, max_length, verify_rows, chunk),
         graphs=tuple(graph) if graph else None,
         compute_capabilities=tuple(compute_capability or ()),
         version_compatible=version_compatible,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from dspark_export.bundle_writer import BundleWriter
 from dspark_export.engines.compiler import compile_graph
+from dspark_export.engines.failures import compiler_missing
 from dspark_export.engines.inspection import inspect
 from dspark_export.engines.options import CompileOptions
 from dspark_export.engines.prepare import check_precision, has_cache, onnx_bytes, prepare
+from dspark_runtime.backends.tensorrt_device import MODULES
 from dspark_runtime.bundle import (
     ENGINE_DIR,
     BundleFiles,
@@ -21,6 +24,7 @@ from dspark_runtime.bundle import (
     GraphEntry,
     Manifest,
 )
+from dspark_runtime.engine_facts import Flavour
 from dspark_runtime.errors import UsageError
 
 Progress = Callable[[str, str, int, int], None]
@@ -49,6 +53,7 @@ def compile_bundle(
         CompilerMissing: the flavour is not installed.
         UsageError: a graph that is not there.
     """
+    require_compiler(options.flavour)
     files = BundleFiles.open(bundle)
     chosen = choose(files.manifest, options)
     with BundleWriter(files.root, overwrite=True) as writer:
@@ -59,6 +64,13 @@ def compile_bundle(
         manifest, made = add_engines(writer.dir, files.manifest, chosen, options, on_progress)
         manifest = writer.commit(manifest)
     return CompileResult(writer.out, manifest, made)
+
+
+def require_compiler(flavour: Flavour) -> None:
+    """Raise CompilerMissing unless the compiler of ``flavour`` and Polygraphy are installed."""
+    for module in (MODULES[flavour], "polygraphy"):
+        if find_spec(module) is None:
+            raise compiler_missing(flavour, f"there is no module {module}")
 
 
 def choose(manifest: Manifest, options: CompileOptions) -> list[GraphEntry]:

@@ -47,6 +47,28 @@ class Ranges:
                     "lower the one or raise the other"
                 )
 
+    @classmethod
+    def fitting(
+        cls,
+        positions: int,
+        batch: int | None = None,
+        max_length: int | None = None,
+        verify_rows: int | None = None,
+        chunk: int | None = None,
+    ) -> Ranges:
+        """Ranges for a model of so many ``positions``; None for a default, which is lowered to what fits.
+
+        Raises:
+            UsageError: as for the class, and a ``max_length`` beyond the positions.
+        """
+        length = min(positions, DEFAULT_LENGTH) if max_length is None else max_length
+        if length > positions:
+            raise UsageError(f"--max-length {length} is more than the {positions} positions of the model; lower it")
+        rows = min(cls.verify_rows, length) if verify_rows is None else verify_rows
+        return cls(
+            cls.batch if batch is None else batch, length, rows, min(cls.chunk, length) if chunk is None else chunk
+        )
+
     def dims(self, profile: Profile) -> dict[str, Bounds]:
         """Smallest, likeliest and largest size of every symbolic dimension in ``profile``."""
         new = self.verify_rows if profile == "decode" else self.chunk

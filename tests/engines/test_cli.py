@@ -1,0 +1,82 @@
+"""``compile`` and ``build --backend`` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dspark_export.cli.main import app
+from dspark_runtime import Bundle
+from dspark_runtime.bundle import BundleFiles, EngineEntry
+from tests import tiny_models
+
+
+def test_build_with_a_backend_compiles_every_decoder(tmp_path: Path) -> None:
+    model = tiny_models.save_checkpoint("llama", tmp_path / "model", head_dim=16, num_hidden_layers=1)
+    out = tmp_path / "bundle"
+    command = ["build", str(model), "--out", str(out), "--self-draft", "none", "--backend", "tensorrt-rtx"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and "add --precision fp16" in refused.stderr and not out.exists()
+    result = CliRunner().invoke(app, [*command, "--precision", "bf16", "--progress", "json"])
+    assert result.exit_code == 0, result.output
+    assert '{"stage": "compile"}' in result.stderr and "1 fused attentions, 2 caches in place" in result.stdout
+    (engine,) = BundleFiles.open(out).manifest.engines
+    assert (engine.graph, engine.dtype, engine.capacity) == ("target", "bfloat16", tiny_models.MAX_POSITIONS)
+    assert {name: high for name, (_, _, high) in engine.profiles[1].dims.items()} == {
+        "batch": 1,
+        "tokens": 256,
+        "kv_len": 512,
+        "rows": 16,
+        "capacity": 512,
+    }
+
+
+def test_compile_replaces_engines_and_keeps_others(compiled: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(compiled, tmp_path / "bundle"))
+    command = ["compile", str(bundle), "--graph", "target", "--batch", "3", "--json"]
+    result = CliRunner().invoke(app, [*command, "--compute-capability", "8.9"])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    (made,) = (EngineEntry.model_validate_json(json.dumps(engine)) for engine in answer["engines"])
+    assert answer["bundle"] == str(bundle) and made.targets == ("8.9",) and made.profiles[0].dims["batch"][2] == 3
+    entries = BundleFiles.open(bundle).manifest.engines
+    assert [(e.graph, e.targets) for e in entries] == [("target", ()), ("self_draft", ()), ("target", ("8.9",))]
+    again = CliRunner().invoke(app, [*command, "--max-length", "64", "--chunk", "16", "--compute-capability", "8.9"])
+    assert again.exit_code == 0, again.output
+    entries = BundleFiles.open(bundle).manifest.engines
+    assert [(e.targets, e.capacity) for e in entries] == [((), 128), ((), 128), (("8.9",), 64)]
+    assert sorted(p.name for p in bundle.rglob("*.plan")) == ["self_draft.plan", "target.plan", "target.plan"]
+
+
+def test_a_bundle_with_engines_still_generates_on_the_cpu(compiled: Path) -> None:
+    assert len(Bundle.open(compiled, threads=1).generate("x", max_new_tokens=4, ignore_eos=True).tokens) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--max-length", "513"], 2, "more than the 512 positions"),
+        (["--chunk", "0"], 2, "--chunk 0"),
+        (["--graph", "nothing"], 2, "--graph nothing is no decoder"),
+        (["--compute-capability", "9.0"], 2, "data-centre GPUs"),
+        (["--backend", "tensorrt"], 8, "pip install tensorrt polygraphy"),
+    ],
+)
+def test_mistakes(compiled: Path, arguments: list[str], code: int, words: str) -> None:
+    result = CliRunner().invoke(app, ["compile", str(compiled), *arguments])
+    assert result.exit_code == code and words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_float32_bundle_is_refused(compiled: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(compiled, tmp_path / "bundle"))
+    raw = json.loads((bundle / "manifest.json").read_bytes())
+    for graph in raw["graphs"]:
+        graph["dtype"] = "float32"
+    (bundle / "manifest.json").write_text(json.dumps(raw), encoding="utf-8")
+    result = CliRunner().invoke(app, ["compile", str(bundle)])
+    assert result.exit_code == 6 and "--precision fp16 or bf16" in result.stderr
