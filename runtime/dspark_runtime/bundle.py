@@ -342,32 +342,22 @@ class BundleFiles:
         return files
 
     def _check(self, verify: bool) -> None:
-        plans = {engine.file for engine in self.manifest.engines}
         for relative, entry in self.manifest.files.items():
             size = check_regular_file(self.root, relative).st_size
-            if size != entry.size and relative in plans:
-                raise self._plan_error(relative)
             if size != entry.size:
-                raise DamagedBundle(
-                    f"{relative} of the bundle {self.root} has {size} bytes, the manifest says {entry.size}; "
-                    "copy or build it again"
-                )
+                raise self._mismatch(relative, f"has {size} bytes, the manifest says {entry.size}")
         for name in walk_files(self.root / GRAPH_DIR):
             if f"{GRAPH_DIR}/{name}" not in self.manifest.files:
                 raise DamagedBundle(f"{GRAPH_DIR}/{name} of the bundle {self.root} is not in its manifest; remove it")
         if verify:
             for relative, entry in self.manifest.files.items():
                 if sha256_of(self.root / relative) != entry.sha256:
-                    if relative in plans:
-                        raise self._plan_error(relative)
-                    raise DamagedBundle(
-                        f"{relative} of the bundle {self.root} was altered: its SHA-256 is not the manifest's; "
-                        "copy or build it again"
-                    )
+                    raise self._mismatch(relative, "was altered: its SHA-256 is not the manifest's")
 
-    def _plan_error(self, relative: str) -> DamagedBundle:
-        """How a plan differs from the manifest's; the module that knows is about engines and imports this one."""
-        from dspark_runtime.engine_check import plan_error
+    def _mismatch(self, relative: str, how: str) -> DamagedBundle:
+        if all(relative != engine.file for engine in self.manifest.engines):
+            return DamagedBundle(f"{relative} of the bundle {self.root} {how}; copy or build it again")
+        from dspark_runtime.engine_check import plan_error  # it knows about engines, and imports this module
 
         entry, path = self.manifest.files[relative], self.root / relative
         return plan_error(relative, entry, path.stat().st_size, sha256_of(path), self.manifest)
