@@ -1,4 +1,4 @@
 // All kernels as one source: what a fatbin is made of.
-#include "kernels/compact.cu"
-#include "kernels/draft.cu"
-#include "kernels/verify.cu"
+#include "compact.cu"
+#include "draft.cu"
+#include "verify.cu"

@@ -2,7 +2,7 @@
 #include "dspark/compact.h"
 
 #include "dspark/kernels.h"
-#include "kernels/types.h"
+#include "types.h"
 
 namespace dspark {
 

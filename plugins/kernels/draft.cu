@@ -4,7 +4,7 @@
 // the kernels of the next slot.
 #include "dspark/chain.h"
 #include "dspark/kernels.h"
-#include "kernels/types.h"
+#include "types.h"
 
 namespace dspark {
 
@@ -172,7 +172,7 @@ dspark_draft_draw(int32_t drafts, int32_t slot, int32_t vocab, int32_t tiles, in
     head.mix_bias = mix_bias;                                                                                          \
     dspark::draft_mix<T>(head, drafts, slot, hidden_rows, anchors, tokens, workspace);                                 \
   }                                                                                                                    \
-  DSPARK_KERNEL(2)                                                                                                     \
+  DSPARK_KERNEL(1)                                                                                                     \
   dspark_draft_step_##suffix(int32_t kind, int32_t rank, int32_t vocab, int32_t embeddings, int32_t drafts,            \
                              int32_t slot, int32_t batch, const T* base_logits, const int64_t* anchors,                \
                              const int64_t* tokens, const T* w1, const T* w2, float* probs, void* workspace) {         \

@@ -1,6 +1,6 @@
 #include "dspark/launch.h"
 
-#include "kernels/all.cu"
+#include "all.cu"
 
 #ifndef DSPARK_LAUNCH
 #define DSPARK_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
@@ -11,6 +11,7 @@ namespace dspark {
 namespace {
 
 constexpr int kCompactThreads = 128;
+constexpr int kDraftThreads = 256;  // of all draft kernels but the drawing one: more blocks fit a multiprocessor
 
 // The kernels of a type, by one name.
 template <class T> struct Kernels;
@@ -39,7 +40,9 @@ template <class F> cudaError_t with_type(DType dtype, F f) {
   return cudaErrorInvalidValue;
 }
 
-int threads_of(const LaunchOptions& options) { return options.threads > 0 ? options.threads : kBlockThreads; }
+int threads_of(const LaunchOptions& options, int preferred = kBlockThreads) {
+  return options.threads > 0 ? options.threads : preferred;
+}
 
 bool within(const LaunchOptions& options) {
   const int threads = threads_of(options);
@@ -58,8 +61,8 @@ bool within(const DraftSizes& sizes, const LaunchOptions& options) {
 }
 
 int draft_tiles(const DraftSizes& sizes, const LaunchOptions& options) {
-  const int warps = threads_of(options) / 32, most = (sizes.vocab + warps * kTokens - 1) / (warps * kTokens);
-  return smaller(2 * options.processors, most);
+  const int tokens = threads_of(options, kDraftThreads) / 32 * kTokens;  // of a tile, at a time
+  return smaller(smaller(3 * options.processors, kMaxTiles), (sizes.vocab + tokens - 1) / tokens);
 }
 
 dim3 verify_grid(const VerifySizes& sizes, const LaunchOptions& options) {
@@ -118,8 +121,8 @@ cudaError_t launch_verify_chain(DType dtype, const ChainTensors& inputs, const S
   });
 }
 
-int64_t draft_workspace(const DraftSizes& sizes, const LaunchOptions& options) {
-  return draft_workspace_bytes(sizes.batch, sizes.drafts, sizes.rank, draft_tiles(sizes, options));
+int64_t draft_workspace(const DraftSizes& sizes) {
+  return draft_workspace_bytes(sizes.batch, sizes.drafts, sizes.rank, kMaxTiles);
 }
 
 cudaError_t launch_draft_block(DType dtype, const DraftTensors& tensors, const DraftSizes& sizes, void* workspace,
@@ -128,8 +131,9 @@ cudaError_t launch_draft_block(DType dtype, const DraftTensors& tensors, const D
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto as = [](const void* data) { return static_cast<const T*>(data); };
-    const int threads = threads_of(options), tiles = draft_tiles(sizes, options), per_block = threads / 32;
-    const dim3 block(static_cast<unsigned>(threads));
+    const int threads = threads_of(options, kDraftThreads), tiles = draft_tiles(sizes, options);
+    const int per_block = threads / 32;
+    const dim3 block(static_cast<unsigned>(threads)), draw_block(static_cast<unsigned>(threads_of(options)));
     const dim3 mix_grid(static_cast<unsigned>((sizes.rank + per_block - 1) / per_block),
                         static_cast<unsigned>(sizes.batch));
     const dim3 step_grid(static_cast<unsigned>(tiles),
@@ -143,7 +147,7 @@ cudaError_t launch_draft_block(DType dtype, const DraftTensors& tensors, const D
       DSPARK_LAUNCH(Kernels<T>::draft_step, step_grid, block, stream, sizes.kind, sizes.rank, sizes.vocab,
                     sizes.embeddings, sizes.drafts, slot, sizes.batch, as(tensors.base_logits), tensors.anchors,
                     tensors.tokens, as(tensors.w1), as(tensors.w2), tensors.probs, workspace);
-      DSPARK_LAUNCH(dspark_draft_draw, dim3(static_cast<unsigned>(sizes.batch)), block, stream, sizes.drafts, slot,
+      DSPARK_LAUNCH(dspark_draft_draw, dim3(static_cast<unsigned>(sizes.batch)), draw_block, stream, sizes.drafts, slot,
                     sizes.vocab, tiles, sizes.rank, tensors.temperature, tensors.uniforms, tensors.token_map,
                     tensors.probs, tensors.tokens, workspace);
     }

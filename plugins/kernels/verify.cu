@@ -1,7 +1,7 @@
 // Kernels of VerifyTree and VerifyChain; their launch contract is in dspark/kernels.h.
 #include "dspark/chain.h"
 #include "dspark/kernels.h"
-#include "kernels/types.h"
+#include "types.h"
 
 namespace dspark {
 

@@ -19,7 +19,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-Werror",
-    *(f"-I{path}" for path in (PLUGINS / "include", PLUGINS, ROOT / "tests" / "plugins")),
+    f"-I{PLUGINS / 'include'}",
 ]
 
 

@@ -1,6 +1,6 @@
 """The kernels themselves, run on an imitated device, against the host build: equal to the last bit.
 
-The imitation (tests/plugins/emulation/cuda.h) runs the sources of plugins/kernels unchanged, threads as fibers in a
+The imitation (tests/plugins/emulation/device.h) runs the sources of plugins/kernels unchanged, threads as fibers in a
 random order. It shows wrong indices, missing barriers and workspaces left dirty; not speed, nor races between blocks.
 """
 

@@ -26,8 +26,8 @@
 //   grid (ceil(rank / (threads / 32)), batch); launched for kinds gated and rnn only.
 // dspark_draft_step_{T}(kind, rank, vocab, embeddings, drafts, slot, batch, base_logits, anchors, tokens, w1, w2, probs,
 //                       workspace)
-//   grid (tiles, ceil(batch / kDraftSequences)); tiles is free. `probs` float32 [batch, drafts, vocab] receives
-//   corrected logits.
+//   grid (tiles, ceil(batch / kDraftSequences)); tiles is free up to kMaxTiles. `probs` float32 [batch, drafts, vocab]
+//   receives corrected logits.
 // dspark_draft_draw(drafts, slot, vocab, tiles, rank, temperature, uniforms, token_map, probs, tokens, workspace)
 //   grid (batch), block `threads`; `tiles` of the step before it. token_map may be null.
 // dspark_draft_finish_{T}(rank, hidden, vocab, embeddings, drafts, uses_token, hidden_rows, anchors, tokens, w1,
@@ -49,6 +49,7 @@ namespace dspark {
 
 constexpr int kMaxBatch = 256;
 constexpr int kMaxVerifyRows = 128;
+constexpr int kMaxTiles = 1024;  // of a draft step
 constexpr int kDraftSequences = 8;  // of one block of a draft step: they share the reading of w2
 
 DSPARK_HD constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }

@@ -1,6 +1,6 @@
 // Launches of the kernels from C++, with grids and workspaces chosen as dspark/kernels.h describes.
 //
-// All pointers but those inside CacheTensors' owner are device memory. Nothing here allocates, waits or copies, so every
+// All pointers inside arguments are to device memory. Nothing here allocates, waits or copies, so every
 // call can be captured in a CUDA graph. cudaErrorInvalidValue: a size outside its limits.
 #pragma once
 
@@ -97,7 +97,7 @@ struct DraftTensors {
   float* confidences;
 };
 
-int64_t draft_workspace(const DraftSizes& sizes, const LaunchOptions& options);
+int64_t draft_workspace(const DraftSizes& sizes);
 cudaError_t launch_draft_block(DType dtype, const DraftTensors& tensors, const DraftSizes& sizes, void* workspace,
                                const LaunchOptions& options, cudaStream_t stream);
 

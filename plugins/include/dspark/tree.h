@@ -26,9 +26,9 @@ struct Verdict {
   int64_t* accepted;
 };
 
-// Follows the draws, drawn(row), from the anchor: to the child that holds the token drawn, until there is none. A child of a row sees
-// it and is one deeper. Should siblings repeat a token, the first is taken. A damaged row emits kDamaged and ends the
-// walk, so that emitted[accepted] is -1 exactly where the logits were damaged.
+// Follows the draws, drawn(row), from the anchor: to the child that holds the token drawn, until there is none. A child
+// of a row sees it and is one deeper. Should siblings repeat a token, the first is taken. A damaged row emits kDamaged
+// and ends the walk, so that emitted[accepted] is -1 exactly where the logits were damaged.
 template <class Block, class Drawn>
 DSPARK_HD void walk(const Block& block, WalkShared& shared, const Tree& tree, Drawn drawn, const Verdict& verdict) {
   const int threads = block.size(), rows = tree.rows;

@@ -3,10 +3,10 @@
 // `threads` of each function is the block; `emulation_configure` sets the rest of a launch.
 #include <algorithm>
 
-#include "emulation/cuda.h"
+#include "device.h"
 
 #include "dspark/host.h"
-#include "kernels/launch.cu"
+#include "../../../plugins/kernels/launch.cu"
 
 namespace {
 
@@ -66,7 +66,7 @@ int32_t dspark_draft_block(int32_t dtype, const dspark_draft* d, int32_t threads
                              d->w1,          d->w2,          d->mix,      d->mix_bias,    d->confidence,
                              d->confidence_bias, d->token_map, d->tokens, d->probs,       d->confidences};
   const LaunchOptions options{processors, threads};
-  std::vector<char> workspace(static_cast<size_t>(draft_workspace(sizes, options)), '\x7f');  // any contents will do
+  std::vector<char> workspace(static_cast<size_t>(draft_workspace(sizes)), '\x7f');  // any contents will do
   return launch_draft_block(static_cast<DType>(dtype), tensors, sizes, workspace.data(), options, nullptr) ? 100 : 0;
 }
 

@@ -33,7 +33,8 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-using cudaStream_t = void*;
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
