@@ -1,0 +1,1 @@
+"""Training a DSpark drafter for any target: prompts, the target's own responses, features, training, calibration."""

@@ -1,0 +1,184 @@
+"""What a drafter learns from: features of the target at every position, and its likeliest next tokens.
+
+Computed once per response by the frozen target and kept in flat files that are mapped into memory, so that later epochs
+cost the drafter only. Tapped layers are read raw, before the final norm.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark_export.train.responses import Response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_INDEX = "index.jsonl"
+
+
+class TappedTarget:
+    """The frozen target; gives features [length, taps * hidden] and the likeliest tokens of every row."""
+
+    def __init__(self, model: PreTrainedModel, taps: Sequence[int]) -> None:
+        self.model = model
+        self.taps = tuple(taps)
+        self._caught: dict[int, Tensor] = {}
+        layers = decoder_layers(model)
+        for tap in self.taps:
+            module = model.get_input_embeddings() if tap < 0 else layers[tap]
+            module.register_forward_hook(self._catcher(tap))
+
+    def _catcher(self, tap: int) -> Callable[..., None]:
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            self._caught[tap] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    @torch.inference_mode()
+    def __call__(self, ids: Sequence[int], top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [length, taps * hidden]; ids and probabilities [length, top] of the likeliest next tokens."""
+        device = next(self.model.parameters()).device
+        logits = self.model(torch.tensor([list(ids)], device=device), use_cache=False).logits[0].float()
+        features = torch.cat([self._caught[tap][0] for tap in self.taps], -1)
+        values, places = logits.topk(min(top, logits.shape[-1]), -1)
+        probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
+        return features, places, probs
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder layers of a causal language model, whatever it calls them."""
+    depth = int(model.config.get_text_config().num_hidden_layers)
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
+    return lists[0]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text. ``features`` [length, width]; ``top_ids``, ``top_probs`` [length, top]: of the token after each row.
+
+    ``start``: position of the first token of the response.
+    """
+
+    ids: np.ndarray
+    start: int
+    features: np.ndarray
+    top_ids: np.ndarray
+    top_probs: np.ndarray
+
+
+class FeatureStore:
+    """Samples in flat files under ``folder``: bfloat16 features as their bits, ids, probabilities.
+
+    A kill in the middle loses the sample that was being written, nothing else.
+    """
+
+    def __init__(self, folder: Path, width: int, top: int) -> None:
+        self._folder, self._width, self._top = folder, width, top
+        folder.mkdir(parents=True, exist_ok=True)
+        self._spans: list[tuple[int, int, int]] = []  # first row, rows, start of the response
+        index = folder / _INDEX
+        if index.exists():
+            complete = index.read_text("utf-8").split("\n")[:-1]
+            self._spans = [tuple(json.loads(line)) for line in complete]
+            index.write_text("".join(line + "\n" for line in complete), "utf-8")
+        self._rows = sum(span[1] for span in self._spans)
+        for path, size in self._sizes().items():
+            with path.open("ab") as file:
+                file.truncate(self._rows * size)
+        self._maps: list[np.ndarray] | None = None
+
+    def _sizes(self) -> dict[Path, int]:
+        names = (("ids", 4), ("features", 2 * self._width), ("top_ids", 4 * self._top), ("top_probs", 2 * self._top))
+        return {self._folder / f"{name}.bin": size for name, size in names}
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples, prompts included."""
+        return self._rows
+
+    def add(self, ids: Sequence[int], start: int, features: Tensor, top_ids: Tensor, top_probs: Tensor) -> None:
+        """Write one sample."""
+        bits = features.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
+        parts = (
+            np.asarray(ids, np.int32),
+            bits,
+            top_ids.to(torch.int32).cpu().numpy(),
+            top_probs.to(torch.float16).cpu().numpy(),
+        )
+        for path, part in zip(self._sizes(), parts, strict=True):
+            with path.open("ab") as file:
+                file.write(part.tobytes())
+        with (self._folder / _INDEX).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([self._rows, len(ids), start]) + "\n")
+        self._spans.append((self._rows, len(ids), start))
+        self._rows += len(ids)
+        self._maps = None
+
+    def __getitem__(self, place: int) -> Sample:
+        if self._maps is None:
+            kinds = ((np.int32, ()), (np.int16, (self._width,)), (np.int32, (self._top,)), (np.float16, (self._top,)))
+            self._maps = [
+                np.memmap(path, kind, "r", shape=(self._rows, *shape))
+                for path, (kind, shape) in zip(self._sizes(), kinds, strict=True)
+            ]
+        first, count, start = self._spans[place]
+        ids, features, top_ids, top_probs = (part[first : first + count] for part in self._maps)
+        return Sample(ids, start, features, top_ids, top_probs)
+
+
+def fill(
+    store: FeatureStore,
+    target: TappedTarget,
+    responses: Sequence[Response],
+    max_length: int,
+    top: int,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Add the samples of ``responses`` that ``store`` does not have yet; it holds them in the same order."""
+    for place in range(len(store), len(responses)):
+        item = responses[place]
+        ids = [*item.prompt, *item.response][:max_length]
+        start = min(len(item.prompt), len(ids))
+        store.add(ids, start, *target(ids, top))
+        on_step(place + 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded samples: ``ids`` [batch, length], ``features`` [batch, length, width], ``lengths``, ``starts`` [batch],
+    and of the token after each row ``top_ids``, ``top_probs`` [batch, length, top]."""
+
+    ids: Tensor
+    features: Tensor
+    lengths: Tensor
+    starts: Tensor
+    top_ids: Tensor
+    top_probs: Tensor
+
+
+def collate(samples: Sequence[Sample], dtype: torch.dtype, device: torch.device) -> Batch:
+    """Samples of different lengths as one batch, padded with zeros."""
+
+    def padded(arrays: Sequence[np.ndarray]) -> Tensor:
+        tensors = [torch.from_numpy(np.array(array)) for array in arrays]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+
+    return Batch(
+        padded([s.ids for s in samples]).long(),
+        padded([s.features for s in samples]).view(torch.bfloat16).to(dtype),
+        torch.tensor([len(s.ids) for s in samples], device=device),
+        torch.tensor([s.start for s in samples], device=device),
+        padded([s.top_ids for s in samples]).long(),
+        padded([s.top_probs for s in samples]).float(),
+    )

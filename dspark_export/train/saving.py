@@ -1,0 +1,114 @@
+"""A trained drafter on disk: DeepSpec's checkpoint format, and beside it what that format has no place for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from dspark_export.train.module import DraftGeometry, TrainableDrafter
+from dspark_runtime.errors import InvalidVocabMap
+
+VOCABULARY = "draft_vocabulary.safetensors"
+"""``d2t`` (int64 offsets from draft ids to target ids) and ``t2d`` (membership) of a reduced vocabulary."""
+
+CALIBRATION = "calibration.json"
+"""``confidence_temperatures``, one per slot, and the calibration errors before and after."""
+
+
+def save_drafter(
+    folder: Path,
+    model: TrainableDrafter,
+    *,
+    target_layers: int,
+    calibration: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config, bfloat16 weights without the target's embedding and head, vocabulary map and calibration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    g = model.geometry
+    (folder / "config.json").write_text(json.dumps(draft_config(g, target_layers), indent=2) + "\n", "utf-8")
+    tensors = {name: p.detach().to(torch.bfloat16).cpu().contiguous() for name, p in model.named_parameters()}
+    ids = model.draft_ids.cpu()
+    if "markov_head.markov_w2.weight" in tensors:  # rows of tokens it never drafts were never trained
+        trained = torch.zeros_like(tensors["markov_head.markov_w2.weight"])
+        trained[ids] = tensors["markov_head.markov_w2.weight"][ids]
+        tensors["markov_head.markov_w2.weight"] = trained
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if len(ids) < g.vocab - 1:
+        members = torch.zeros(g.vocab, dtype=torch.bool)
+        members[ids] = True
+        save_file({"d2t": ids - torch.arange(len(ids)), "t2d": members}, folder / VOCABULARY)
+    if calibration is not None:
+        (folder / CALIBRATION).write_text(json.dumps(calibration, indent=2) + "\n", "utf-8")
+
+
+def draft_config(g: DraftGeometry, target_layers: int) -> dict[str, Any]:
+    """DeepSpec's config.json of a drafter of geometry ``g``."""
+    config: dict[str, Any] = {
+        "architectures": ["Qwen3DSparkModel"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": g.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": g.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": g.intermediate,
+        "layer_types": ["full_attention"] * g.layers,
+        "max_position_embeddings": g.positions,
+        "num_attention_heads": g.heads,
+        "num_hidden_layers": g.layers,
+        "num_key_value_heads": g.kv_heads,
+        "rms_norm_eps": g.epsilon,
+        "rope_parameters": dict(g.rope),
+        "tie_word_embeddings": False,
+        "vocab_size": g.vocab,
+        "num_target_layers": target_layers,
+        "target_layer_ids": list(g.taps),
+        "block_size": g.block,
+        "mask_token_id": g.mask_token,
+        "num_anchors": 512,
+        "markov_rank": g.rank if g.markov != "none" else 0,
+        "enable_confidence_head": g.confidence,
+    }
+    if g.markov != "none":
+        config["markov_head_type"] = g.markov
+    if g.confidence:
+        config["confidence_head_with_markov"] = g.markov != "none"
+    return config
+
+
+def stored_vocabulary(folder: Path, vocab_size: int) -> torch.Tensor | None:
+    """int64 [draft vocab], ascending: the tokens a drafter was trained for; None if it has no map of its own.
+
+    Raises InvalidVocabMap for ids outside the vocabulary or given twice.
+    """
+    path = folder / VOCABULARY
+    if not path.is_file():
+        return None
+    offsets = load_file(path)["d2t"].to(torch.int64)
+    ids = offsets + torch.arange(len(offsets))
+    if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(torch.unique(ids)) != len(ids):
+        raise InvalidVocabMap(f"{path}: d2t leads outside the {vocab_size} tokens or to one twice; get the draft again")
+    return ids.sort().values
+
+
+def stored_temperatures(folder: Path, drafts: int) -> tuple[float, ...] | None:
+    """Temperatures of the confidences, one for each of ``drafts`` slots; None if the drafter was not calibrated."""
+    path = folder / CALIBRATION
+    if not path.is_file():
+        return None
+    try:
+        values = [float(t) for t in json.loads(path.read_text("utf-8"))["confidence_temperatures"]]
+    except (ValueError, KeyError, TypeError):
+        values = []
+    if len(values) != drafts or not all(np.isfinite(v) and v > 0 for v in values):
+        raise InvalidVocabMap(
+            f"{path} needs confidence_temperatures, {drafts} positive numbers; calibrate the draft again"
+        )
+    return tuple(values)
