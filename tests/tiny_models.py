@@ -133,6 +133,7 @@ _MORE: dict[str, dict[str, Any]] = {
         "attention_k_eq_v": True,
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 2,
         "hidden_size_per_layer_input": 0,
         "final_logit_softcapping": 5.0,
     },
