@@ -124,10 +124,13 @@ def _block(
 ) -> DraftGraphs:
     from dspark_export.checkpoints.drafts.draft import BlockConfig
     from dspark_export.graphs.block_drafter import export_block_drafter
+    from dspark_export.train.saving import stored_temperatures, stored_vocabulary
 
     config = checkpoint.config
     assert isinstance(config, BlockConfig)
     chosen = checkpoint.target_ids
+    if chosen is None and options.draft_vocab is None:
+        chosen = stored_vocabulary(checkpoint.directory, config.vocab_size)
     if options.draft_vocab is not None:
         if chosen is not None:
             raise UsageError(
@@ -155,6 +158,7 @@ def _block(
         candidates=min(CANDIDATES, config.draft_vocab_size if chosen is None else len(chosen)),
         confidence=config.confidence,
         vocab_map=None if chosen is None else f"{VOCABULARY_FOLDER}/{draft.name}.vocab.npy",
+        confidence_temperatures=stored_temperatures(checkpoint.directory, config.drafts) if config.confidence else None,
     )
     return DraftGraphs(
         {draft.name: graph},

@@ -125,7 +125,7 @@ def build(
         allow_untested=allow_untested_architecture,
         backend=None if backend is None else backend.value,
     )
-    with _terminable(), _shown(progress) as on_stage:
+    with terminable(), _shown(progress) as on_stage:
         _quiet_exporter()
         result = run(options, on_stage)
     if as_json:
@@ -143,8 +143,8 @@ def _quiet_exporter() -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM unwinds the build like Ctrl-C does, so that nothing is left behind.
+def terminable() -> Iterator[None]:
+    """SIGTERM unwinds a command like Ctrl-C does, so that nothing is left behind.
 
     SystemExit, because it is no Exception: whatever library is interrupted would take that for a failure of its own.
     """

@@ -34,6 +34,7 @@ from dspark_export.cli.doctor import doctor
 from dspark_export.cli.draft_trace import draft_trace
 from dspark_export.cli.generate import generate
 from dspark_export.cli.inspect import inspect
+from dspark_export.cli.train_drafter import train_drafter
 from dspark_runtime.errors import DsparkError
 
 BUG, INTERRUPTED = 70, 130
@@ -95,7 +96,7 @@ def options(
     """Turn a Hugging Face language model into a bundle of ONNX graphs, and generate text from it speculatively."""
 
 
-for verb in (build, check, inspect, generate, bench, draft_trace, doctor):
+for verb in (build, check, inspect, generate, bench, draft_trace, doctor, train_drafter):
     app.command()(verb)
 app.command("compile")(compile_)
 

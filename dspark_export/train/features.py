@@ -31,10 +31,17 @@ class TappedTarget:
         self.model = model
         self.taps = tuple(taps)
         self._caught: dict[int, Tensor] = {}
+        self._hooks: list[Any] = []
         layers = decoder_layers(model)
         for tap in self.taps:
             module = model.get_input_embeddings() if tap < 0 else layers[tap]
-            module.register_forward_hook(self._catcher(tap))
+            self._hooks.append(module.register_forward_hook(self._catcher(tap)))
+
+    def release(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._caught.clear()
 
     def _catcher(self, tap: int) -> Callable[..., None]:
         def keep(module: Any, inputs: Any, output: Any) -> None:

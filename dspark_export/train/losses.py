@@ -79,12 +79,12 @@ def _part(
     probs: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_probs = torch.log_softmax(model.logits(rows, correction).float(), -1)
-    place = model.places[labels]
-    known = place >= 0
-    ce = -log_probs.gather(1, place.clamp_min(0)[:, None])[:, 0] * known
-    places = model.places[ids]
+    places = model.places[torch.cat([labels[:, None], ids], 1)]
     inside = places >= 0
-    mine = log_probs.gather(1, places.clamp_min(0)).exp() * inside
+    gathered = log_probs.gather(1, places.clamp_min(0))  # once: its gradient is as large as all logits
+    ce = -gathered[:, 0] * inside[:, 0]
+    inside = inside[:, 1:]
+    mine = gathered[:, 1:].exp() * inside
     theirs = probs * inside
     elsewhere = (1 - mine.sum(1)).clamp_min(0) + (1 - theirs.sum(1)).clamp_min(0)
     distance = (mine - theirs).abs().sum(1) + elsewhere

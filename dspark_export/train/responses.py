@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from dspark_runtime.errors import UsageError
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from dspark_runtime.text import TextCodec
 
 OnStep = Callable[[int], None]
+_EVERY = 32
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,10 @@ class Response:
 class ResponseFile:
     """Responses in a file of JSON lines, ``prompt``, ``response`` and ``temperature`` each."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read_only: bool = False) -> None:
         self.path = path
-        self._drop_torn_line()
+        if not read_only:
+            self._drop_torn_line()
 
     def _drop_torn_line(self) -> None:
         if not self.path.exists():
@@ -77,6 +81,22 @@ def _parse(line: str, where: str) -> Response:
         raise UsageError(
             f"{where} is no response ({error}); give JSON lines of prompt and response, both token ids"
         ) from error
+
+
+def split(responses: Iterable[Response], held_out: int) -> tuple[list[Response], list[Response]]:
+    """Responses to learn from and to judge by: of every 32 prompts one is kept apart, and ``held_out`` of those judge.
+
+    What goes where follows from the prompt alone, so it stays as it is when responses are added. Drafters are judged by
+    greedy responses only.
+    """
+    learn: list[Response] = []
+    judge: list[Response] = []
+    for item in responses:
+        if zlib.crc32(np.asarray(item.prompt, "<i4").tobytes()) % _EVERY:
+            learn.append(item)
+        elif item.temperature == 0 and len(judge) < held_out:
+            judge.append(item)
+    return learn, judge
 
 
 def read_prompts(files: Sequence[Path]) -> list[str]:

@@ -79,15 +79,18 @@ class Trainer:
     # Steps ---------------------------------------------------------------------------------------------------------
 
     def run(self, until: int | None = None, on_step: Callable[[StepReport], None] = lambda _: None) -> None:
-        """Train up to step ``until`` (None: all of them); state is saved at every evaluation and at the end."""
+        """Train up to step ``until`` (None: all of them); state is saved at every evaluation and at the end.
+
+        The log begins with what the untrained drafter is worth, as step 0.
+        """
         goal = self.options.steps if until is None else min(until, self.options.steps)
+        if not self.log:
+            found = self.evaluate()
+            self.log.append({"step": 0, "seconds": 0.0, **_judged(found)})
         while self.step < goal:
             report = self._one()
             if self.step % self.options.evaluate_every == 0 or self.step == self.options.steps:
-                found = self.evaluate()
-                report = StepReport(
-                    **{**vars(report), "accepted_length": found.accepted_length, "survival": found.survival}
-                )
+                report = StepReport(**{**vars(report), **_judged(self.evaluate())})
                 self._write(report)
                 self.save()
             else:
@@ -229,6 +232,10 @@ class Trainer:
                     "exp_avg_sq": stored["second"][name].to(parameter.device),
                 }
         self.step, self.log = int(state["step"]), list(state["log"])
+
+
+def _judged(found: Evaluation) -> dict[str, Any]:
+    return {"accepted_length": found.accepted_length, "survival": found.survival}
 
 
 class _Swapped:

@@ -1,0 +1,372 @@
+"""From a target and prompts to a drafter on disk: responses, features, training, calibration, and what describes them.
+
+All that takes long is kept in a work folder as it comes, so that the same command goes on where a killed one stopped.
+The drafter's folder appears at the end, as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import filelock
+import numpy as np
+import torch
+
+from dspark_export.checkpoints import resolve
+from dspark_export.checkpoints.trust import Trust
+from dspark_export.train.calibration import Calibration, calibrate, overall_error
+from dspark_export.train.card import write_card
+from dspark_export.train.curves import draw_curves
+from dspark_export.train.evaluate import Evaluation
+from dspark_export.train.features import FeatureStore, TappedTarget, fill
+from dspark_export.train.module import DraftGeometry, TrainableDrafter
+from dspark_export.train.options import TrainOptions
+from dspark_export.train.responses import Plan, Response, ResponseFile, make_responses, read_prompts, split
+from dspark_export.train.saving import save_drafter
+from dspark_export.train.targets import embedding_and_head, frequent_tokens, geometry_for
+from dspark_export.train.trainer import StepReport, Trainer
+from dspark_runtime.errors import BundleBusy, BundleNotWritten, UsageError
+
+if TYPE_CHECKING:
+    from dspark_export.checkpoints import Checkpoint
+    from dspark_runtime.text import TextCodec
+
+_Result = TypeVar("_Result")
+
+OnProgress = Callable[[str, int, int, str], None]
+"""Called with a stage (``responses``, ``features``, ``training``), what of it is done, its whole, and a remark."""
+
+_FEATURES, _HELD_OUT, _TRAINING, _RESPONSES, _LOCK = "features", "held_out", "training", "responses.jsonl", ".lock"
+_MADE_FOR = "made_for.json"
+
+
+@dataclass(frozen=True)
+class DrafterJob:
+    """What to train, and from what.
+
+    ``model`` is a hub id, folder or GGUF file. ``out``: the drafter's new folder; ``work``: what is kept between runs.
+    ``prompts`` are files; ``responses`` are files of token ids that were made before, and then nothing is generated.
+    ``held_out``: greedy responses that are kept for evaluation and calibration. ``license_`` goes into the model card.
+    """
+
+    model: str
+    out: Path
+    work: Path
+    options: TrainOptions = field(default_factory=TrainOptions)
+    generation: Plan = field(default_factory=lambda: Plan(count=2000))
+    prompts: tuple[Path, ...] = ()
+    responses: tuple[Path, ...] = ()
+    held_out: int = 64
+    revision: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    license_: str | None = None
+    overwrite: bool = False
+    trust: Trust = field(default_factory=Trust.closed)
+
+    def __post_init__(self) -> None:
+        if self.held_out < 4:
+            raise UsageError(f"--held-out {self.held_out}: give at least 4 responses to judge the drafter by")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads {self.threads}: give at least 1")
+
+
+@dataclass(frozen=True)
+class TrainedDrafter:
+    """A finished training. ``accepted_length``: tokens per round, bonus included, greedy, on held-out responses."""
+
+    out: Path
+    accepted_length: float
+    untrained_length: float
+    survival: tuple[float, ...]
+    calibration_error: tuple[float, float]
+    parameters: int
+    steps: int
+    seconds: dict[str, float]
+
+
+def train_drafter(job: DrafterJob, on_progress: OnProgress = lambda *_: None) -> TrainedDrafter:
+    """Train a drafter as ``job`` says.
+
+    Raises:
+        UsageError: no prompts, options that do not fit the model or the work folder, no such device.
+        CheckpointError: the target cannot be used.
+        BundleBusy, BundleNotWritten: another run has the work folder, or the drafter cannot be written.
+    """
+    device = _device(job.device)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    _check_out(job)
+    checkpoint = resolve(job.model, job.revision, job.trust)
+    geometry = geometry_for(checkpoint, job.options.shape)
+    try:
+        job.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleNotWritten(f"cannot make the work folder {job.work}: {error.strerror or error}") from error
+    lock = filelock.FileLock(job.work / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise BundleBusy(f"another training works in {job.work}; wait until it ends, or name another --work") from error
+    with lock:
+        return _Run(job, checkpoint, geometry, device, on_progress).finish()
+
+
+class _Run:
+    def __init__(
+        self,
+        job: DrafterJob,
+        checkpoint: Checkpoint,
+        geometry: DraftGeometry,
+        device: torch.device,
+        on_progress: OnProgress,
+    ) -> None:
+        self._job, self._checkpoint, self._geometry, self._device = job, checkpoint, geometry, device
+        self._on_progress = on_progress
+        self._seconds: dict[str, float] = {}
+        self._require_same_target()
+        self._model = checkpoint.load_model(torch.float32).to(device)
+
+    def finish(self) -> TrainedDrafter:
+        learn, judge = self._timed("responses", self._responses)
+        samples, held_out = self._timed("features", lambda: self._features(learn, judge))
+        trainer = self._trainer(samples, held_out, learn)
+        self._timed("training", lambda: self._train(trainer))
+        found = trainer.evaluate()
+        calibration, checked = calibrated(found)
+        length_before = float(trainer.log[0]["accepted_length"])
+        trained = TrainedDrafter(
+            out=self._job.out,
+            accepted_length=found.accepted_length,
+            untrained_length=length_before,
+            survival=found.survival,
+            calibration_error=(checked.before, checked.after),
+            parameters=sum(p.numel() for p in trainer.model.parameters()),
+            steps=trainer.step,
+            seconds={**self._seconds, "training": sum(line["seconds"] for line in trainer.log)},
+        )
+        self._write(trainer, found, calibration, checked, trained, (learn, judge))
+        return trained
+
+    def _timed(self, stage: str, work: Callable[[], _Result]) -> _Result:
+        began = time.perf_counter()
+        result = work()
+        self._seconds[stage] = time.perf_counter() - began
+        return result
+
+    # Stages --------------------------------------------------------------------------------------------------------
+
+    def _require_same_target(self) -> None:
+        """Features in the work folder must be those of this target, these taps and these lengths."""
+        options = self._job.options
+        ours = {
+            "model": self._checkpoint.id,
+            "files": self._checkpoint.source().files,
+            "taps": list(self._geometry.taps),
+            "max_length": options.max_length,
+            "target_top": options.target_top,
+            "held_out": self._job.held_out,
+        }
+        path = self._job.work / _MADE_FOR
+        if path.exists():
+            theirs = json.loads(path.read_text("utf-8"))
+            if changed := [key for key in ours if ours[key] != theirs.get(key)]:
+                raise UsageError(
+                    f"{self._job.work} was begun with other settings ({', '.join(changed)} differ): use those, or name "
+                    "another --work"
+                )
+        else:
+            path.write_text(json.dumps(ours, indent=2) + "\n", "utf-8")
+
+    def _responses(self) -> tuple[list[Response], list[Response]]:
+        job = self._job
+        if job.responses:
+            missing = [str(path) for path in job.responses if not path.is_file()]
+            if missing:
+                raise UsageError(f"--responses {missing[0]}: no such file")
+            given = [item for path in job.responses for item in ResponseFile(path, read_only=True)]
+            vocab = self._checkpoint.vocab_size
+            if wrong := [t for item in given for t in (*item.prompt, *item.response) if not 0 <= t < vocab]:
+                raise UsageError(f"--responses: token {wrong[0]} is outside the vocabulary of {vocab}")
+            items = list(dict.fromkeys(given))
+        else:
+            file = ResponseFile(job.work / _RESPONSES)
+            plan = job.generation
+            texts = read_prompts(job.prompts)
+            make_responses(
+                self._model,
+                self._codec(),
+                texts,
+                file,
+                plan,
+                self._checkpoint.eos_token_ids,
+                lambda done: self._on_progress("responses", done, plan.count, ""),
+            )
+            items = list(file)
+        learn, judge = split(items, job.held_out)
+        if not learn or len(judge) < 4:
+            raise UsageError(
+                f"{len(items)} responses leave {len(judge)} greedy ones to judge the drafter by, and 4 are needed: "
+                "make more (--count), some of them at temperature 0"
+            )
+        return learn, judge
+
+    def _codec(self) -> TextCodec:
+        from dspark_runtime.text import TextCodec
+
+        if self._checkpoint.tokenizer is None:
+            raise UsageError(
+                f"{self._checkpoint.id} has no tokenizer, so no prompts can be read: give --responses of token ids"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            self._checkpoint.save_tokenizer(Path(folder))
+            return TextCodec(Path(folder))
+
+    def _features(self, learn: Sequence[Response], judge: Sequence[Response]) -> tuple[FeatureStore, FeatureStore]:
+        options, work = self._job.options, self._job.work
+        width = len(self._geometry.taps) * self._geometry.hidden
+        stores = [FeatureStore(work / name, width, options.target_top) for name in (_FEATURES, _HELD_OUT)]
+        target = TappedTarget(self._model, self._geometry.taps)
+        whole = len(learn) + len(judge)
+        for store, items, before in ((stores[1], judge, 0), (stores[0], learn, len(judge))):
+            if len(store) > len(items):
+                raise UsageError(f"{work} has features of more responses than there are; name another --work")
+            fill(
+                store,
+                target,
+                items,
+                options.max_length,
+                options.target_top,
+                lambda done, before=before: self._on_progress("features", before + done, whole, ""),  # type: ignore[misc]
+            )
+        target.release()
+        return stores[0], stores[1]
+
+    def _trainer(self, samples: FeatureStore, held_out: FeatureStore, learn: Sequence[Response]) -> Trainer:
+        options, ends = self._job.options, self._checkpoint.eos_token_ids
+        embedding, head = embedding_and_head(self._model)
+        ids = frequent_tokens(learn, options.shape.draft_vocab, self._geometry.vocab, ends)
+        torch.manual_seed(options.seed)
+        model = TrainableDrafter(self._geometry, embedding.cpu(), head.cpu(), ids).to(self._device)
+        return Trainer(model, samples, [held_out[i] for i in range(len(held_out))], options, self._job.work / _TRAINING)
+
+    def _train(self, trainer: Trainer) -> None:
+        whole = self._job.options.steps
+        last = ""
+
+        def shown(report: StepReport) -> None:
+            nonlocal last
+            if report.accepted_length is not None:
+                last = f", accepted length {report.accepted_length:.2f}"
+            self._on_progress("training", report.step, whole, f"loss {report.loss:.3f}{last}")
+
+        trainer.run(on_step=shown)
+
+    # Output --------------------------------------------------------------------------------------------------------
+
+    def _write(
+        self,
+        trainer: Trainer,
+        found: Evaluation,
+        calibration: Calibration,
+        checked: Calibration,
+        trained: TrainedDrafter,
+        responses: tuple[Sequence[Response], Sequence[Response]],
+    ) -> None:
+        job = self._job
+        out = Path(os.path.abspath(job.out))
+        partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+        depth = int(self._checkpoint.config.get_text_config().num_hidden_layers)
+        facts: dict[str, Any] = {
+            "confidence_temperatures": list(calibration.temperatures),
+            "rounds": found.rounds,
+            "error_before": checked.before,
+            "error_after": checked.after,
+        }
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            with trainer.averaged():
+                save_drafter(partial, trainer.model, target_layers=depth, calibration=facts if found.rounds else None)
+            (partial / "training.json").write_text(_record(job, trained, trainer.log, responses), "utf-8")
+            draw_curves(trainer.log, partial / "curves.png")
+            write_card(
+                partial / "README.md", self._checkpoint, self._geometry, job.options, trained, responses, job.license_
+            )
+            if out.exists():
+                shutil.rmtree(out)
+            partial.replace(out)
+        except OSError as error:
+            raise BundleNotWritten(f"cannot write the drafter to {out}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def calibrated(found: Evaluation) -> tuple[Calibration, Calibration]:
+    """Temperatures fitted to all rounds, and an honest error: fitted to every other round, measured on the rest."""
+    if found.rounds < 2:
+        nothing = Calibration((1.0,) * found.right.shape[1], 0.0, 0.0)
+        return nothing, nothing
+    half = calibrate(found.logits[::2], found.right[::2])
+    rest = found.logits[1::2], found.right[1::2]
+    before = overall_error(*rest, np.ones(found.logits.shape[1]))
+    after = overall_error(*rest, np.array(half.temperatures))
+    return calibrate(found.logits, found.right), Calibration(half.temperatures, before, after)
+
+
+def _record(
+    job: DrafterJob,
+    trained: TrainedDrafter,
+    log: Sequence[dict[str, Any]],
+    responses: tuple[Sequence[Response], Sequence[Response]],
+) -> str:
+    """What a script would want to know of a training, as JSON."""
+    evaluations = [line for line in log if "accepted_length" in line]
+    counted = {
+        name: {"count": len(items), "tokens": sum(len(item.response) for item in items)}
+        for name, items in zip(("learn", "judge"), responses, strict=True)
+    }
+    facts = {
+        "accepted_length": trained.accepted_length,
+        "untrained_length": trained.untrained_length,
+        "survival": list(trained.survival),
+        "calibration_error": list(trained.calibration_error),
+        "parameters": trained.parameters,
+        "steps": trained.steps,
+        "seconds": {name: round(value, 1) for name, value in trained.seconds.items()},
+        "options": job.options.fingerprint(),
+        "responses": counted,
+        "evaluations": evaluations,
+    }
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def _check_out(job: DrafterJob) -> None:
+    out = job.out
+    if not out.exists():
+        return
+    ours = out.is_dir() and (not any(out.iterdir()) or (out / "training.json").is_file())
+    if not ours:
+        raise BundleNotWritten(f"{out} exists and is no drafter trained by this program; name a new folder")
+    if not job.overwrite and any(out.iterdir()):
+        raise BundleNotWritten(f"{out} exists; pass --overwrite to replace the drafter in it, or name a new folder")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name} is unknown; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: PyTorch sees no CUDA device here; use cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name} is not supported; use cpu or cuda")
+    return device
