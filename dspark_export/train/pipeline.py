@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ OnProgress = Callable[[str, int, int, str], None]
 """Called with a stage (``responses``, ``features``, ``training``), what of it is done, its whole, and a remark."""
 
 _FEATURES, _HELD_OUT, _TRAINING, _RESPONSES, _LOCK = "features", "held_out", "training", "responses.jsonl", ".lock"
-_MADE_FOR = "made_for.json"
+_MADE_FOR, _TOKENIZER = "made_for.json", "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,10 @@ def train_drafter(job: DrafterJob, on_progress: OnProgress = lambda *_: None) ->
         lock.acquire()
     except filelock.Timeout as error:
         raise BundleBusy(f"another training works in {job.work}; wait until it ends, or name another --work") from error
-    with lock:
+    try:
         return _Run(job, checkpoint, geometry, device, on_progress).finish()
+    finally:
+        lock.release()
 
 
 class _Run:
@@ -226,9 +227,10 @@ class _Run:
             raise UsageError(
                 f"{self._checkpoint.id} has no tokenizer, so no prompts can be read: give --responses of token ids"
             )
-        with tempfile.TemporaryDirectory() as folder:
-            self._checkpoint.save_tokenizer(Path(folder))
-            return TextCodec(Path(folder))
+        folder = self._job.work / _TOKENIZER
+        folder.mkdir(exist_ok=True)
+        self._checkpoint.save_tokenizer(folder)
+        return TextCodec(folder)
 
     def _features(self, learn: Sequence[Response], judge: Sequence[Response]) -> tuple[FeatureStore, FeatureStore]:
         options, work = self._job.options, self._job.work
@@ -253,7 +255,8 @@ class _Run:
     def _trainer(self, samples: FeatureStore, held_out: FeatureStore, learn: Sequence[Response]) -> Trainer:
         options, ends = self._job.options, self._checkpoint.eos_token_ids
         embedding, head = embedding_and_head(self._model)
-        ids = frequent_tokens(learn, options.shape.draft_vocab, self._geometry.vocab, ends)
+        g = self._geometry
+        ids = frequent_tokens(learn, options.shape.draft_vocab, g.vocab, g.mask_token, ends)
         torch.manual_seed(options.seed)
         model = TrainableDrafter(self._geometry, embedding.cpu(), head.cpu(), ids).to(self._device)
         return Trainer(model, samples, [held_out[i] for i in range(len(held_out))], options, self._job.work / _TRAINING)

@@ -92,11 +92,15 @@ def split(responses: Iterable[Response], held_out: int) -> tuple[list[Response],
     learn: list[Response] = []
     judge: list[Response] = []
     for item in responses:
-        if zlib.crc32(np.asarray(item.prompt, "<i4").tobytes()) % _EVERY:
+        if not _kept_apart(item.prompt):
             learn.append(item)
         elif item.temperature == 0 and len(judge) < held_out:
             judge.append(item)
     return learn, judge
+
+
+def _kept_apart(prompt: Sequence[int]) -> bool:
+    return zlib.crc32(np.asarray(prompt, "<i4").tobytes()) % _EVERY == 0
 
 
 def read_prompts(files: Sequence[Path]) -> list[str]:
@@ -166,6 +170,17 @@ class Plan:
     synthesise: int = 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for option, value, low in (
+            ("--count", self.count, 1),
+            ("--max-new-tokens", self.max_new_tokens, 2),
+            ("--synthesise", self.synthesise, 0),
+        ):
+            if value < low:
+                raise UsageError(f"{option} {value}: give at least {low}")
+        if not self.temperatures or not all(0 <= t <= 100 for t in self.temperatures):
+            raise UsageError(f"--temperatures {self.temperatures}: give numbers from 0 to 100, 0 for greedy")
+
 
 def make_responses(
     model: PreTrainedModel,
@@ -176,46 +191,48 @@ def make_responses(
     ends: Sequence[int],
     on_step: OnStep = lambda _: None,
 ) -> None:
-    """Extend ``file`` to ``plan.count`` responses; goes on where an earlier run stopped.
+    """Extend ``file`` to ``plan.count`` responses, or to one for every prompt; goes on where an earlier run stopped.
 
-    ``plan.synthesise`` of the prompts are written by the target: it continues its own chat template where a user's turn
-    begins. Raises UsageError if there are no prompts at all.
+    Up to ``plan.synthesise`` prompts are written by the target, which continues its own chat template where a user's
+    turn begins. Raises UsageError if there are no prompts at all.
     """
     done = {item.prompt for item in file}
     made = len(done)
-    texts = list(prompts)
-    random.Random(plan.seed).shuffle(texts)
-    if not texts and not plan.synthesise:
+    if not prompts and not plan.synthesise:
         raise UsageError(
             "there are no prompts: name files with --prompts, or let the model write some with --synthesise"
         )
-    round_, at = 0, 0
-    share = plan.synthesise / (plan.synthesise + len(texts))
-    while made < plan.count:
+    rendered_texts = list(dict.fromkeys(tuple(_render(codec, text)) for text in prompts))
+    random.Random(plan.seed).shuffle(rendered_texts)
+    texts = [ids for ids in rendered_texts if ids not in done]
+    own_left = max(0, plan.synthesise - (made - (len(rendered_texts) - len(texts))))
+    round_ = made // plan.batch
+    while made < plan.count and (texts or own_left):
         wanted = min(plan.batch, plan.count - made)
-        own = round(wanted * share) if texts else wanted
+        own = min(own_left, max(wanted - len(texts), round(wanted * own_left / (own_left + len(texts)))))
+        own_left -= own
         rendered = _synthesised(model, codec, own, ends, plan.seed + round_) if own else []
-        while len(rendered) < wanted and at < len(texts):
-            rendered.append(_render(codec, texts[at]))
-            at += 1
-        fresh = list(dict.fromkeys(tuple(ids) for ids in rendered if ids and tuple(ids) not in done))
-        if not fresh and at >= len(texts) and not plan.synthesise:
-            return  # every prompt has its response
-        if fresh:
-            temperature = plan.temperatures[round_ % len(plan.temperatures)]
+        rendered += [texts.pop() for _ in range(min(wanted - own, len(texts)))]
+        fresh = list(dict.fromkeys(ids for ids in rendered if ids and ids not in done))
+        turn = plan.temperatures[round_ % len(plan.temperatures)]
+        found: list[Response] = []
+        for temperature in sorted({0.0, turn}):  # drafters are judged by greedy responses
+            chosen = [ids for ids in fresh if (0.0 if _kept_apart(ids) else turn) == temperature]
+            if not chosen:
+                continue
             outputs = generate(
                 model,
-                fresh,
+                chosen,
                 max_new_tokens=plan.max_new_tokens,
                 temperature=temperature,
                 ends=ends,
                 seed=plan.seed + round_,
             )
-            found = [Response(p, tuple(r), temperature) for p, r in zip(fresh, outputs, strict=True) if len(r) > 1]
-            file.append(found)
-            done.update(fresh)
-            made += len(found)
-            on_step(made)
+            found += [Response(p, tuple(r), temperature) for p, r in zip(chosen, outputs, strict=True) if len(r) > 1]
+        file.append(found)
+        done.update(fresh)
+        made += len(found)
+        on_step(made)
         round_ += 1
 
 
@@ -230,8 +247,8 @@ def _render(codec: TextCodec, text: str) -> list[int]:
 
 def _synthesised(
     model: PreTrainedModel, codec: TextCodec, count: int, ends: Sequence[int], seed: int
-) -> list[list[int]]:
+) -> list[tuple[int, ...]]:
     start = opening(codec)
     written = generate(model, [start] * count, max_new_tokens=96, temperature=1.0, ends=ends, seed=seed, top_p=0.95)
     texts = [codec.decode(tokens[:-1] if tokens and tokens[-1] in ends else tokens).strip() for tokens in written]
-    return [_render(codec, text) for text in texts if len(text) > 3]
+    return [tuple(_render(codec, text)) for text in texts if len(text) > 3]

@@ -93,13 +93,17 @@ def embedding_and_head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tens
 
 
 def frequent_tokens(
-    responses: Iterable[Response], size: int | None, vocab: int, always: Sequence[int] = ()
+    responses: Iterable[Response], size: int | None, vocab: int, mask_token: int, always: Sequence[int] = ()
 ) -> torch.Tensor | None:
-    """int64 [size], ascending: ``always`` and the tokens responses have most often, filled up with the lowest ids."""
+    """int64 [size], ascending: ``always`` and the tokens responses have most often, filled up with the lowest ids.
+
+    None, for all of them, if ``size`` is None or not below ``vocab``. The mask token is never drafted.
+    """
     if size is None or size >= vocab:
         return None
     counts: Counter[int] = Counter()
     for item in responses:
         counts.update(item.response)
-    chosen = list(dict.fromkeys([*always, *(token for token, _ in counts.most_common(size)), *range(size)]))[:size]
+    wanted = dict.fromkeys([*always, *(token for token, _ in counts.most_common(size + 1)), *range(size + 1)])
+    chosen = [token for token in wanted if token != mask_token][:size]
     return torch.tensor(sorted(chosen), dtype=torch.int64)

@@ -51,7 +51,7 @@ def drafter(markov: str, draft_ids: torch.Tensor | None = None) -> TrainableDraf
 
 @pytest.mark.parametrize("markov", ["none", "vanilla", "gated", "rnn"])
 def test_every_block_is_what_the_reference_drafts(markov: str) -> None:
-    """Blocks of two sequences of different lengths in one pass, against the reference, which has one round at a time."""
+    """Blocks of two sequences of different lengths in one pass; the reference has one round at a time."""
     model = drafter(markov)
     weights, shape = random_block(markov, layers=LAYERS, block=BLOCK)
     features = torch.randn(2, 11, TAPS * HIDDEN)
@@ -107,7 +107,7 @@ def slots(batch: int, top: int, seed: int = 0) -> Slots:
 
 
 def test_terms_are_those_of_whole_distributions() -> None:
-    """With all of the target's tokens kept, the distance is the full L1 distance, and agreement one minus half of it."""
+    """With all tokens of the target kept, the distance is the full L1, and agreement one minus half of it."""
     model = drafter("vanilla")
     assert model.markov_head is not None
     hidden = torch.randn(2, 3, BLOCK, HIDDEN)

@@ -1,0 +1,254 @@
+"""From prompts to a drafter in a bundle, with a tiny target: the whole command, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dspark_export.train.options import DrafterShape, TrainOptions
+from dspark_export.train.pipeline import DrafterJob, train_drafter
+from dspark_export.train.responses import Plan, Response, ResponseFile, split
+from dspark_runtime import Bundle
+from dspark_runtime.errors import BundleNotWritten, UsageError
+from tests import tiny_models
+from tests.cli.conftest import Invoke, invoke  # noqa: F401  (a fixture)
+
+WORDS = ("sum", "list", "river", "night", "code", "green", "walk", "seven", "paper", "why", "map", "stone")
+
+
+SENTENCES = (
+    "the river is as long as the road to the sea, and nobody has seen where it begins.",
+    "a list is sorted when no number in it is smaller than the number before.",
+    "walk to the green door, knock seven times, and wait until somebody opens it.",
+    "the sum of two even numbers is even, and so is the sum of two odd numbers.",
+    "at night the stones are cold, but the paper is dry and the map can be read.",
+)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has learnt a few sentences: what one with random weights says, nothing could guess."""
+    _, model = tiny_models.make("llama", num_hidden_layers=2)
+    tokenizer = tiny_models.tokenizer()
+    random = np.random.default_rng(0)
+    texts = []
+    for _ in range(600):
+        asked = " ".join(random.choice(WORDS, 2))
+        said = " ".join(random.choice(SENTENCES, 2))
+        texts.append(torch.tensor(tokenizer.encode(f"<|user|>{asked}<|end|>\n<|assistant|>{said}<|end|>")))
+    model.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        chosen = random.choice(len(texts), 16, replace=False)
+        ids = torch.nn.utils.rnn.pad_sequence([texts[i] for i in chosen], batch_first=True, padding_value=-100)
+        loss = model(input_ids=ids.clamp_min(0), labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.6
+    folder = tmp_path_factory.mktemp("target") / "model"
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(f"{a} {b}" for a in WORDS for b in WORDS if a != b))
+    return path
+
+
+def command(target: Path, prompts: Path, out: Path, *more: object) -> tuple[object, ...]:
+    made = ("--prompts", prompts, "--synthesise", 60, "--count", 180, "--max-new-tokens", 24, "--held-out", 6)
+    trained = ("--steps", 60, "--batch", 8, "--anchors", 12, "--rate", 0.01, "--ema", 0.9, "--evaluate-every", 20)
+    shape = ("--block", 3, "--rank", 16, "--max-length", 64)
+    return ("train-drafter", target, "--out", out, *made, *trained, *shape, *more)
+
+
+@pytest.fixture(scope="module")
+def trained(target: Path, prompts: Path, invoke: Invoke, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    out = tmp_path_factory.mktemp("trained") / "drafter"
+    found = invoke(
+        *command(target, prompts, out, "--draft-vocab", 300, "--license", "apache-2.0", "--progress", "json")
+    )
+    assert found.exit_code == 0, found.output
+    assert "accepted" in found.stdout and str(out) in found.stdout
+    stages = [json.loads(line)["stage"] for line in found.stderr.splitlines() if line.startswith("{")]
+    assert list(dict.fromkeys(stages)) == ["responses", "features", "training"]
+    return out
+
+
+def test_it_learns(trained: Path) -> None:
+    facts = json.loads((trained / "training.json").read_text())
+    assert facts["steps"] == 60 and facts["responses"]["learn"]["count"] + facts["responses"]["judge"]["count"] <= 180
+    assert facts["untrained_length"] < 1.2
+    assert facts["accepted_length"] > facts["untrained_length"] + 0.8
+    assert facts["evaluations"][0]["step"] == 0 and facts["evaluations"][-1]["step"] == 60
+    card = (trained / "README.md").read_text()
+    assert "license: apache-2.0" in card and "300 of 384 tokens" in card and f"{facts['accepted_length']:.2f}" in card
+    assert (trained / "curves.png").stat().st_size > 10_000
+
+
+def test_the_bundle_drafts_as_well_as_training_said(
+    target: Path,
+    trained: Path,
+    tmp_path: Path,
+    invoke: Invoke,  # noqa: F811
+) -> None:
+    out = tmp_path / "bundle"
+    built = invoke("build", target, "--draft", trained, "--out", out, "--self-draft", "none", "--threads", 1)
+    assert built.exit_code == 0, built.output
+    bundle = Bundle.open(out, threads=1)
+    facts = next(entry.block for entry in bundle.manifest.drafters if entry.block)
+    assert facts.confidence_temperatures is not None and len(facts.confidence_temperatures) == 3
+    assert facts.vocab_map is not None and len(np.load(out / facts.vocab_map)) == 300  # none of them the mask
+    work = trained.with_name("drafter.work")
+    _, judge = split(ResponseFile(work / "responses.jsonl"), 6)
+    texts = [list(item.prompt) for item in judge]
+    plain = bundle.generate(texts, max_new_tokens=24, speculate="off")
+    drafted = bundle.generate(texts, max_new_tokens=24, speculate="dspark", draft_length=3)
+    assert [r.tokens for r in drafted] == [r.tokens for r in plain]
+    length = float(np.mean([r.stats.accepted_length for r in drafted]))
+    expected = json.loads((trained / "training.json").read_text())["accepted_length"]
+    assert length > 1 + 0.8 * (expected - 1)
+
+
+def job(target: Path, folder: Path, given: Path, **changes: Any) -> DrafterJob:
+    settings: dict[str, Any] = {
+        "model": str(target),
+        "out": folder / "drafter",
+        "work": folder / "work",
+        "responses": (given,),
+        "held_out": 4,
+        "options": TrainOptions(
+            DrafterShape(block=3, rank=8), steps=12, batch=4, anchors=6, max_length=48, evaluate_every=4, rate=0.01
+        ),
+    }
+    return DrafterJob(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def responses(trained: Path) -> Path:
+    return trained.with_name("drafter.work") / "responses.jsonl"
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage, at", [("features", 9), ("training", 4), ("training", 7), ("training", 12)])
+def test_a_killed_training_goes_on_to_the_same_drafter(
+    target: Path, responses: Path, tmp_path: Path, stage: str, at: int
+) -> None:
+    """Stopped with no chance to tidy up, at a saved step or between two; curve and weights are the same, bit by bit."""
+    one = job(target, tmp_path / "whole", responses)
+    whole = train_drafter(one)
+
+    def killed(now: str, done: int, whole: int, remark: str) -> None:
+        if (now, done) == (stage, at):
+            raise _Killed
+
+    other = job(target, tmp_path / "parts", responses)
+    with pytest.raises(_Killed):
+        train_drafter(other, killed)
+    assert not other.out.exists()
+    again = train_drafter(other)
+    assert again.accepted_length == whole.accepted_length and again.survival == whole.survival
+    for name in ("model.safetensors", "config.json", "calibration.json"):
+        assert (one.out / name).read_bytes() == (other.out / name).read_bytes()
+    curves = [json.loads((j.work / "training" / "state.json").read_text())["log"] for j in (one, other)]
+    for line in (*curves[0], *curves[1]):
+        line.pop("seconds")
+    assert curves[0] == curves[1] and len(curves[0]) == 13
+
+
+def test_responses_go_on_behind_a_torn_line(target: Path, prompts: Path, tmp_path: Path, invoke: Invoke) -> None:  # noqa: F811
+    short = ("--count", 40, "--steps", 2, "--evaluate-every", 2, "--synthesise", 0, "--held-out", 4)
+    out = tmp_path / "d"
+    first = invoke(*command(target, prompts, out, *short))
+    path = tmp_path / "d.work" / "responses.jsonl"
+    if first.exit_code == 2:  # too few greedy ones by chance of the split: the message says so
+        assert "--count" in first.output
+    before = path.read_text().splitlines()
+    assert len(before) == 40
+    path.write_text("\n".join(before[:30]) + '\n{"prompt": [1, 2')
+    invoke(*command(target, prompts, out, *short, "--overwrite"))
+    after = path.read_text().splitlines()
+    assert after[:30] == before[:30] and len(after) == 40
+    texts = [tuple(json.loads(line)["prompt"]) for line in after]
+    assert len(set(texts)) == len(texts)
+
+
+def test_one_prompt_is_on_one_side_only() -> None:
+    items = [Response((n, n + 1), (5, 6), float(n % 2)) for n in range(2000)]
+    learn, judge = split(items, 20)
+    assert len(judge) == 20 and all(item.temperature == 0 for item in judge)
+    assert not {item.prompt for item in learn} & {item.prompt for item in judge}
+    more_learn, more_judge = split([*items, *(Response((n, 1), (7,), 0.0) for n in range(2000, 2500))], 20)
+    assert more_judge == judge and more_learn[: len(learn)] == learn
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompts": ({"responses": ()}, "--prompts"),
+    "no such responses": ({"responses": (Path("nowhere.jsonl"),)}, "nowhere.jsonl"),
+    "no cuda": ({"device": "cuda"}, "CUDA"),
+    "no such device": ({"device": "gpu9"}, "gpu9"),
+    "few held out": ({"held_out": 1}, "--held-out"),
+    "taps too deep": ({"options": TrainOptions(DrafterShape(taps=(0, 9)))}, "--taps 9"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_say_what_to_do(case: str, target: Path, responses: Path, tmp_path: Path) -> None:
+    if case == "no cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    changes, said = BAD[case]
+    with pytest.raises(UsageError, match=said):
+        train_drafter(job(target, tmp_path, responses, **changes))
+    assert not (tmp_path / "drafter").exists()
+
+
+def test_damaged_and_foreign_responses(target: Path, responses: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    for line, said in (
+        ('{"prompt": [1], "response": "text"}', "bad.jsonl:1"),
+        ("nothing", "bad.jsonl:1"),
+        ('{"prompt": [1], "response": [99999, 3]}', "99999"),
+        ('{"prompt": [1], "response": [2, 3], "temperature": 0}', "--count"),
+    ):
+        bad.write_text(line + "\n")
+        with pytest.raises(UsageError, match=said):
+            train_drafter(job(target, tmp_path, bad))
+        assert bad.read_text() == line + "\n"  # what was given is not touched
+        shutil.rmtree(tmp_path / "work")
+
+
+def test_a_work_folder_belongs_to_one_target_and_training(target: Path, responses: Path, tmp_path: Path) -> None:
+    first = job(target, tmp_path, responses)
+    train_drafter(first)
+    with pytest.raises(BundleNotWritten, match="--overwrite"):
+        train_drafter(first)
+    with pytest.raises(UsageError, match="taps"):
+        changed = TrainOptions(DrafterShape(taps=(-1, 0)), max_length=48)
+        train_drafter(job(target, tmp_path, responses, overwrite=True, options=changed))
+    with pytest.raises(UsageError, match="rate"):
+        slower = TrainOptions(**{**vars(first.options), "rate": 0.002})
+        train_drafter(job(target, tmp_path, responses, overwrite=True, options=slower))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(BundleNotWritten, match="name a new folder"):
+        train_drafter(job(target, tmp_path, responses, out=tmp_path / "mine", overwrite=True))
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_the_plan_of_generation_is_checked() -> None:
+    for wrong in ({"count": 0}, {"count": 5, "max_new_tokens": 0}, {"count": 5, "temperatures": (-1.0,)}):
+        with pytest.raises(UsageError):
+            Plan(**wrong)  # type: ignore[arg-type]
