@@ -251,4 +251,4 @@ def test_a_work_folder_belongs_to_one_target_and_training(target: Path, response
 def test_the_plan_of_generation_is_checked() -> None:
     for wrong in ({"count": 0}, {"count": 5, "max_new_tokens": 0}, {"count": 5, "temperatures": (-1.0,)}):
         with pytest.raises(UsageError):
-            Plan(**wrong)  # type: ignore[arg-type]
+            Plan(**wrong)
