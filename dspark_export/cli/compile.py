@@ -40,8 +40,8 @@ def compile_(
     max_length: Annotated[
         int | None, typer.Option(help="Cache slots of a sequence (default: the model's positions, at most 4096).")
     ] = None,
-    verify_rows: Annotated[int | None, typer.Option(help="Most rows of a decode or verify pass (default: 16).")] = None,
-    chunk: Annotated[int | None, typer.Option(help="Most tokens of a prefill pass (default: 256).")] = None,
+    verify_rows: Annotated[int | None, typer.Option(help="Most rows of a decode or verify pass (default: 32).")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Most tokens of a prefill pass (default: 512).")] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(help="tensorrt-rtx: compile for this one, such as 8.6 (default: all from 8.0). Repeatable."),

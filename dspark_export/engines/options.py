@@ -31,8 +31,8 @@ class Ranges:
 
     batch: int = 1
     max_length: int = DEFAULT_LENGTH
-    verify_rows: int = 16
-    chunk: int = 256
+    verify_rows: int = 32  # what the runtime's schedule verifies at most
+    chunk: int = 512  # what its loop prefills at once
 
     def __post_init__(self) -> None:
         limits = {"batch": 4096, "max_length": 2**24, "verify_rows": 1024, "chunk": 2**16}

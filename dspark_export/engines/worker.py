@@ -208,10 +208,10 @@ def _targets(request: dict[str, Any]) -> list[str]:
         return given
     if request["hardware_compatible"] == "ampere-plus":
         return ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-    from cuda.core import Device
+    from dspark_runtime.backends.tensorrt_device import this_device
 
-    capability = Device().compute_capability
-    return [f"{capability.major}.{capability.minor}"]
+    device = this_device()
+    return [] if device is None else [device.capability]
 
 
 def _cuda_version(flavour: str) -> str | None:

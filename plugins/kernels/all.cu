@@ -2,3 +2,4 @@
 #include "compact.cu"
 #include "draft.cu"
 #include "verify.cu"
+#include "walk.cu"

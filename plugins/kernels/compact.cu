@@ -22,12 +22,12 @@ __device__ void compact_cache(const CacheTensor& tensor, const int64_t* path, co
 
 #define DSPARK_COMPACT_KERNELS(suffix, Unit)                                                                           \
   DSPARK_KERNEL(1)                                                                                                     \
-  dspark_compact_cache_##suffix(const __grid_constant__ dspark::CacheTensors tensors, const int64_t* path,              \
+  dspark_compact_cache_##suffix(const __grid_constant__ dspark::CacheTensors tensors, const int64_t* path,             \
                                const int64_t* accepted, const int64_t* starts, int32_t rows, int32_t capacity) {       \
     dspark::compact_cache<Unit>(tensors.items[blockIdx.z], path, accepted, starts, rows, capacity);                    \
   }                                                                                                                    \
   DSPARK_KERNEL(1)                                                                                                     \
-  dspark_compact_cache_table_##suffix(const dspark::CacheTensors* tensors, const int64_t* path,                         \
+  dspark_compact_cache_table_##suffix(const dspark::CacheTensors* tensors, const int64_t* path,                        \
                                      const int64_t* accepted, const int64_t* starts, int32_t rows,                     \
                                      int32_t capacity) {                                                               \
     dspark::compact_cache<Unit>(tensors->items[blockIdx.z], path, accepted, starts, rows, capacity);                   \

@@ -1,7 +1,5 @@
 // Kernels of VerifyTree and VerifyChain; their launch contract is in dspark/kernels.h.
-#include "dspark/chain.h"
-#include "dspark/kernels.h"
-#include "types.h"
+#include "verify.h"
 
 namespace dspark {
 
@@ -67,27 +65,6 @@ __device__ inline void clear(const VerifyWorkspace& workspace, int64_t sequence,
   if (threadIdx.x == 0) workspace.tickets[sequence] = 0;
 }
 
-struct Sampling {
-  const float* temperature;
-  const int64_t* top_k;
-  const float* top_p;
-  const float* min_p;
-
-  __device__ SamplingParams of(int64_t sequence) const {
-    return {temperature[sequence], top_p[sequence], min_p[sequence], top_k[sequence]};
-  }
-};
-
-struct Verdicts {
-  int64_t* path;
-  int64_t* emitted;
-  int64_t* accepted;
-
-  __device__ Verdict of(int64_t sequence, int rows) const {
-    return {path + sequence * rows, emitted + sequence * rows, accepted + sequence};
-  }
-};
-
 union VerifyShared {
   SampleShared sample;
   WalkShared walk;
@@ -114,69 +91,6 @@ __device__ void verify_tree(const T* logits, const int64_t* tokens, const uint8_
   clear(workspace, sequence, rows);
 }
 
-// One block walks a sequence and draws only where it comes by.
-template <class T>
-__device__ void walk_tree(const T* logits, const int64_t* tokens, const uint8_t* ancestors, const float* uniforms,
-                          const Sampling& sampling, int rows, int vocab, const Verdicts& verdicts) {
-  __shared__ SampleShared shared;
-  __shared__ WalkShared walking;
-  const DeviceBlock block;
-  const int64_t sequence = blockIdx.x;
-  const SamplingParams params = sampling.of(sequence);
-  const Tree tree{tokens + sequence * rows, ancestors + sequence * rows * rows, rows};
-  const auto draw_at = [&](int at) {
-    const Row<T> row{logits + (sequence * rows + at) * vocab, vocab};
-    uint64_t total;
-    return draw(block, shared, row, weigh(block, shared, row, params), uniforms[sequence * rows + at], &total);
-  };
-  walk(block, walking, tree, draw_at, verdicts.of(sequence, rows));
-}
-
-// What both kernels of a chain are given, of one sequence.
-template <class T> struct Chain {
-  const T* logits;
-  const int64_t* tokens;
-  const float* draft_probs;
-  int64_t drafted;
-  const float* accept_uniforms;
-  const float* draw_uniforms;
-  SamplingParams params;
-  int rows, vocab;
-
-  __device__ Chain(const T* all_logits, const int64_t* all_tokens, const float* all_probs, const int64_t* all_drafted,
-                   const float* all_accepts, const float* all_draws, const Sampling& sampling, int rows_, int vocab_,
-                   int64_t sequence)
-      : logits(all_logits + sequence * rows_ * vocab_),
-        tokens(all_tokens + sequence * rows_),
-        draft_probs(all_probs + sequence * (rows_ - 1) * vocab_),
-        drafted(all_drafted[sequence]),
-        accept_uniforms(all_accepts + sequence * (rows_ - 1)),
-        draw_uniforms(all_draws + sequence * rows_),
-        params(sampling.of(sequence)),
-        rows(rows_),
-        vocab(vocab_) {}
-
-  __device__ Row<T> row(int at) const { return {logits + static_cast<int64_t>(at) * vocab, vocab}; }
-
-  __device__ bool is_draft(int at) const { return at < rows - 1 && at < drafted; }
-
-  // The draft probabilities of a row, null where the drafts have ended.
-  __device__ const float* probs(int at) const {
-    return is_draft(at) ? draft_probs + static_cast<int64_t>(at) * vocab : nullptr;
-  }
-
-  __device__ bool draft_stands(int at, const Weigher& weigher, uint64_t total) const {
-    return is_draft(at) && accepts(row(at), weigher, total, tokens[at + 1], probs(at), accept_uniforms[at]);
-  }
-
-  __device__ void conclude_at(const DeviceBlock& block, SampleShared& shared, int accepted, const Weigher& weigher,
-                              uint64_t total, const Verdict& verdict) const {
-    const float uniform = draw_uniforms[accepted];
-    const int32_t last = correct(block, shared, row(accepted), weigher, total, probs(accepted), uniform);
-    conclude(block, tokens, rows, accepted, last, verdict);
-  }
-};
-
 template <class T>
 __device__ void verify_chain(const Chain<T>& chain, int64_t sequence, const Verdicts& verdicts, void* memory) {
   __shared__ SampleShared shared;
@@ -200,20 +114,6 @@ __device__ void verify_chain(const Chain<T>& chain, int64_t sequence, const Verd
   clear(workspace, sequence, rows);
 }
 
-template <class T> __device__ void walk_chain(const Chain<T>& chain, const Verdict& verdict) {
-  __shared__ SampleShared shared;
-  const DeviceBlock block;
-  DSPARK_ROLLED
-  for (int at = 0;; ++at) {
-    const Row<T> row = chain.row(at);
-    const Weigher weigher = weigh(block, shared, row, chain.params);
-    const uint64_t total = total_mass(block, shared, row, weigher);
-    if (chain.draft_stands(at, weigher, total)) continue;
-    chain.conclude_at(block, shared, at, weigher, total, verdict);
-    return;
-  }
-}
-
 }  // namespace dspark
 
 #define DSPARK_VERIFY_KERNELS(suffix, T)                                                                               \
@@ -224,13 +124,6 @@ template <class T> __device__ void walk_chain(const Chain<T>& chain, const Verdi
     dspark::verify_tree<T>(logits, tokens, ancestors, uniforms, {temperature, top_k, top_p, min_p}, rows, vocab,       \
                            {path, emitted, accepted}, workspace);                                                      \
   }                                                                                                                    \
-  DSPARK_KERNEL(2) dspark_walk_tree_##suffix(                                                                          \
-      const T* logits, const int64_t* tokens, const uint8_t* ancestors, const float* uniforms,                         \
-      const float* temperature, const int64_t* top_k, const float* top_p, const float* min_p, int32_t rows,            \
-      int32_t vocab, int64_t* path, int64_t* emitted, int64_t* accepted) {                                             \
-    dspark::walk_tree<T>(logits, tokens, ancestors, uniforms, {temperature, top_k, top_p, min_p}, rows, vocab,         \
-                         {path, emitted, accepted});                                                                   \
-  }                                                                                                                    \
   DSPARK_KERNEL(1) dspark_verify_chain_##suffix(                                                                       \
       const T* logits, const int64_t* tokens, const float* draft_probs, const int64_t* drafted,                        \
       const float* accept_uniforms, const float* draw_uniforms, const float* temperature, const int64_t* top_k,        \
@@ -239,15 +132,6 @@ template <class T> __device__ void walk_chain(const Chain<T>& chain, const Verdi
     const dspark::Chain<T> chain(logits, tokens, draft_probs, drafted, accept_uniforms, draw_uniforms,                 \
                                  {temperature, top_k, top_p, min_p}, rows, vocab, blockIdx.z);                         \
     dspark::verify_chain<T>(chain, blockIdx.z, {path, emitted, accepted}, workspace);                                  \
-  }                                                                                                                    \
-  DSPARK_KERNEL(1) dspark_walk_chain_##suffix(                                                                         \
-      const T* logits, const int64_t* tokens, const float* draft_probs, const int64_t* drafted,                        \
-      const float* accept_uniforms, const float* draw_uniforms, const float* temperature, const int64_t* top_k,        \
-      const float* top_p, const float* min_p, int32_t rows, int32_t vocab, int64_t* path, int64_t* emitted,            \
-      int64_t* accepted) {                                                                                             \
-    const dspark::Chain<T> chain(logits, tokens, draft_probs, drafted, accept_uniforms, draw_uniforms,                 \
-                                 {temperature, top_k, top_p, min_p}, rows, vocab, blockIdx.x);                         \
-    dspark::walk_chain<T>(chain, dspark::Verdicts{path, emitted, accepted}.of(blockIdx.x, rows));                      \
   }
 
 DSPARK_VERIFY_KERNELS(f32, float)

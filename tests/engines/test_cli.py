@@ -28,9 +28,9 @@ def test_build_with_a_backend_compiles_every_decoder(tmp_path: Path) -> None:
     assert (engine.graph, engine.dtype, engine.capacity) == ("target", "bfloat16", tiny_models.MAX_POSITIONS)
     assert {name: high for name, (_, _, high) in engine.profiles[1].dims.items()} == {
         "batch": 1,
-        "tokens": 256,
+        "tokens": 512,
         "kv_len": 512,
-        "rows": 16,
+        "rows": 32,
         "capacity": 512,
     }
 

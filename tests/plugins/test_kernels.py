@@ -37,14 +37,14 @@ def resources() -> ModuleType:
 def names_in_sources() -> set[str]:
     text = "".join(path.read_text(encoding="utf-8") for path in (PLUGINS / "kernels").glob("*.cu"))
     suffixes = {
-        name: re.findall(rf"^DSPARK_{name}_KERNELS\((\w+),", text, re.MULTILINE) for name in ("VERIFY", "DRAFT")
+        name: re.findall(rf"^DSPARK_{name}_KERNELS\((\w+),", text, re.MULTILINE) for name in ("VERIFY", "WALK", "DRAFT")
     }
     suffixes["COMPACT"] = re.findall(r"^DSPARK_COMPACT_KERNELS\((\w+),", text, re.MULTILINE)
     plain = re.findall(r"DSPARK_KERNEL\(\d\)\s*\\?\s*(dspark_\w+)\(", text)
     found = set(plain)
     for stem in re.findall(r"DSPARK_KERNEL\(\d\)\s*\\?\s*(dspark_\w+?)_?##suffix", text):
         family = stem.split("_")[1].upper()
-        found |= {f"{stem}_{s}" for s in suffixes["VERIFY" if family in ("VERIFY", "WALK") else family]}
+        found |= {f"{stem}_{s}" for s in suffixes[family]}
     return found
 
 
