@@ -1,0 +1,287 @@
+"""TensorRT and TensorRT-RTX: decoders on the GPU behind the Engine protocol.
+
+A pass is: fill page-locked arrays, one copy in, the engine, one copy out, and one wait of the host. Everything is
+enqueued on the stream of the cache memory. Inputs and outputs have fixed addresses, so that a pass of a shape that was
+seen before is the launch of one CUDA graph.
+
+No GPU has run this yet: what is tested is the order of the calls, see docs/engines.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_runtime.backends.engine import CacheMemory, StepBuffers
+from dspark_runtime.backends.tensorrt_cache import DeviceCache
+from dspark_runtime.backends.tensorrt_cuda import Bytes, Cuda
+from dspark_runtime.backends.tensorrt_plan import LoadedPlan
+from dspark_runtime.backends.tensorrt_shapes import PassShape, pass_shape
+from dspark_runtime.bundle import BundleFiles, GraphEntry
+from dspark_runtime.contract import (
+    ATTENTION_MASK,
+    HIDDEN_TAPS,
+    INPUT_IDS,
+    LOGIT_ROWS,
+    LOGITS,
+    POSITION_IDS,
+    WRITE_INDICES,
+    past_name,
+    present_name,
+)
+from dspark_runtime.engine_facts import EngineEntry
+from dspark_runtime.errors import BackendError, EngineRangeExceeded
+
+PARTS = ("key", "value")
+_ALIGNMENT = 256
+_GRAPHS = 512  # of one runner; beyond that passes are enqueued one by one
+
+
+class TensorRtEngine:
+    """One decoder's engine.
+
+    Args:
+        files: the bundle.
+        graph: the graph the engine is of.
+        entry: the engine.
+        cuda: the GPU.
+        loaded: the plan, for tests; None to load it.
+        replay: capture CUDA graphs.
+
+    Raises:
+        PlanDamaged, EngineRefused: the engine must not or cannot run here.
+        IncompatibleBundle: its tensors are not those of the contract.
+    """
+
+    def __init__(
+        self,
+        files: BundleFiles,
+        graph: GraphEntry,
+        entry: EngineEntry,
+        cuda: Cuda,
+        *,
+        loaded: LoadedPlan | None = None,
+        replay: bool = True,
+    ) -> None:
+        self.name, self.entry, self.cuda, self.replay = graph.name, entry, cuda, replay
+        self.taps = tuple(graph.taps)
+        self.cache = files.manifest.model.cache if graph.cache is None else graph.cache
+        self.layers = tuple(range(len(self.cache))) if graph.layers is None else tuple(graph.layers)
+        shapes = {spec.name: spec.shape for spec in graph.outputs}
+        self.vocab_size = int(shapes[LOGITS][-1])
+        self.taps_width = int(shapes[HIDDEN_TAPS][-1]) if HIDDEN_TAPS in shapes else 0
+        self.plan = loaded or LoadedPlan(files, entry, cuda)
+        self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
+
+    @property
+    def largest(self) -> dict[str, int]:
+        """Largest size of every dimension over all profiles."""
+        most: dict[str, int] = {}
+        for profile in self.entry.profiles:
+            for name, (_, _, high) in profile.dims.items():
+                most[name] = max(high, most.get(name, 0))
+        return most
+
+    def allocate(self, batch: int, capacity: int) -> DeviceCache:
+        """See :class:`dspark_runtime.backends.engine.Engine`; always of the engine's own capacity."""
+        if batch > self.largest["batch"]:
+            raise EngineRangeExceeded(
+                f"{batch} sequences together, and the engine of {self.name} takes {self.largest['batch']}; lower "
+                "batch_size, or compile the bundle again with a larger --batch"
+            )
+        memory = DeviceCache(self.cuda, self.cache, batch, self.entry.capacity)
+        memory.resize(capacity, 0)
+        return memory
+
+    def open(self, memory: CacheMemory) -> TensorRtRunner:
+        """See :class:`dspark_runtime.backends.engine.Engine`."""
+        return TensorRtRunner(self, device_cache(self.name, self.entry, memory))
+
+
+def device_cache(name: str, entry: EngineEntry, memory: CacheMemory) -> DeviceCache:
+    """``memory`` if the engine can use it; BackendError otherwise."""
+    if not isinstance(memory, DeviceCache):
+        raise BackendError(f"{name} runs on the GPU and cannot use a {type(memory).__name__}")
+    if memory.capacity != entry.capacity:
+        raise BackendError(
+            f"the engine of {name} has {entry.capacity} cache slots, the memory it would share {memory.capacity}; "
+            "compile all graphs of the bundle together"
+        )
+    return memory
+
+
+class TensorRtRunner:
+    """Passes over one cache memory, through one execution context per profile and one CUDA graph per shape."""
+
+    def __init__(self, engine: TensorRtEngine, memory: DeviceCache) -> None:
+        self._engine, self._memory, self._cuda = engine, memory, engine.cuda
+        self._first, self._count = 0, memory.batch
+        most = engine.largest
+        batch, tokens, rows = (most[name] for name in ("batch", "tokens", "rows"))
+        self._inputs = _Staging(self._cuda, _layout(batch, tokens, rows, engine.entry.capacity)[1])
+        self._outputs = _Staging(self._cuda, 4 * batch * rows * engine.vocab_size + _ALIGNMENT)
+        self._taps = _Staging(self._cuda, 2 * batch * tokens * engine.taps_width) if engine.taps_width else None
+        self._contexts: dict[int, Any] = {}
+        self._graphs: dict[tuple[PassShape, int], tuple[int, Any]] = {}
+        self._seen: set[tuple[PassShape, int]] = set()
+        self._shape: PassShape | None = None
+        self._buffers: StepBuffers | None = None
+        self._done = self._cuda.event()
+
+    def select(self, first: int, count: int) -> None:
+        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        self._first, self._count = first, count
+
+    def prepare(self, tokens: int, rows: int, kv_len: int) -> StepBuffers:
+        """See :class:`dspark_runtime.backends.engine.Runner`; raises EngineRangeExceeded."""
+        engine = self._engine
+        shape = self._shape = pass_shape(engine.entry, self._count, tokens, rows, kv_len)
+        views = self._views(shape)
+        ids, positions, write, logit_rows, mask = (views[name] for name in _INPUTS)
+        ids[:, tokens:], positions[:, tokens:], logit_rows[:, rows:] = 0, 0, 0
+        mask[..., kv_len:] = False
+        mask[:, :, tokens:, :] = False
+        mask[:, :, tokens:, 0] = True
+        size = shape.batch * shape.rows * engine.vocab_size
+        logits = self._outputs.host[: 4 * size].view(np.float32).reshape(shape.batch, shape.rows, engine.vocab_size)
+        self._buffers = StepBuffers(
+            input_ids=ids[:, :tokens],
+            position_ids=positions[:, :tokens],
+            attention_mask=mask[:, :, :tokens, :kv_len],
+            write_indices=write,
+            logit_rows=logit_rows[:, :rows],
+            logits=logits[:, :rows],
+            taps=np.zeros((shape.batch, tokens, engine.taps_width), np.float32) if engine.taps_width else None,
+        )
+        return self._buffers
+
+    def run(self) -> None:
+        """See :class:`dspark_runtime.backends.engine.Runner`; the only wait of the host is the one at the end."""
+        shape, buffers, stream = self._shape, self._buffers, self._memory.stream
+        if shape is None or buffers is None:
+            raise BackendError(f"{self._engine.name} was run before its pass was prepared")
+        key = (shape, self._first)
+        if key in self._graphs or (key in self._seen and len(self._graphs) < _GRAPHS and self._capture(key)):
+            self._cuda.launch(self._graphs[key][0], stream)
+        else:
+            if shape.replayed and self._engine.replay:
+                self._seen.add(key)
+            self._enqueue(self._context(shape.profile), shape)
+        self._cuda.record(self._done, stream)
+        self._cuda.synchronize(self._done)
+        if buffers.taps is not None and self._taps is not None:
+            buffers.taps[:] = widened(self._taps.host, self._engine.entry.dtype, shape, buffers.taps.shape)
+
+    def _capture(self, key: tuple[PassShape, int]) -> bool:
+        """Turn the pass into a graph. It gets a context of its own: a context must not change under a graph.
+
+        TensorRT finishes what a new shape needs when it is first enqueued, which must not happen while capturing. So
+        the pass runs once more than it has to; it writes the same rows to the same slots.
+        """
+        context = self._engine.plan.context(key[0].profile, self._memory.stream)
+        self._bind(context, key[0])
+        self._enqueue(context, key[0], bound=True)
+        self._cuda.begin_capture(self._memory.stream)
+        try:
+            self._enqueue(context, key[0], bound=True)
+        finally:
+            graph = self._cuda.end_capture(self._memory.stream)
+        if not graph:  # this engine cannot be captured: enqueue it from now on
+            self._seen.clear()
+            self._engine.replay = False
+            return False
+        self._graphs[key] = graph, context
+        return True
+
+    def _enqueue(self, context: Any, shape: PassShape, bound: bool = False) -> None:
+        stream = self._memory.stream
+        if not bound:
+            self._bind(context, shape)
+        _, size = _layout(shape.batch, shape.tokens, shape.rows, shape.kv_len)
+        self._cuda.copy_in(self._inputs.device, self._inputs.host[:size], stream)
+        self._engine.plan.enqueue(context, stream)
+        wanted = 4 * shape.batch * shape.rows * self._engine.vocab_size
+        self._cuda.copy_out(self._outputs.host[:wanted], self._outputs.device, stream)
+        if self._taps is not None:
+            wanted = 2 * shape.batch * shape.tokens * self._engine.taps_width
+            self._cuda.copy_out(self._taps.host[:wanted], self._taps.device, stream)
+
+    def _bind(self, context: Any, shape: PassShape) -> None:
+        """Addresses and shapes of everything; past and present of a cache are one address."""
+        engine, memory = self._engine, self._memory
+        places, _ = _layout(shape.batch, shape.tokens, shape.rows, shape.kv_len)
+        for name, (offset, dims) in places.items():
+            context.set_input_shape(name, dims)
+            context.set_tensor_address(name, self._inputs.device + offset)
+        for layer in engine.layers:
+            geometry = engine.cache[layer]
+            for part, width in zip(PARTS, (geometry.key_dim, geometry.value_dim), strict=True):
+                address = memory.tensor(layer, part, self._first)
+                context.set_input_shape(
+                    past_name(layer, part), (shape.batch, geometry.kv_heads, memory.capacity, width)
+                )
+                context.set_tensor_address(past_name(layer, part), address)
+                context.set_tensor_address(present_name(layer, part), address)
+        context.set_tensor_address(LOGITS, self._outputs.device)
+        if self._taps is not None:
+            context.set_tensor_address(HIDDEN_TAPS, self._taps.device)
+
+    def _context(self, profile: int) -> Any:
+        if profile not in self._contexts:
+            self._contexts[profile] = self._engine.plan.context(profile, self._memory.stream)
+        return self._contexts[profile]
+
+    def _views(self, shape: PassShape) -> dict[str, npt.NDArray[Any]]:
+        places, _ = _layout(shape.batch, shape.tokens, shape.rows, shape.kv_len)
+        views: dict[str, npt.NDArray[Any]] = {}
+        for name, (offset, dims) in places.items():
+            kind = np.bool_ if name == ATTENTION_MASK else np.int64
+            size = int(np.prod(dims)) * np.dtype(kind).itemsize
+            views[name] = self._inputs.host[offset : offset + size].view(kind).reshape(dims)
+        return views
+
+
+_INPUTS = (INPUT_IDS, POSITION_IDS, WRITE_INDICES, LOGIT_ROWS, ATTENTION_MASK)
+
+
+class _Staging:
+    """Page-locked host memory and the device memory it is copied to or from."""
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self.host: Bytes = cuda.pinned(size)
+        self.device = cuda.allocate(size)
+
+
+def _layout(batch: int, tokens: int, rows: int, kv_len: int) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
+    """Offset and dims of every input in its staging memory, and the bytes of all."""
+
+    def sizes() -> Iterator[tuple[str, tuple[int, ...], int]]:
+        yield INPUT_IDS, (batch, tokens), 8
+        yield POSITION_IDS, (batch, tokens), 8
+        yield WRITE_INDICES, (batch,), 8
+        yield LOGIT_ROWS, (batch, rows), 8
+        yield ATTENTION_MASK, (batch, 1, tokens, kv_len), 1
+
+    places, end = {}, 0
+    for name, dims, width in sizes():
+        places[name] = end, dims
+        end += -(-int(np.prod(dims)) * width // _ALIGNMENT) * _ALIGNMENT
+    return places, end
+
+
+def widened(raw: Bytes, dtype: str, shape: PassShape, wanted: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Half-precision rows [batch, tokens, width] at the start of ``raw`` as float32, without padding rows."""
+    batch, tokens, width = wanted
+    size = 2 * shape.batch * shape.tokens * width
+    stored = raw[:size].view(np.uint16).reshape(shape.batch, shape.tokens, width)[:batch, :tokens]
+    return to_float32(stored, dtype)
+
+
+def to_float32(stored: npt.NDArray[np.uint16], dtype: str) -> npt.NDArray[np.float32]:
+    """Numbers of ``dtype`` float16 or bfloat16, given as their bits."""
+    if dtype == "float16":
+        return stored.view(np.float16).astype(np.float32)
+    return (stored.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,102 @@
+"""Cache memory on the GPU: allocated once, at the length the engine was compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_runtime.backends.tensorrt_cuda import Bytes, Cuda
+from dspark_runtime.contract import CacheLayer
+from dspark_runtime.errors import CapacityError
+
+ELEMENT = 2  # bytes of a float16 or bfloat16
+_SLOTS = 4  # lists of rows on their way to the GPU at once
+_MOST_ROWS = 1024
+
+
+class DeviceCache:
+    """Key and value memory of all layers, and the stream that every pass over it is enqueued on.
+
+    See :class:`dspark_runtime.backends.engine.CacheMemory`. One stream orders passes and moves, whatever engine runs
+    them, so that nothing has to wait for the host. ``limit`` is the engines' capacity: the memory never grows.
+    """
+
+    def __init__(self, cuda: Cuda, layers: Sequence[CacheLayer], batch: int, limit: int) -> None:
+        self.batch, self.capacity = batch, limit
+        self.cuda, self.stream = cuda, cuda.stream()
+        self._shapes = {
+            (i, part): (layer.kv_heads, width)
+            for i, layer in enumerate(layers)
+            for part, width in (("key", layer.key_dim), ("value", layer.value_dim))
+        }
+        self._tensors = {
+            key: cuda.allocate(batch * heads * limit * width * ELEMENT) for key, (heads, width) in self._shapes.items()
+        }
+        self._tables = self._upload_tables()
+        self._rows = [_RowList(cuda) for _ in range(_SLOTS)]
+        self._next = 0
+
+    def tensor(self, layer: int, part: str, first: int) -> int:
+        """Device memory of one cache tensor from sequence ``first`` on."""
+        heads, width = self._shapes[layer, part]
+        return self._tensors[layer, part] + first * heads * self.capacity * width * ELEMENT
+
+    def resize(self, capacity: int, keep: int) -> None:
+        """See :class:`CacheMemory`; the engine's length is fixed, so that growing is an error."""
+        if capacity > self.capacity:
+            raise CapacityError(
+                f"{capacity} cache slots are needed and the engine has {self.capacity}; shorten the request, or "
+                "compile the bundle again with a larger --max-length"
+            )
+
+    def gather(self, sequence: int, sources: Sequence[int], to: int) -> None:
+        """See :class:`CacheMemory`; ``sources`` rise and none lies before the place it moves to."""
+        if any(source < to + j for j, source in enumerate(sources)) or sorted(set(sources)) != list(sources):
+            raise ValueError(f"rows {list(sources)} do not rise from {to} on")
+        rows = self._rows[self._next]
+        self._next = (self._next + 1) % _SLOTS
+        device = rows.send(sources, self.stream)
+        columns = max(heads * width for heads, width in self._shapes.values())
+        numbers = np.array([len(sources), to, sequence, self.capacity], np.int32)
+        self.cuda.compact(self._tables, len(self._shapes), columns, device, numbers, self.stream)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See :class:`CacheMemory`."""
+        for (layer, part), (heads, width) in self._shapes.items():
+            row = width * ELEMENT
+            to, origin = self.tensor(layer, part, target), self.tensor(layer, part, source)
+            self.cuda.copy_rows(to, origin, length * row, self.capacity * row, heads, self.stream)
+
+    def _upload_tables(self) -> tuple[int, int, int]:
+        arrays: tuple[npt.NDArray[np.generic], ...] = (
+            np.array(list(self._tensors.values()), np.uint64),
+            np.array([heads for heads, _ in self._shapes.values()], np.int32),
+            np.array([width for _, width in self._shapes.values()], np.int32),
+        )
+        pointers = []
+        for array in arrays:
+            host = self.cuda.pinned(array.nbytes)
+            host[:] = array.view(np.uint8)
+            pointers.append(self.cuda.allocate(array.nbytes))
+            self.cuda.copy_in(pointers[-1], host, self.stream)
+        return pointers[0], pointers[1], pointers[2]
+
+
+class _RowList:
+    """Row numbers in page-locked memory, not written again before the GPU has read them."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda, self._host = cuda, cuda.pinned(_MOST_ROWS * 8)
+        self._device, self._read, self._used = cuda.allocate(_MOST_ROWS * 8), cuda.event(), False
+
+    def send(self, rows: Sequence[int], stream: int) -> int:
+        if self._used:
+            self._cuda.synchronize(self._read)
+        part: Bytes = self._host[: 8 * len(rows)]
+        part.view(np.int64)[:] = rows
+        self._cuda.copy_in(self._device, part, stream)
+        self._cuda.record(self._read, stream)
+        self._used = True
+        return self._device

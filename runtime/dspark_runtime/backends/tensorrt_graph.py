@@ -1,0 +1,175 @@
+"""Graphs of trained drafters in TensorRT: inputs by name, caches updated in place on the GPU.
+
+No GPU has run this yet, see docs/engines.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_runtime.backends.engine import AnyArray, CacheMemory
+from dspark_runtime.backends.tensorrt import PARTS, device_cache, to_float32
+from dspark_runtime.backends.tensorrt_cache import DeviceCache
+from dspark_runtime.backends.tensorrt_cuda import Bytes, Cuda
+from dspark_runtime.backends.tensorrt_plan import LoadedPlan
+from dspark_runtime.backends.tensorrt_shapes import profile_for
+from dspark_runtime.bundle import BundleFiles, GraphEntry
+from dspark_runtime.contract import TensorSpec, past_name, present_name
+from dspark_runtime.draft_contract import TEMPERATURE
+from dspark_runtime.engine_facts import EngineEntry
+from dspark_runtime.errors import BackendError
+
+_DRAWN = "drawn"
+_ALIGNMENT = 256
+_SIZES = {"int64": 8, "bool": 1, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class TensorRtGraphEngine:
+    """The engine of one drafter's graph; arguments and errors as for the decoder's.
+
+    Half-precision inputs are taken as float32 and rounded, outputs are widened, so that a drafter need not know what
+    its graph computes in.
+    """
+
+    def __init__(
+        self,
+        files: BundleFiles,
+        graph: GraphEntry,
+        entry: EngineEntry,
+        cuda: Cuda,
+        *,
+        loaded: LoadedPlan | None = None,
+    ) -> None:
+        self.name, self.entry, self.cuda = graph.name, entry, cuda
+        self.cache = graph.cache or ()
+        self.plan = loaded or LoadedPlan(files, entry, cuda)
+        self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
+        caches = {name(i, part) for i in range(len(self.cache)) for part in PARTS for name in (past_name, present_name)}
+        self.inputs = tuple(spec for spec in graph.inputs if spec.name not in caches)
+        self.outputs = tuple(spec for spec in graph.outputs if spec.name not in caches)
+
+    def allocate(self, batch: int, capacity: int) -> DeviceCache:
+        """See :class:`dspark_runtime.backends.engine.GraphEngine`; always of the engine's own capacity."""
+        profile_for(self.entry, {"batch": batch})
+        memory = DeviceCache(self.cuda, self.cache, batch, self.entry.capacity)
+        memory.resize(capacity, 0)
+        return memory
+
+    def open(self, memory: CacheMemory) -> TensorRtGraphRunner:
+        """See :class:`dspark_runtime.backends.engine.GraphEngine`."""
+        return TensorRtGraphRunner(self, device_cache(self.name, self.entry, memory))
+
+
+class TensorRtGraphRunner:
+    """One execution context per profile over one cache memory, with page-locked memory for inputs and outputs."""
+
+    def __init__(self, engine: TensorRtGraphEngine, memory: DeviceCache) -> None:
+        self._engine, self._memory, self._cuda = engine, memory, engine.cuda
+        self._first, self._count = 0, memory.batch
+        self._contexts: dict[int, Any] = {}
+        self._done = self._cuda.event()
+        most = _sizes(engine.entry, 2)
+        self._places, end = {}, 0
+        for spec in (*engine.inputs, *engine.outputs):
+            self._places[spec.name] = end
+            end += -(-_bytes(spec, _dims(spec, most)) // _ALIGNMENT) * _ALIGNMENT
+        self._host: Bytes = self._cuda.pinned(end)
+        self._device = self._cuda.allocate(end)
+
+    def select(self, first: int, count: int) -> None:
+        """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
+        self._first, self._count = first, count
+
+    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """See :class:`dspark_runtime.backends.engine.GraphRunner`; one wait of the host, at the end."""
+        engine, stream = self._engine, self._memory.stream
+        sizes = self._measured(inputs)
+        profile = profile_for(engine.entry, sizes)
+        if profile not in self._contexts:
+            self._contexts[profile] = engine.plan.context(profile, stream)
+        context = self._contexts[profile]
+        for spec in engine.inputs:
+            dims = _dims(spec, sizes)
+            part = self._part(spec, dims)
+            part[:] = _stored(inputs[spec.name], spec.dtype).reshape(-1).view(np.uint8)
+            self._cuda.copy_in(self._device + self._places[spec.name], part, stream)
+            context.set_input_shape(spec.name, dims)
+            context.set_tensor_address(spec.name, self._device + self._places[spec.name])
+        self._bind_cache(context, sizes["batch"])
+        for spec in engine.outputs:
+            context.set_tensor_address(spec.name, self._device + self._places[spec.name])
+        engine.plan.enqueue(context, stream)
+        for spec in engine.outputs:
+            self._cuda.copy_out(self._part(spec, _dims(spec, sizes)), self._device + self._places[spec.name], stream)
+        self._cuda.record(self._done, stream)
+        self._cuda.synchronize(self._done)
+        return {spec.name: self._result(spec, sizes, inputs) for spec in engine.outputs}
+
+    def _measured(self, inputs: Mapping[str, AnyArray]) -> dict[str, int]:
+        """Size of every symbolic dimension of the call; BackendError if the inputs do not fit the graph."""
+        names = {spec.name for spec in self._engine.inputs}
+        if inputs.keys() != names:
+            wrong = ", ".join(sorted(inputs.keys() ^ names))
+            raise BackendError(f"{self._engine.name} was called with other inputs than it has (differing: {wrong})")
+        sizes: dict[str, int] = {}
+        for spec in self._engine.inputs:
+            shape = inputs[spec.name].shape
+            for dim, size in zip(spec.shape, shape, strict=len(spec.shape) == len(shape)):
+                if isinstance(dim, str) and sizes.setdefault(dim, size) == size:
+                    continue
+                if dim != size:
+                    raise BackendError(f"input {spec.name} of {self._engine.name} has shape {shape}, not {spec.shape}")
+        return sizes
+
+    def _bind_cache(self, context: Any, batch: int) -> None:
+        for layer, geometry in enumerate(self._engine.cache):
+            for part, width in zip(PARTS, (geometry.key_dim, geometry.value_dim), strict=True):
+                address = self._memory.tensor(layer, part, self._first)
+                dims = (batch, geometry.kv_heads, self._memory.capacity, width)
+                context.set_input_shape(past_name(layer, part), dims)
+                context.set_tensor_address(past_name(layer, part), address)
+                context.set_tensor_address(present_name(layer, part), address)
+
+    def _part(self, spec: TensorSpec, dims: tuple[int, ...]) -> Bytes:
+        start = self._places[spec.name]
+        return self._host[start : start + _bytes(spec, dims)]
+
+    def _result(self, spec: TensorSpec, sizes: dict[str, int], inputs: Mapping[str, AnyArray]) -> AnyArray:
+        dims = _dims(spec, sizes)
+        part = self._part(spec, dims)
+        if spec.dtype in ("float16", "bfloat16"):
+            return to_float32(part.view(np.uint16), spec.dtype).reshape(dims)
+        found: AnyArray = part.view(spec.dtype).reshape(dims)
+        if spec.shape[0] == _DRAWN:  # the engine draws for all sequences, greedy ones too
+            found = found[inputs[TEMPERATURE] > 0]
+        return found.copy()
+
+
+def _sizes(entry: EngineEntry, which: int) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for profile in entry.profiles:
+        for name, bounds in profile.dims.items():
+            sizes[name] = max(bounds[which], sizes.get(name, 0))
+    return sizes
+
+
+def _dims(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else sizes["batch" if dim == _DRAWN else dim] for dim in spec.shape)
+
+
+def _bytes(spec: TensorSpec, dims: tuple[int, ...]) -> int:
+    return int(np.prod(dims)) * _SIZES[spec.dtype]
+
+
+def _stored(array: AnyArray, dtype: str) -> npt.NDArray[Any]:
+    """``array`` as the engine wants it; numpy has no bfloat16, so float32 is rounded to its upper half."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(array, dtype)
+    if array.dtype == np.uint16:
+        return np.ascontiguousarray(array)
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
