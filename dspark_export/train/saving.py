@@ -112,3 +112,34 @@ def stored_temperatures(folder: Path, drafts: int) -> tuple[float, ...] | None:
             f"{path} needs confidence_temperatures, {drafts} positive numbers; calibrate the draft again"
         )
     return tuple(values)
+
+
+def load_drafter(folder: Path, embedding: torch.Tensor, head: torch.Tensor) -> TrainableDrafter:
+    """A drafter that :func:`save_drafter` wrote, over the target's ``embedding`` and ``head``, both [vocab, hidden].
+
+    Raises InvalidVocabMap for a damaged vocabulary map; the rest is what ``build --draft`` checks.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    rank, rope = config["markov_rank"], config["rope_parameters"]
+    geometry = DraftGeometry(
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        vocab=config["vocab_size"],
+        layers=config["num_hidden_layers"],
+        block=config["block_size"],
+        taps=tuple(config["target_layer_ids"]),
+        mask_token=config["mask_token_id"],
+        markov=config["markov_head_type"] if rank else "none",
+        rank=rank,
+        confidence=config["enable_confidence_head"],
+        theta=float(rope["rope_theta"]),
+        rope=rope,
+        positions=config["max_position_embeddings"],
+        epsilon=config["rms_norm_eps"],
+    )
+    model = TrainableDrafter(geometry, embedding, head, stored_vocabulary(folder, geometry.vocab))
+    model.load_state_dict({name: t.float() for name, t in load_file(folder / "model.safetensors").items()})
+    return model

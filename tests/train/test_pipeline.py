@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,27 @@ def test_the_bundle_drafts_as_well_as_training_said(
     length = float(np.mean([r.stats.accepted_length for r in drafted]))
     expected = json.loads((trained / "training.json").read_text())["accepted_length"]
     assert length > 1 + 0.8 * (expected - 1)
+
+
+def test_the_sweep_of_sizes_counts_what_training_counted(
+    target: Path,
+    trained: Path,
+    tmp_path: Path,
+    invoke: Invoke,  # noqa: F811
+) -> None:
+    """Read back from its files, in bfloat16, the drafter is worth what it was in training; smaller ones less."""
+    out, work = tmp_path / "bundle", trained.with_name("drafter.work")
+    assert invoke("build", target, "--out", out, "--self-draft", "none", "--threads", 1).exit_code == 0
+    script = Path(__file__).parents[2] / "benchmarks" / "drafter_sweep.py"
+    sizes = ("--vocabularies", "40", "--blocks", "2", "--threads", "1", "--json")
+    done = subprocess.run([sys.executable, script, out, target, work, trained, *sizes], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lengths = {(row["vocabulary"], row["block"]): row["accepted_length"] for row in json.loads(done.stdout)}
+    assert set(lengths) == {(40, 2), (40, 3), (300, 2), (300, 3)}
+    assert lengths[300, 3] == pytest.approx(
+        json.loads((trained / "training.json").read_text())["accepted_length"], rel=0.03
+    )
+    assert lengths[300, 2] < lengths[300, 3] and lengths[40, 3] <= lengths[300, 3]
 
 
 def job(target: Path, folder: Path, given: Path, **changes: Any) -> DrafterJob:

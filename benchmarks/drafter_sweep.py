@@ -1,0 +1,198 @@
+"""Which size of a block drafter gives the most tokens per second?
+
+    python benchmarks/drafter_sweep.py BUNDLE MODEL WORK DRAFTER [DRAFTER ...] --vocabularies 4096,8192 --blocks 2,3,4
+
+BUNDLE gives what a pass of the target costs on this machine (built here, see its manifest); WORK is the work folder of
+``train-drafter``, whose held-out responses judge; DRAFTERs are what it trained. Each is taken with its draft vocabulary
+cut to the most frequent tokens of the responses, and with shorter blocks. Accepted length is counted on the responses;
+the pass of the drafter is timed with ONNX Runtime behind 200 tokens; both together, with the target's measured passes,
+give the speed:
+
+    tokens per second = accepted length / (draft pass + target pass of block + 1 rows)
+
+A table goes to stdout (``--json``: the same as JSON), progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dspark_export.checkpoints import resolve
+from dspark_export.checkpoints.drafts import recognise
+from dspark_export.checkpoints.drafts.draft import BlockConfig, DraftCheckpoint
+from dspark_export.graphs.block_drafter import export_block_drafter, hide_inner_values
+from dspark_export.graphs.save import save_graphs
+from dspark_export.passes import optimize, ort_cpu_variants
+from dspark_export.passes.precision import PrecisionSettings, Weights, apply_precision
+from dspark_export.train.evaluate import evaluate
+from dspark_export.train.features import FeatureStore, Sample
+from dspark_export.train.module import TrainableDrafter
+from dspark_export.train.responses import ResponseFile
+from dspark_export.train.saving import load_drafter, stored_vocabulary
+from dspark_export.train.targets import embedding_and_head, frequent_tokens
+from dspark_runtime import Bundle
+from dspark_runtime.backends.engine import EngineOptions
+from dspark_runtime.backends.ort_graph import OrtGraphEngine
+from dspark_runtime.contract import CacheLayer
+from dspark_runtime.costs import PassCosts
+
+CONTEXT, NEW, REPEATS = 200, 2, 40
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One size. ``ratio``: speed against plain decoding with the same costs."""
+
+    drafter: str
+    layers: int
+    rank: int
+    block: int
+    vocabulary: int
+    precision: str
+    accepted_length: float
+    draft_ms: float
+    tokens_per_second: float
+    ratio: float
+
+
+def pass_ms(
+    checkpoint: DraftCheckpoint, tables: Tables, ids: torch.Tensor | None, precision: Weights, threads: int
+) -> float:
+    """Median milliseconds of a pass of the drafter's graph with this draft vocabulary."""
+    config = checkpoint.config
+    assert isinstance(config, BlockConfig)
+    graph = export_block_drafter(
+        checkpoint, embedding=tables[0], head=tables[1], name="dspark", dtype="float32", draft_vocabulary=ids
+    )
+    optimize(graph)
+    apply_precision(graph, PrecisionSettings(precision))
+    layers, block = config.layers, config.block
+    with tempfile.TemporaryDirectory() as folder:
+        variant = hide_inner_values(ort_cpu_variants(graph, 2048)["onnxruntime-cpu"])
+        path = save_graphs({"dspark": variant}, Path(folder))["dspark"]
+        cache = [CacheLayer(layers.kv_heads, layers.head_dim, layers.head_dim)] * layers.count
+        engine = OrtGraphEngine(path, name="dspark", cache=cache, options=EngineOptions(threads=threads))
+        runner = engine.open(engine.allocate(1, 512))
+        behind, slots = CONTEXT + NEW, CONTEXT + NEW + block
+        inputs = {
+            "target_features": np.random.default_rng(0).normal(size=(1, NEW, len(config.taps) * layers.hidden_size)),
+            "feature_positions": np.arange(CONTEXT, behind)[None],
+            "anchor_ids": np.array([5]),
+            "block_positions": np.arange(behind, slots)[None],
+            "attention_mask": np.ones((1, 1, block, slots), bool),
+            "write_indices": np.array([CONTEXT]),
+            "temperature": np.zeros(1, np.float32),
+            "uniforms": np.zeros((1, config.drafts), np.float32),
+        }
+        inputs["target_features"] = inputs["target_features"].astype(np.float32)
+        times = []
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            runner.run({name: value for name, value in inputs.items() if name in engine.inputs})
+            times.append((time.perf_counter() - began) * 1e3)
+    return float(np.median(times[3:]))
+
+
+def accepted_length(
+    model: TrainableDrafter, tables: Tables, ids: torch.Tensor | None, block: int, held_out: list[Sample]
+) -> float:
+    """Tokens per round, the bonus included, of a drafter with this draft vocabulary and block."""
+    geometry = dataclasses.replace(model.geometry, block=block)
+    cut = TrainableDrafter(geometry, *tables, ids)
+    cut.load_state_dict(model.state_dict())
+    return evaluate(cut, held_out, torch.float32).accepted_length
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("model")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("drafters", type=Path, nargs="+")
+    parser.add_argument("--vocabularies", default="", help="sizes, with commas; the trained one is always measured")
+    parser.add_argument("--blocks", default="", help="lengths, with commas; the trained one is always measured")
+    parser.add_argument("--precisions", default="fp32", help="with commas: fp32, int8, int4")
+    parser.add_argument("--responses", type=Path, help="default: WORK/responses.jsonl")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    costs = Bundle.open(arguments.bundle).manifest.costs
+    if costs is None:
+        sys.exit(f"{arguments.bundle} has no measured costs; build it on this machine")
+    target = PassCosts({int(rows): ms for rows, ms in costs.ms["target"].items()})
+    checkpoint = resolve(arguments.model)
+    tables = embedding_and_head(checkpoint.load_model(torch.float32))
+    responses = list(ResponseFile(arguments.responses or arguments.work / "responses.jsonl", read_only=True))
+    rows: list[Row] = []
+    for folder in arguments.drafters:
+        draft = recognise(str(folder))
+        assert isinstance(draft, DraftCheckpoint)
+        config = draft.config
+        assert isinstance(config, BlockConfig)
+        model = load_drafter(folder, *tables)
+        width = len(model.geometry.taps) * model.geometry.hidden
+        store = FeatureStore(arguments.work / "held_out", width, 64)
+        held_out = [store[i] for i in range(len(store))]
+        own = stored_vocabulary(folder, config.vocab_size)
+        whole = len(own) if own is not None else config.vocab_size
+        sizes = sorted({*(int(n) for n in arguments.vocabularies.split(",") if n if int(n) < whole), whole})
+        blocks = sorted({*(int(n) for n in arguments.blocks.split(",") if n if int(n) < config.block), config.block})
+        for size in sizes:
+            ids = (
+                own
+                if size == whole
+                else frequent_tokens(responses, size, config.vocab_size, config.mask_token_id, checkpoint.eos_token_ids)
+            )
+            for block in blocks:
+                print(f"\r{folder.name}: vocabulary {size}, block {block}    ", end="", file=sys.stderr, flush=True)
+                length = accepted_length(model, tables, ids, block, held_out)
+                shorter = dataclasses.replace(draft, config=dataclasses.replace(config, block=block))
+                for precision in arguments.precisions.split(","):
+                    ms = pass_ms(shorter, tables, ids, precision, arguments.threads)
+                    speed = 1e3 * length / (ms + target.ms(block + 1))
+                    ratio = speed * target.ms(1) / 1e3
+                    rows.append(
+                        Row(
+                            folder.name,
+                            config.layers.count,
+                            config.markov_rank,
+                            block,
+                            size,
+                            precision,
+                            length,
+                            ms,
+                            speed,
+                            ratio,
+                        )
+                    )
+    print(file=sys.stderr)
+    rows.sort(key=lambda row: -row.tokens_per_second)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return 0
+    print(
+        "| drafter | layers | rank | block | vocabulary | precision | accepted length | draft ms | tokens/s | x plain |"
+    )
+    print("|" + "---|" * 10)
+    for row in rows:
+        print(
+            f"| {row.drafter} | {row.layers} | {row.rank} | {row.block} | {row.vocabulary} | {row.precision} "
+            f"| {row.accepted_length:.2f} | {row.draft_ms:.2f} | {row.tokens_per_second:.1f} | {row.ratio:.2f} |"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
