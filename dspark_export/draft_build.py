@@ -148,7 +148,7 @@ def _block(
         candidates=min(CANDIDATES, config.draft_vocab_size if chosen is None else len(chosen)),
         draft_vocabulary=chosen,
         markov_topk=options.markov_topk,
-        embedding_scale=_embedding_scale(model),
+        embedding_scale=embedding_scale(model),
     )
     facts = BlockFacts(
         taps=config.taps,
@@ -189,7 +189,7 @@ def _eagle(
         head=model.get_output_embeddings().weight,
         name=draft.name,
         dtype=options.dtype,
-        embedding_scale=_embedding_scale(model),
+        embedding_scale=embedding_scale(model),
     )
     ids = checkpoint.target_ids
     facts = EagleFacts(
@@ -242,7 +242,7 @@ def _source(checkpoint: DraftCheckpoint) -> Source:
     return Source(kind="local", id=checkpoint.directory.name, files=dict(checkpoint.files or {}))
 
 
-def _embedding_scale(model: PreTrainedModel) -> float:
+def embedding_scale(model: PreTrainedModel) -> float:
     """What the model multiplies its embeddings with (Gemma), 1 for most."""
     scale = getattr(model.get_input_embeddings(), "embed_scale", None)
     return 1.0 if scale is None else float(scale)

@@ -94,7 +94,7 @@ def trace_draft(
         bundle.files,
         bundle.schedule.costs,
         bundle.engine,
-        lambda name, batched: _RecordingEngine(_with_inner_outputs(bundle, name), calls),
+        lambda name, batched: _RecordingEngine(engine_with_inner_outputs(bundle, name), calls),
     )
     requests = make_requests(
         [list(prompt)],
@@ -130,7 +130,7 @@ def _is_block(bundle: Bundle, drafter: str) -> bool:
     return next(entry.kind for entry in bundle.manifest.drafters if entry.name == drafter) == "block"
 
 
-def _with_inner_outputs(bundle: Bundle, name: str) -> OrtGraphEngine:
+def engine_with_inner_outputs(bundle: Bundle, name: str) -> OrtGraphEngine:
     """The engine of a drafter's graph whose named inner values are outputs too."""
     entry = bundle.files.graph(name, prefer=("onnxruntime-cpu",))
     path = bundle.files.path(entry.file)

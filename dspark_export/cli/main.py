@@ -11,6 +11,7 @@
 | 7 | a bundle cannot be opened or written |
 | 8 | an inference backend is missing or failed |
 | 9 | the draft does not fit the model |
+| 10 | a check of the validation failed |
 | 70 | a bug of this program |
 | 130, 143 | interrupted by Ctrl-C, terminated |
 """
@@ -35,6 +36,7 @@ from dspark_export.cli.draft_trace import draft_trace
 from dspark_export.cli.generate import generate
 from dspark_export.cli.inspect import inspect
 from dspark_export.cli.train_drafter import train_drafter
+from dspark_export.cli.validate import validate
 from dspark_runtime.errors import DsparkError
 
 BUG, INTERRUPTED = 70, 130
@@ -96,7 +98,7 @@ def options(
     """Turn a Hugging Face language model into a bundle of ONNX graphs, and generate text from it speculatively."""
 
 
-for verb in (build, check, inspect, generate, bench, draft_trace, doctor, train_drafter):
+for verb in (build, check, inspect, generate, bench, draft_trace, doctor, train_drafter, validate):
     app.command()(verb)
 app.command("compile")(compile_)
 

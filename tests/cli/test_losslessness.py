@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dspark_export.bench.prompts import PromptItem
+from dspark_export.validate import lossless
 from dspark_runtime import Bundle
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "losslessness.py"
@@ -49,11 +50,11 @@ def test_wrong_options(bundle: Path, arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
-def test_teacher_forced_logits_choose_the_plain_token(opened: Bundle, program: ModuleType) -> None:
+def test_teacher_forced_logits_choose_the_plain_token(opened: Bundle) -> None:
     prompt = opened.codec.encode("one two one two")
     tokens = opened.generate(prompt, max_new_tokens=6, speculate="off", ignore_eos=True).tokens
     for position in range(len(tokens)):
-        logits = program.next_logits(opened, [*prompt, *tokens[:position]])
+        logits = lossless.next_logits(opened, [*prompt, *tokens[:position]])
         assert logits.shape[1] == opened.limits.vocab_size
         assert int(np.argmax(logits[0])) == tokens[position]
         assert np.abs(logits - logits[0]).max() < 1e-3
@@ -62,22 +63,20 @@ def test_teacher_forced_logits_choose_the_plain_token(opened: Bundle, program: M
 @pytest.mark.parametrize(
     ("promised", "gap", "verdict"), [(False, 1e-5, "near tie"), (False, 1.0, "WRONG"), (True, 1e-5, "WRONG")]
 )
-def test_verdicts(
-    bundle: Path, program: ModuleType, monkeypatch: pytest.MonkeyPatch, promised: bool, gap: float, verdict: str
-) -> None:
+def test_verdicts(bundle: Path, monkeypatch: pytest.MonkeyPatch, promised: bool, gap: float, verdict: str) -> None:
     opened = Bundle.open(bundle, threads=1)
     noise = opened.manifest.precision.row_noise
     assert noise is not None
     logits = np.zeros((2, 10), np.float32)
     logits[:, 3] = 5.0
     logits[:, 4] = 5.0 - (0.5 * noise.max_abs_logit_diff if gap < 1 else gap)
-    monkeypatch.setattr(program, "next_logits", lambda *_: logits)
-    found = program.judge(opened, [1], [3], 0, [3, 4], promised)
+    monkeypatch.setattr(lossless, "next_logits", lambda *_: logits)
+    found = lossless.judge(opened, [1], [3], 0, [3, 4], promised)
     assert found["verdict"] == verdict
     assert found["margin"] == pytest.approx(float(logits[0, 3] - logits[0, 4]))
     # A token far behind the two best is wrong, however near these are to each other.
-    assert program.judge(opened, [1], [3], 0, [3, 5], promised)["verdict"] == "WRONG"
-    assert program.judge(opened, [1], [3], 0, [3, None], promised)["verdict"] == "WRONG"
+    assert lossless.judge(opened, [1], [3], 0, [3, 5], promised)["verdict"] == "WRONG"
+    assert lossless.judge(opened, [1], [3], 0, [3, None], promised)["verdict"] == "WRONG"
 
 
 def test_prompts_are_taken_in_turn(program: ModuleType) -> None:

@@ -1,0 +1,189 @@
+"""``dspark-export validate``: proves a bundle right, and says where it is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dspark_export.cli.build import ProgressName
+from dspark_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dspark_export.validate.checks import Report
+
+FAILED = 10
+"""Exit code of a validation with a failed check."""
+
+
+class AgainstName(StrEnum):
+    """Values of ``--against``."""
+
+    TORCH = "torch"
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+
+class LevelName(StrEnum):
+    """Values of ``--level``."""
+
+    QUICK = "quick"
+    FULL = "full"
+
+
+def validate(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)],
+    against: Annotated[
+        AgainstName | None,
+        typer.Option(
+            help="What graphs are compared with: the model in PyTorch, their standard forms in ONNX Runtime, or "
+            "engines with ONNX Runtime (default: torch where the model can be found, else onnxruntime).",
+            show_default=False,
+        ),
+    ] = None,
+    level: Annotated[LevelName, typer.Option(help="How much is run: minutes, or as long as it takes.")] = (
+        LevelName.QUICK
+    ),
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompts", "-p", help="Shipped set or file instead of a few of each. Repeatable."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint the bundle was built from (default: the hub model it names).")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    draft: Annotated[
+        list[str] | None, typer.Option("--draft", help="Checkpoint of a drafter in the bundle. Repeatable.")
+    ] = None,
+    floors: Annotated[
+        Path | None,
+        typer.Option(help="Report or bundle whose accepted lengths must be reached (default: those of this bundle)."),
+    ] = None,
+    exact: Annotated[
+        bool | None, typer.Option("--exact/--no-exact", help="How the bundle is opened (default: its own setting).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads (default: one per physical core).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the report; the bundle then stays as it is.")
+    ] = None,
+    polygraphy_script: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a data loader with real inputs and a comparison script for Polygraphy into a folder, "
+            "and do nothing else."
+        ),
+    ] = None,
+    allow_unsafe_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unsafe-checkpoint", help="Run code that comes with the checkpoint. Only if you trust it."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    progress: Annotated[ProgressName, typer.Option(help="Progress on stderr.")] = ProgressName.AUTO,
+) -> None:
+    """Check that BUNDLE is still its model and that speculation keeps its text; exit code 10 if not.
+
+    The report goes into the bundle, as JSON and as a page, and its verdict into the manifest.
+    """
+    from dspark_export.checkpoints.trust import Trust
+    from dspark_export.validate.html import render
+    from dspark_export.validate.run import ValidateOptions
+    from dspark_export.validate.run import validate as run
+    from dspark_export.validate.store import store, store_outside
+    from dspark_runtime.bundle import BundleFiles
+
+    if polygraphy_script is not None:
+        from dspark_export.validate.polygraphy_script import write_script
+
+        for path in write_script(bundle, polygraphy_script, prompts or (), threads):
+            typer.echo(str(path))
+        return
+    options = ValidateOptions(
+        bundle=bundle,
+        against=None if against is None else against.value,
+        level=level.value,
+        prompts=tuple(prompts or ()),
+        model=model,
+        revision=revision,
+        drafts=tuple(draft or ()),
+        threads=threads,
+        exact=exact,
+        floors={} if floors is None else _floors(floors),
+        keep=None if out is None else out / "inputs",
+        trust=Trust.opened() if allow_unsafe_checkpoint else Trust.closed(),
+    )
+    with _shown(progress) as on_step:
+        report = run(options, on_step)
+    page = render(report)
+    places = store_outside(out, report, page) if out is not None else store(BundleFiles.open(bundle), report, page)
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        from rich.console import Console
+
+        console = Console()
+        _print(console, report)
+        console.print(f"report: {places['html']}", soft_wrap=True, highlight=False)
+    if not report.passed:
+        raise typer.Exit(FAILED)
+
+
+def _floors(path: Path) -> dict[str, float]:
+    """Accepted lengths by mode of a report, or of the validated bundle in a folder."""
+    from dspark_runtime.bundle import BundleFiles
+
+    if path.is_dir():
+        found = BundleFiles.open(path, verify=False).manifest.validation.get("acceptance")
+    else:
+        try:
+            found = json.loads(path.read_text("utf-8")).get("acceptance")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UsageError(f"--floors {path}: not a report of `dspark-export validate` ({error})") from error
+    if not isinstance(found, dict) or not found:
+        raise UsageError(f"--floors {path}: it has no accepted lengths; validate it first")
+    return {str(mode): float(length) for mode, length in found.items()}  # type: ignore[arg-type]
+
+
+def _print(console: Console, report: Report) -> None:
+    marks = {"passed": "[green]ok[/]", "failed": "[red]FAILED[/]", "skipped": "[yellow]skipped[/]"}
+    for check in report.checks:
+        size = "" if check.measured is None else f" {check.measured:.3g}"
+        limit = "" if check.limit is None else f" (limit {check.limit:.3g})"
+        console.print(f"{marks[check.status]:<10} {check.id}{size}{limit}", soft_wrap=True, highlight=False)
+        if check.status != "passed":
+            if check.where:
+                console.print(f"           at {check.where}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"           {check.message}", soft_wrap=True, highlight=False, markup=False)
+    failed = len(report.failures())
+    verdict = f"[red]{failed} failed[/]" if failed else "[green]passed[/]"
+    console.print(f"{verdict}: {len(report.checks)} checks in {report.seconds:.0f} s", highlight=False)
+
+
+@contextmanager
+def _shown(progress: ProgressName) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time that is left on stderr, nothing where that is no terminal; or a JSON line per step."""
+    import sys
+
+    if progress is ProgressName.JSON:
+        yield lambda what, done, whole: print(
+            json.dumps({"stage": what, "done": done, "of": whole}), file=sys.stderr, flush=True
+        )
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    hidden = progress is ProgressName.OFF or not console.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bars:
+        task = bars.add_task("validating", total=None)
+        yield lambda what, done, whole: bars.update(task, description=what, completed=done, total=whole)

@@ -1,0 +1,82 @@
+"""The runtime's own passes, one at a time, and the plain passes they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from dspark_export.measure import row_logits
+from dspark_runtime import Bundle
+from dspark_runtime.backends.engine import AnyArray, FloatArray
+from dspark_runtime.loop import DecodingLoop, LoopOptions
+from dspark_runtime.request import make_requests
+from dspark_runtime.tree import TokenTree
+
+ROOM = 48  # tokens a probe may commit behind its prompts
+
+
+class Probe(DecodingLoop):
+    """A decoding loop whose passes are called by hand: it fills masks, positions and slots as it always does.
+
+    Args:
+        bundle: what runs.
+        prompts: are prefilled, each in a cache row of its own.
+        chunk: prompt tokens of a pass.
+        rows: fewest rows of a pass; what a tree lacks is padded.
+        room: tokens that may be committed behind the prompts.
+    """
+
+    def __init__(
+        self, bundle: Bundle, prompts: Sequence[Sequence[int]], *, chunk: int = 512, rows: int = 2, room: int = ROOM
+    ) -> None:
+        requests = make_requests(prompts, bundle.limits, max_new_tokens=room)
+        options = LoopOptions(prefill_chunk=chunk, min_rows=rows)
+        super().__init__(bundle.engine("target", len(prompts) > 1), bundle.schedule, [], requests, None, options)
+        for sequence in self.sequences:
+            self._prefill(sequence)
+
+    def run_trees(self, trees: Sequence[TokenTree]) -> list[FloatArray]:
+        """Logits [rows, vocab] of each tree behind what its sequence has committed; nothing is committed."""
+        buffers = self._fill(trees)
+        self.runner.run()
+        return [buffers.logits[i, : len(tree)].copy() for i, tree in enumerate(trees)]
+
+    def committed(self, row: int) -> dict[tuple[int, str], AnyArray]:
+        """Keys and values [kv_heads, length, width] of one sequence, by layer and part."""
+        tensors = self.cache.memory.tensors()  # type: ignore[attr-defined]
+        return {place: array[row, :, : self.cache.lengths[row]].copy() for place, array in tensors.items()}
+
+    def poison(self, value: float) -> None:
+        """Overwrite every slot behind those that are committed."""
+        for tensor in self.cache.memory.tensors().values():  # type: ignore[attr-defined]
+            for row, length in enumerate(self.cache.lengths):
+                tensor[row, :, length:] = value
+
+
+def with_float_products(bundle: Bundle) -> Bundle:
+    """The same bundle, with quantized products in float32, so that no rounding hides or makes a difference."""
+    options = bundle.engine_options
+    if not options.accuracy_level:
+        return bundle
+    return Bundle(bundle.files, replace(options, accuracy_level=1), bundle.exact, bundle.limits.positions)
+
+
+def one_pass(bundle: Bundle, ids: Sequence[int], rows: int) -> FloatArray:
+    """Logits [rows, vocab] after the last ``rows`` tokens of a text that runs as one chain in an empty cache."""
+    # The first pass of row_logits gives none, so two tokens go before.
+    found: FloatArray = row_logits(bundle.target, ids, min(2, len(ids) - rows), len(ids))[-rows:]
+    return found
+
+
+def branching(ids: Sequence[int], at: int, vocab: int, seed: int = 0) -> tuple[TokenTree, list[int]]:
+    """A tree of 8 rows behind ``ids[:at]`` whose accepted path is the text, and the rows of that path.
+
+    A wrong sibling stands before every true token, so that the path has gaps.
+    """
+    true = [int(token) for token in ids[at : at + 4]]
+    random = np.random.default_rng(seed)
+    wrong = [int(t) for t in random.choice(min(vocab, 1000), 16, replace=False) if t not in true][:4]
+    tokens = [true[0], wrong[0], true[1], wrong[1], wrong[2], true[2], wrong[3], true[3]]
+    return TokenTree(tokens, [-1, 0, 0, 1, 2, 2, 5, 5]), [0, 2, 5, 7]

@@ -1,0 +1,106 @@
+"""The PyTorch model with the weights a quantized bundle really holds, so that its graphs can be compared tightly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from dspark_export.passes.pack_projections import GROUPS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SUFFIX = "/DequantizeLinear"
+Tensor = npt.NDArray[Any]
+
+
+def quantized_weights(graph: ir.Model) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What quantized tensors stand for, in float32: products' weights [in, out] by name, and the embedding's rows."""
+    products: dict[str, Tensor] = {}
+    embedding: Tensor | None = None
+    for node in graph.graph:
+        if node.op_type != "DequantizeLinear":
+            continue
+        looked_up = all(v is None or v.producer() is not None for v in node.inputs)
+        sources = [_source(value) for value in node.inputs]
+        if len(sources) < 2 or sources[0] is None or sources[1] is None:
+            continue
+        zero = sources[2] if len(sources) > 2 else None
+        axis = 1 if looked_up else node.attributes["axis"].as_int()
+        wide = dequantized(sources[0], sources[1], zero, axis, node.attributes["block_size"].as_int())
+        if looked_up:
+            embedding = wide
+        else:
+            products[(node.name or "").removesuffix(SUFFIX)] = wide
+    return products, embedding
+
+
+def _source(value: ir.Value | None) -> Tensor | None:
+    """Numbers of an initializer, or of the table rows are looked up in."""
+    if value is None:
+        return None
+    node = value.producer()
+    if node is not None and node.op_type == "Gather":
+        value = node.inputs[0]
+    if value is None or value.const_value is None:
+        return None
+    found: Tensor = value.const_value.numpy()
+    return found
+
+
+def dequantized(weights: Tensor, scale: Tensor, zero: Tensor | None, axis: int, block: int) -> Tensor:
+    """What DequantizeLinear gives for blocks of ``block`` along ``axis``, in float32."""
+    wide: Tensor = weights.astype(np.float32)
+
+    def spread(values: Tensor) -> Tensor:
+        return np.repeat(values.astype(np.float32), block, axis).take(range(wide.shape[axis]), axis)
+
+    return (wide - (0.0 if zero is None else spread(zero))) * spread(scale)
+
+
+@torch.no_grad()
+def put_into(model: PreTrainedModel, graph: ir.Model) -> list[str]:
+    """Replace weights of ``model``, which is in float32, by those of ``graph``; returns names it has no weight for."""
+    products, embedding = quantized_weights(graph)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is table.weight:
+        head.weight = torch.nn.Parameter(table.weight.detach().clone(), requires_grad=False)
+    if embedding is not None:
+        table.weight.copy_(torch.from_numpy(embedding))
+    unknown = []
+    for name, wide in products.items():
+        for part, columns in _unpacked(model, name.removesuffix(".T"), wide):
+            owner = head if part.startswith("lm_head.") else _module(model, part)
+            if owner is None:
+                unknown.append(part)
+            elif type(owner).__name__ == "Conv1D":  # GPT-2 keeps [in, out]
+                owner.weight.copy_(torch.from_numpy(columns))
+            else:
+                owner.weight.copy_(torch.from_numpy(columns.T))
+    return unknown
+
+
+def _unpacked(model: PreTrainedModel, name: str, wide: Tensor) -> list[tuple[str, Tensor]]:
+    """The weight under ``name``, or the parts that were packed into it."""
+    for packed, parts in GROUPS.items():
+        if f".{packed}." not in name or _module(model, name) is not None:
+            continue
+        names = [name.replace(f".{packed}.", f".{part}.") for part in parts]
+        modules = [_module(model, part) for part in names]
+        if any(module is None for module in modules):
+            break
+        sizes = [int(module.weight.shape[0]) for module in modules if module is not None]
+        cuts = np.cumsum(sizes)[:-1]
+        return list(zip(names, np.split(wide, cuts, axis=1), strict=True))
+    return [(name, wide)]
+
+
+def _module(model: PreTrainedModel, weight: str) -> Any:
+    try:
+        return model.get_submodule(weight.removesuffix(".weight"))
+    except AttributeError:
+        return None

@@ -1,0 +1,97 @@
+"""Clean graphs, exported again from the model the way the bundle's were, to compare weights and nodes with."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy.typing as npt
+
+from dspark_runtime.bundle import BundleFiles, GraphEntry
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from transformers import PreTrainedModel
+
+
+class Rebuilt:
+    """Exports the target and the self-draft of a bundle once more, when first asked; files go when this is closed.
+
+    ``model`` has the element type of the bundle's standard graphs.
+    """
+
+    def __init__(self, files: BundleFiles, model: PreTrainedModel) -> None:
+        self._files, self._model = files, model
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._plain: dict[str, npt.NDArray[Any]] = {}
+
+    @cached_property
+    def graphs(self) -> dict[str, ir.Model]:
+        """Standard graphs by name, weights as the bundle should store them."""
+        from dspark_export.graphs.decoder import DecoderTrace
+        from dspark_export.graphs.self_draft import export_self_draft
+        from dspark_export.graphs.target import export_target
+        from dspark_export.passes import optimize
+        from dspark_export.passes.precision import PrecisionSettings, apply_precision
+
+        trace = DecoderTrace(self._model)
+        graphs = {"target": export_target(trace, taps=self._files.graph("target").taps)}
+        if self._files.has_graph("self_draft"):
+            graphs["self_draft"] = export_self_draft(trace, self._files.graph("self_draft").layers or ())
+        stored = self._files.manifest.precision
+        settings = PrecisionSettings(
+            stored.weights, stored.block_size or 32, head=stored.head, embedding=stored.embedding
+        )
+        for name, graph in graphs.items():
+            optimize(graph)
+            if name == "target":
+                self._plain = tensors(graph)
+            apply_precision(graph, settings)
+        return graphs
+
+    def plain_weights(self) -> dict[str, npt.NDArray[Any]]:
+        """Weights of the target by name, before quantization."""
+        _ = self.graphs
+        return self._plain
+
+    def graph(self, entry: GraphEntry) -> Path:
+        """File of the clean graph in the same form."""
+        from dspark_export.manifest import file_stem
+
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="dspark-clean-")
+            self._save(Path(self._folder.name) / "onnx")
+        return Path(self._folder.name) / "onnx" / f"{file_stem(entry.name, entry.variant)}.onnx"
+
+    def close(self) -> None:
+        """Remove the files."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _save(self, folder: Path) -> None:
+        from dspark_export.build import DATA_FILE
+        from dspark_export.graphs.save import save_graphs
+        from dspark_export.manifest import file_stem
+        from dspark_export.passes import ort_cpu_variants
+        from dspark_runtime.bundle import Variant
+
+        positions = self._files.manifest.model.max_positions
+        forms = {}
+        for name, graph in self.graphs.items():
+            forms[file_stem(name, "standard")] = graph
+            for key, variant in ort_cpu_variants(graph, positions).items():
+                forms[file_stem(name, cast("Variant", key))] = variant
+        folder.mkdir()
+        save_graphs(forms, folder, DATA_FILE)
+
+
+def tensors(graph: ir.Model) -> dict[str, npt.NDArray[Any]]:
+    """Every initializer by name, without copying."""
+    return {
+        name: value.const_value.numpy()
+        for name, value in graph.graph.initializers.items()
+        if value.const_value is not None
+    }

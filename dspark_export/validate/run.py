@@ -1,0 +1,441 @@
+"""A whole validation: which checks run on what, in which order, and the report of all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from dspark_export.bench.machine import this_machine
+from dspark_export.bench.prompts import SHIPPED, load_sets
+from dspark_export.bench.runner import PLAIN, encode
+from dspark_export.checkpoints.trust import Trust
+from dspark_export.manifest import own_version
+from dspark_export.validate import drafts as trained
+from dspark_export.validate import lossless, plumbing, sampling, speed
+from dspark_export.validate.checks import Check, Report
+from dspark_export.validate.engines import check_engines, engines_of
+from dspark_export.validate.numerics import GraphCheck, check_quantization
+from dspark_export.validate.quantized import put_into
+from dspark_export.validate.robustness import check_robustness
+from dspark_runtime import Bundle, Generation
+from dspark_runtime.bundle import DrafterEntry
+from dspark_runtime.errors import BackendError, DsparkError, ModelNotFound, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dspark_export.checkpoints import Checkpoint
+    from dspark_export.validate.rebuild import Rebuilt
+
+Against = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+Level = Literal["quick", "full"]
+OnStep = Callable[[str, int, int], None]
+"""What begins, how many steps are done, of how many."""
+
+INPUTS = "inputs"
+_AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much a level does. ``tokens``: of a teacher-forced text; ``new``: generated per prompt."""
+
+    prompts: int
+    texts: int
+    tokens: int
+    new: int
+    batch: int
+
+
+EXTENTS: dict[Level, Extent] = {
+    "quick": Extent(prompts=1, texts=2, tokens=64, new=32, batch=0),
+    "full": Extent(prompts=4, texts=3, tokens=160, new=96, batch=4),
+}
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """What to validate.
+
+    ``against``: None for PyTorch if the model can be found, else ONNX Runtime. ``prompts``: sets or files, none for the
+    shipped ones. ``model``: the checkpoint, None for the hub model of the manifest. ``drafts``: checkpoints of trained
+    drafters. ``floors``: accepted lengths by mode that must be reached, besides those of the bundle. ``keep``: folder
+    for inputs of failing passes, None for one beside the bundle.
+    """
+
+    bundle: Path
+    against: Against | None = None
+    level: Level = "quick"
+    prompts: Sequence[str] = ()
+    model: str | None = None
+    revision: str | None = None
+    drafts: Sequence[str] = ()
+    threads: int | None = None
+    exact: bool | None = None
+    floors: Mapping[str, float] = field(default_factory=dict)
+    keep: Path | None = None
+    trust: Trust = field(default_factory=Trust.closed)
+
+
+def validate(options: ValidateOptions, on_step: OnStep = lambda *_: None) -> Report:
+    """Run every check; a check that breaks is a failed one.
+
+    Raises:
+        BundleError: the bundle cannot be opened.
+        CheckpointError: the model is not there, damaged, or another one than the bundle's.
+        UsageError: options that do not fit the bundle.
+        EngineRefused: engines that cannot run here.
+    """
+    return _Validation(options, on_step).run()
+
+
+class _Validation:
+    def __init__(self, options: ValidateOptions, on_step: OnStep) -> None:
+        self.options, self.extent = options, EXTENTS[options.level]
+        self._on_step = on_step
+        self._began = time.perf_counter()
+        self.bundle = Bundle.open(options.bundle, threads=options.threads, exact=options.exact)
+        self.files = self.bundle.files
+        self.engines = (
+            engines_of(self.files, options.against) if options.against in ("tensorrt", "tensorrt-rtx") else []
+        )
+        self.ids = self._prompts()
+        self.modes = [mode for mode in self.bundle.speculation_modes() if mode != PLAIN]
+        self.checkpoint = self._find_model()
+        self.model: PreTrainedModel | None = None
+        self.rebuilt: Rebuilt | None = None
+        self.references: dict[str, trained.Reference] = {}
+        self.keep = options.keep or Path(f"{self.files.root}.validation")
+        self.texts = lossless.Texts(self.ids, {})
+        self.steps = ("model", "plain", "numerics", "drafters", "robustness", "losslessness", "plumbing", "speed")
+
+    def run(self) -> Report:
+        checks: list[Check] = []
+        try:
+            for number, step in enumerate(self.steps):
+                self._on_step(step, number, len(self.steps))
+                for check in getattr(self, f"_{step}")():
+                    checks.append(check)
+                    self._on_step(f"{step}: {check.id}", number, len(self.steps))
+        finally:
+            if self.rebuilt is not None:
+                self.rebuilt.close()
+        self._on_step("done", len(self.steps), len(self.steps))
+        return self._report(checks)
+
+    # Inputs --------------------------------------------------------------------------------------------------------
+
+    def _prompts(self) -> list[list[int]]:
+        room = self.bundle.limits.positions - self.extent.new - 64
+        if f"{'tokenizer'}/tokenizer.json" not in self.files.manifest.files:
+            random = np.random.default_rng(0)
+            vocab = self.bundle.limits.vocab_size
+            return [random.integers(0, vocab, min(20 + 7 * n, room)).tolist() for n in range(4)]
+        items = load_sets(
+            list(self.options.prompts or SHIPPED), self.extent.prompts if not self.options.prompts else None
+        )
+        return [encode(self.bundle, item.text)[:room] for item in items]
+
+    def _forced(self) -> list[list[int]]:
+        """Texts of different lengths: prompts with what the model said to them."""
+        found = []
+        for number, (prompt, generation) in enumerate(zip(self.ids, self.texts.alone[PLAIN], strict=True)):
+            whole = [*prompt, *generation.tokens]
+            while len(whole) < 24:  # a text that ended at once
+                whole = whole + whole
+            found.append(whole[: self.extent.tokens - 9 * (number % 4)])
+        return found
+
+    def _find_model(self) -> Checkpoint | None:
+        from dspark_export.checkpoints import resolve
+
+        source = self.files.manifest.source
+        name = self.options.model or (source.id if source.kind == "hub" else None)
+        if self.options.against not in (None, "torch"):
+            name = self.options.model
+        if name is None:
+            if self.options.against == "torch":
+                raise UsageError(
+                    f"--against torch needs the model, and the manifest only says that it was the {source.kind} "
+                    f"checkpoint {source.id}; give its place with --model"
+                )
+            return None
+        revision = self.options.revision or (source.revision if self.options.model is None else None)
+        try:
+            checkpoint = resolve(name, revision, self.options.trust, allow_untested=True)
+        except ModelNotFound:
+            if self.options.model is not None or self.options.against == "torch":
+                raise
+            return None
+        theirs = dict(checkpoint.source().files)
+        other = [f for f, digest in source.files.items() if theirs.get(f) != digest and f.endswith(_WEIGHTS)]
+        if other:
+            raise UsageError(
+                f"--model {name} is not the checkpoint the bundle was built from: {other[0]} has another digest than "
+                f"the manifest's ({source.kind} {source.id}); give that one, or build the bundle again"
+            )
+        return checkpoint
+
+    # Steps ---------------------------------------------------------------------------------------------------------
+
+    def _model(self) -> Iterator[Check]:
+        if self.checkpoint is None:
+            yield Check(
+                id="numerics.pytorch",
+                family="numerics",
+                title="Comparison with PyTorch",
+                status="skipped",
+                message="The checkpoint is not known; give it with --model to compare graphs and weights with it.",
+            )
+            return
+        import torch
+
+        from dspark_export.validate.rebuild import Rebuilt
+        from dspark_export.validate.weights import check_weights
+
+        dtype = getattr(torch, self.files.graph("target").dtype)
+        self.model = self.checkpoint.load_model(dtype)
+        self.rebuilt = Rebuilt(self.files, self.model)
+        yield from self._guarded("numerics.weights", "numerics", lambda: [check_weights(self.files, self.rebuilt)])  # type: ignore[arg-type]
+        torch.nn.Module.float(self.model)  # transformers' own refuses models from GGUF files
+
+    def _plain(self) -> Iterator[Check]:
+        self.texts.alone[PLAIN] = self._generate(PLAIN)
+        yield from self._guarded(
+            "losslessness.plain", "losslessness", lambda: [lossless.check_plain(self.bundle, self.model, self.texts)]
+        )
+
+    def _numerics(self) -> Iterator[Check]:
+        texts = self._forced()[: self.extent.texts]
+        if self.model is not None and self.files.manifest.precision.weights in ("int8", "int4"):
+            model, standard = self.model, self.files.path(self.files.graph("target").file)
+            yield from self._guarded(
+                "numerics.quantization",
+                "numerics",
+                lambda: [check_quantization(self.files, model, texts, self.options.threads)],
+            )
+            # From here on PyTorch has the weights the bundle holds.
+            if unknown := put_into(model, ir.load(standard)):
+                raise BackendError(f"the quantized weight {unknown[0]} of the bundle is none of the model's")
+        checker = GraphCheck(self.files, texts, self.options.threads, self.model, self.rebuilt, self.keep)
+        yield from self._guarded("numerics", "numerics", checker.run)
+        if self.engines:
+            yield from self._guarded(
+                "numerics.engines",
+                "numerics",
+                lambda: check_engines(self.files, self.engines, texts, self.options.threads, self.keep),
+            )
+
+    def _drafters(self) -> Iterator[Check]:
+        entries = [e for e in self.files.manifest.drafters if e.kind in ("block", "eagle3", "draft_model")]
+        if self.options.drafts:
+            if self.checkpoint is None or self.model is None:
+                raise UsageError("--draft: drafters are compared with PyTorch together with their model; give --model")
+            self.references = trained.references(self.bundle, self.checkpoint, self.model, self.options.drafts)
+        prompts, tokens = self.ids[:2], self.extent.new
+        for entry in entries:
+            reference = self.references.get(entry.name)
+            if reference is None:
+                yield Check(
+                    id=f"numerics.{entry.name}",
+                    family="numerics",
+                    title=f"{entry.name} against PyTorch",
+                    status="skipped",
+                    message="Give the checkpoint of the drafter with --draft, and the model with --model.",
+                )
+            elif reference.model is not None:
+                one = GraphCheck(self.files, self._forced()[:1], self.options.threads, reference.model, None, self.keep)
+                yield from self._guarded(
+                    f"numerics.{entry.name}",
+                    "numerics",
+                    lambda r=reference, c=one: [trained.check_draft_model(self.bundle, r, c)],  # type: ignore[misc]
+                )
+            else:
+                yield from self._guarded(
+                    f"numerics.{entry.name}",
+                    "numerics",
+                    lambda r=reference: [trained.check_drafter(self.bundle, r, prompts, tokens)],  # type: ignore[misc]
+                )
+
+    def _robustness(self) -> Iterator[Check]:
+        texts = [text[: max(24, len(text) - 5 * i)] for i, text in enumerate(self._forced()[:3])]
+        if len(texts) == 1:
+            texts.append(texts[0][: max(16, len(texts[0]) - 7)])
+        yield from self._guarded(
+            "robustness", "robustness", lambda: check_robustness(self.bundle, texts, self.options.level)
+        )
+
+    def _losslessness(self) -> Iterator[Check]:
+        for mode in self.modes:
+            yield from self._guarded(f"losslessness.{mode}", "losslessness", lambda m=mode: [self._one_mode(m)])  # type: ignore[misc]
+        texts = self._forced()
+        yield from self._guarded(
+            "losslessness.rules", "losslessness", lambda: [sampling.check_rules(self.bundle, texts[:3])]
+        )
+        yield from self._guarded(
+            "losslessness.rejection", "losslessness", lambda: [sampling.check_rejection(self.bundle, texts)]
+        )
+        sampled = self.modes if self.options.level == "full" else self.modes[:1]
+        few = self.ids if self.options.level == "full" else self.ids[:2]
+        for mode in sampled:
+            yield from self._guarded(
+                f"losslessness.sampled.{mode}",
+                "losslessness",
+                lambda m=mode: [sampling.check_sampled(self.bundle, few, m, self.extent.new)],  # type: ignore[misc]
+            )
+        yield from self._guarded(
+            "losslessness.noise", "losslessness", lambda: [lossless.check_noise(self.bundle, self._longest(texts))]
+        )
+        if self.extent.batch:
+            yield from self._guarded("losslessness.batch", "losslessness", self._batches)
+
+    def _one_mode(self, mode: str) -> Check:
+        began = time.perf_counter()
+        self.texts.alone[mode] = self._generate(mode)
+        return lossless.check_mode(self.bundle, self.texts, mode, began)
+
+    def _batches(self) -> Iterator[Check]:
+        for mode in self.modes:
+            began = time.perf_counter()
+            size = self.extent.batch
+            runs = self.bundle.with_fresh_schedule()
+            plain, mine = (
+                lossless.Texts(
+                    self.ids, {m: runs.generate(self.ids, speculate=m, max_new_tokens=self.extent.new, batch_size=size)}
+                )
+                for m in (PLAIN, mode)
+            )
+            both = lossless.Texts(self.ids, {**plain.alone, **mine.alone})
+            found = lossless.check_mode(self.bundle, both, mode, began)
+            where = found.where and f"batch of {size}, {found.where}"
+            yield found.model_copy(
+                update={
+                    "id": f"losslessness.batch.{mode}",
+                    "title": f"{found.title} in a batch of {size}",
+                    "where": where,
+                }
+            )
+
+    def _plumbing(self) -> Iterator[Check]:
+        floors = {**_recorded_floors(self.files.manifest.validation, self.options), **self.options.floors}
+        for mode in self.modes:
+            if mode in self.texts.alone and plumbing.fixed_length(self.bundle, mode) is not None:
+                yield plumbing.check_floor(mode, self.texts, floors)
+        for entry in self.files.manifest.drafters:
+            yield from self._trained(entry)
+
+    def _trained(self, entry: DrafterEntry) -> Iterator[Check]:
+        """What a trained drafter is fed, how often it is accepted, and when its confidences decide."""
+        model, reference, new = self.model, self.references.get(entry.name), self.extent.new
+        if model is not None and reference is not None and reference.modules:
+            yield from self._guarded(
+                f"plumbing.features.{entry.name}",
+                "plumbing",
+                lambda: [trained.check_features(self.bundle, reference, model, self.ids[:2], new)],
+            )
+        if entry.block is None:
+            return
+        if model is not None and reference is not None:
+            yield from self._guarded(
+                f"plumbing.reference.{entry.name}",
+                "plumbing",
+                lambda: [trained.check_acceptance(self.bundle, reference, model, self.ids, new)],
+            )
+        if entry.block.confidence:
+            yield from self._guarded(
+                f"plumbing.confidences.{entry.name}",
+                "plumbing",
+                lambda: [trained.check_confidences(self.bundle, entry, self.ids[:2], new)],
+            )
+
+    def _speed(self) -> Iterator[Check]:
+        threads = self.options.threads or this_machine().physical_cores
+        check, costs = speed.check_costs(self.bundle, threads)
+        yield check
+        for mode in self.modes:
+            if mode in self.texts.alone:
+                yield speed.check_mode(mode, self.texts, costs)
+
+    # Help ----------------------------------------------------------------------------------------------------------
+
+    def _generate(self, mode: str) -> list[Generation]:
+        """Texts of a mode; drafts have a fixed length where accepted lengths are compared with other builds."""
+        runs = self.bundle.with_fresh_schedule()
+        length = plumbing.fixed_length(self.bundle, mode)
+        named: dict[str, Any] = {} if length is None else {"draft_length": length, "draft_branches": 1}
+        return [runs.generate(ids, speculate=mode, max_new_tokens=self.extent.new, **named) for ids in self.ids]
+
+    def _longest(self, texts: Sequence[Sequence[int]]) -> Sequence[int]:
+        return max(texts, key=len)
+
+    def _guarded(self, name: str, family: Any, checks: Callable[[], Any]) -> Iterator[Check]:
+        """What ``checks`` gives; an error of the runtime in the middle of one is its failure."""
+        began = time.perf_counter()
+        try:
+            yield from checks()
+        except UsageError:
+            raise
+        except (DsparkError, ValueError, IndexError, KeyError, RuntimeError) as error:
+            yield Check(
+                id=name,
+                family=family,
+                title=f"{name} could be checked",
+                status="failed",
+                where=type(error).__name__,
+                message=f"The check broke: {error}",
+                seconds=time.perf_counter() - began,
+            )
+
+    def _report(self, checks: Sequence[Check]) -> Report:
+        manifest, machine = self.files.manifest, this_machine()
+        lengths = {
+            mode: length
+            for mode, length in plumbing.accepted_lengths(self.bundle, self.texts).items()
+            if plumbing.fixed_length(self.bundle, mode) is not None
+        }
+        return Report(
+            created_by=own_version(),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            bundle=self.files.root.name,
+            bundle_digest=bundle_digest(manifest.files),
+            model=manifest.source.id,
+            precision=manifest.precision.weights,
+            exact=self.bundle.exact,
+            level=self.options.level,
+            against=self.options.against or ("torch" if self.checkpoint is not None else "onnxruntime"),
+            machine=f"{machine.cpu}, {self.options.threads or machine.physical_cores} threads",
+            prompts=len(self.ids),
+            seconds=round(time.perf_counter() - self._began, 1),
+            passed=all(check.status != "failed" for check in checks),
+            acceptance=lengths,
+            checks=tuple(checks),
+        )
+
+
+_WEIGHTS = (".safetensors", ".gguf", ".bin")
+
+
+def _recorded_floors(validation: Mapping[str, Any], options: ValidateOptions) -> dict[str, float]:
+    """Accepted lengths of an earlier validation at the same level; those of other prompts say nothing."""
+    if options.prompts or validation.get("level") != options.level:
+        return {}
+    floors = validation.get(plumbing.FLOORS)
+    return {str(k): float(v) for k, v in floors.items()} if isinstance(floors, dict) else {}
+
+
+def bundle_digest(files: Mapping[str, Any]) -> str:
+    """One digest over all files of a bundle but its reports."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        if not name.startswith("validation/"):
+            digest.update(f"{name} {files[name].sha256}\n".encode())
+    return digest.hexdigest()

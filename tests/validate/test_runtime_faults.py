@@ -1,0 +1,110 @@
+"""Faults in the runtime: each is caught, and named by the check it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dspark_runtime.verify
+from dspark_runtime.backends.engine import BoolArray
+from dspark_runtime.backends.ort import HostCache
+from dspark_runtime.drafters.block import BlockDrafter
+from dspark_runtime.loop import DecodingLoop
+from dspark_runtime.tree import TokenTree
+from dspark_runtime.verify import Verdict
+from tests.validate.conftest import Healthy, Validated
+from tests.validate.test_graph_faults import failure
+
+
+def test_siblings_that_see_each_other(healthy: Healthy, validated: Validated, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = TokenTree.ancestors
+
+    def wrong(self: TokenTree) -> BoolArray:
+        mask = right(self).copy()
+        for row, parent in enumerate(self.parents):
+            for other in range(row):
+                mask[row, other] |= self.parents[other] == parent
+        return mask
+
+    monkeypatch.setattr(TokenTree, "ancestors", wrong)
+    report = validated(healthy.bundle)
+    assert "mask" in failure(report, "robustness.tree_against_paths").where
+    assert not [c for c in report.failures() if c.id.startswith("numerics.target")]  # the graph is not to blame
+
+
+def test_a_slot_one_off(healthy: Healthy, validated: Validated, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = DecodingLoop._fill
+
+    def wrong(self: DecodingLoop, trees: Sequence[TokenTree]) -> Any:
+        self.cache.reserve(max(self.cache.lengths) + 40)
+        buffers = right(self, trees)
+        buffers.write_indices[:] += 1
+        return buffers
+
+    monkeypatch.setattr(DecodingLoop, "_fill", wrong)
+    report = validated(healthy.bundle)
+    failure(report, "robustness.tree_against_paths")
+    failure(report, "losslessness.plain")
+
+
+def test_an_accept_rule_that_takes_one_too_many(
+    healthy: Healthy, validated: Validated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = dspark_runtime.verify.verify_tree
+
+    def wrong(tree: TokenTree, *rest: Any) -> Verdict:
+        verdict = right(tree, *rest)
+        following = tree.first_child(verdict.path[-1])
+        if following < 0:
+            return verdict
+        tokens = [*verdict.tokens[:-1], tree.tokens[following], verdict.tokens[-1]]
+        return Verdict([*verdict.path, following], tokens)
+
+    for module in ("dspark_runtime.verify", "dspark_runtime.loop", "dspark_export.validate.sampling"):
+        monkeypatch.setattr(f"{module}.verify_tree", wrong)
+    report = validated(healthy.bundle)
+    assert "verify_tree" in failure(report, "losslessness.rules").where
+    assert "dspark" in failure(report, "losslessness.dspark").where
+
+
+def test_compaction_in_the_wrong_order(healthy: Healthy, validated: Validated, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = HostCache.gather
+
+    def wrong(self: HostCache, sequence: int, sources: Sequence[int], to: int) -> None:
+        right(self, sequence, sources[::-1], to)
+
+    monkeypatch.setattr(HostCache, "gather", wrong)
+    assert "compaction" in failure(validated(healthy.bundle), "robustness.compaction").where
+
+
+def test_confidences_applied_after_verification(
+    healthy: Healthy, validated: Validated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = BlockDrafter._result
+
+    def wrong(self: BlockDrafter, *rest: Any) -> Any:
+        kept, self._threshold = self._threshold, 0.0
+        try:
+            return right(self, *rest)
+        finally:
+            self._threshold = kept
+
+    monkeypatch.setattr(BlockDrafter, "_result", wrong)
+    found = failure(validated(healthy.bundle), "plumbing.confidences.dspark")
+    assert "between drafting and verification" in found.where
+
+
+def test_features_of_the_wrong_rows(healthy: Healthy, validated: Validated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text stays right; only the comparison with the PyTorch loop, or with floors, can show it."""
+    right = DecodingLoop._show
+
+    def wrong(self: DecodingLoop, sequence: Any, taps: Any, batch_row: int, rows: Sequence[int]) -> None:
+        right(self, sequence, None if taps is None else np.roll(taps, 1, axis=1), batch_row, rows)
+
+    monkeypatch.setattr(DecodingLoop, "_show", wrong)
+    report = validated(healthy.bundle)
+    assert not [c.id for c in report.failures() if c.family == "losslessness"]
+    failure(report, "plumbing.features.dspark")
