@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from pydantic import JsonValue
+
 from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle_writer import BundleWriter
 from dspark_export.draft_build import DraftGraphs, export_drafts, open_drafts, taps_of, write_vocab_maps
 from dspark_runtime.bundle import GRAPH_DIR, TOKENIZER_DIR, BundleFiles, GraphEntry, Manifest, ModelFacts, Variant
 from dspark_runtime.engine_facts import Flavour
+from dspark_runtime.errors import BundleError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -105,8 +108,18 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
             stages.enter("compile")
             manifest = _compile(writer, manifest, options.backend)
         stages.enter("commit")
-        manifest = writer.commit(manifest)
+        manifest = writer.commit(manifest.model_copy(update={"validation": _floors(options, manifest)}))
     return BuildResult(writer.out, manifest, stages.finish())
+
+
+def _floors(options: BuildOptions, manifest: Manifest) -> dict[str, JsonValue]:
+    """Accepted lengths of the bundle that is replaced, for the next validation: drafts should not get worse unseen."""
+    try:
+        old = BundleFiles.open(options.out, verify=False).manifest
+    except BundleError:
+        return {}
+    same = old.source.id == manifest.source.id and old.precision.weights == manifest.precision.weights
+    return {key: old.validation[key] for key in ("level", "acceptance") if key in old.validation} if same else {}
 
 
 def _requested_layers(options: BuildOptions, checkpoint: Checkpoint) -> tuple[int, ...] | None:

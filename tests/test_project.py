@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from dspark_export.cli import main as command_line
+from dspark_export.cli.validate import FAILED as VALIDATION_FAILED
 from dspark_runtime import errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,7 +228,7 @@ def test_scripts_in_the_texts_exist_and_can_run() -> None:
 def test_exit_codes_of_the_help_are_those_of_the_errors() -> None:
     documented = {int(code) for code in re.findall(r"^\| (\d+)", command_line.__doc__ or "", re.MULTILINE)}
     types = [t for t in vars(errors).values() if isinstance(t, type) and issubclass(t, errors.DsparkError)]
-    assert {t.exit_code for t in types if t is not errors.DsparkError} == documented - {0, 70, 130}
+    assert {t.exit_code for t in types if t is not errors.DsparkError} == documented - {0, VALIDATION_FAILED, 70, 130}
 
 
 def test_every_error_says_what_it_is_for() -> None:

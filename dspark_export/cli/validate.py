@@ -96,7 +96,7 @@ def validate(
     """
     from dspark_export.checkpoints.trust import Trust
     from dspark_export.validate.html import render
-    from dspark_export.validate.run import ValidateOptions
+    from dspark_export.validate.options import ValidateOptions
     from dspark_export.validate.run import validate as run
     from dspark_export.validate.store import store, store_outside
     from dspark_runtime.bundle import BundleFiles

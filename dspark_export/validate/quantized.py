@@ -18,10 +18,10 @@ SUFFIX = "/DequantizeLinear"
 Tensor = npt.NDArray[Any]
 
 
-def quantized_weights(graph: ir.Model) -> tuple[dict[str, Tensor], Tensor | None]:
-    """What quantized tensors stand for, in float32: products' weights [in, out] by name, and the embedding's rows."""
+def quantized_weights(graph: ir.Model) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What quantized tensors stand for, in float32, by name: weights [in, out] of products, and tables."""
     products: dict[str, Tensor] = {}
-    embedding: Tensor | None = None
+    tables: dict[str, Tensor] = {}
     for node in graph.graph:
         if node.op_type != "DequantizeLinear":
             continue
@@ -32,11 +32,8 @@ def quantized_weights(graph: ir.Model) -> tuple[dict[str, Tensor], Tensor | None
         zero = sources[2] if len(sources) > 2 else None
         axis = 1 if looked_up else node.attributes["axis"].as_int()
         wide = dequantized(sources[0], sources[1], zero, axis, node.attributes["block_size"].as_int())
-        if looked_up:
-            embedding = wide
-        else:
-            products[(node.name or "").removesuffix(SUFFIX)] = wide
-    return products, embedding
+        (tables if looked_up else products)[(node.name or "").removesuffix(SUFFIX)] = wide
+    return products, tables
 
 
 def _source(value: ir.Value | None) -> Tensor | None:
@@ -65,13 +62,19 @@ def dequantized(weights: Tensor, scale: Tensor, zero: Tensor | None, axis: int, 
 @torch.no_grad()
 def put_into(model: PreTrainedModel, graph: ir.Model) -> list[str]:
     """Replace weights of ``model``, which is in float32, by those of ``graph``; returns names it has no weight for."""
-    products, embedding = quantized_weights(graph)
+    products, tables = quantized_weights(graph)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is table.weight:
         head.weight = torch.nn.Parameter(table.weight.detach().clone(), requires_grad=False)
-    if embedding is not None:
-        table.weight.copy_(torch.from_numpy(embedding))
     unknown = []
+    for name, rows in tables.items():
+        owner = _module(model, name)
+        if owner is head or owner is None:  # tied tables go by the head's name
+            owner = table
+        if owner.weight.shape == rows.shape:
+            owner.weight.copy_(torch.from_numpy(rows))
+        else:
+            unknown.append(name)
     for name, wide in products.items():
         for part, columns in _unpacked(model, name.removesuffix(".T"), wide):
             owner = head if part.startswith("lm_head.") else _module(model, part)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,13 +14,13 @@ import onnx_ir as ir
 from dspark_export.bench.machine import this_machine
 from dspark_export.bench.prompts import SHIPPED, load_sets
 from dspark_export.bench.runner import PLAIN, encode
-from dspark_export.checkpoints.trust import Trust
 from dspark_export.manifest import own_version
+from dspark_export.validate import draft_acceptance, lossless, plumbing, sampling, speed
 from dspark_export.validate import drafts as trained
-from dspark_export.validate import lossless, plumbing, sampling, speed
 from dspark_export.validate.checks import Check, Report
 from dspark_export.validate.engines import check_engines, engines_of
 from dspark_export.validate.numerics import GraphCheck, check_quantization
+from dspark_export.validate.options import EXTENTS, ValidateOptions
 from dspark_export.validate.quantized import put_into
 from dspark_export.validate.robustness import check_robustness
 from dspark_runtime import Bundle, Generation
@@ -34,54 +33,8 @@ if TYPE_CHECKING:
     from dspark_export.checkpoints import Checkpoint
     from dspark_export.validate.rebuild import Rebuilt
 
-Against = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx"]
-Level = Literal["quick", "full"]
 OnStep = Callable[[str, int, int], None]
 """What begins, how many steps are done, of how many."""
-
-INPUTS = "inputs"
-_AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much a level does. ``tokens``: of a teacher-forced text; ``new``: generated per prompt."""
-
-    prompts: int
-    texts: int
-    tokens: int
-    new: int
-    batch: int
-
-
-EXTENTS: dict[Level, Extent] = {
-    "quick": Extent(prompts=1, texts=2, tokens=64, new=32, batch=0),
-    "full": Extent(prompts=4, texts=3, tokens=160, new=96, batch=4),
-}
-
-
-@dataclass(frozen=True)
-class ValidateOptions:
-    """What to validate.
-
-    ``against``: None for PyTorch if the model can be found, else ONNX Runtime. ``prompts``: sets or files, none for the
-    shipped ones. ``model``: the checkpoint, None for the hub model of the manifest. ``drafts``: checkpoints of trained
-    drafters. ``floors``: accepted lengths by mode that must be reached, besides those of the bundle. ``keep``: folder
-    for inputs of failing passes, None for one beside the bundle.
-    """
-
-    bundle: Path
-    against: Against | None = None
-    level: Level = "quick"
-    prompts: Sequence[str] = ()
-    model: str | None = None
-    revision: str | None = None
-    drafts: Sequence[str] = ()
-    threads: int | None = None
-    exact: bool | None = None
-    floors: Mapping[str, float] = field(default_factory=dict)
-    keep: Path | None = None
-    trust: Trust = field(default_factory=Trust.closed)
 
 
 def validate(options: ValidateOptions, on_step: OnStep = lambda *_: None) -> Report:
@@ -338,7 +291,7 @@ class _Validation:
             yield from self._guarded(
                 f"plumbing.features.{entry.name}",
                 "plumbing",
-                lambda: [trained.check_features(self.bundle, reference, model, self.ids[:2], new)],
+                lambda: [draft_acceptance.check_features(self.bundle, reference, model, self.ids[:2], new)],
             )
         if entry.block is None:
             return
@@ -346,13 +299,13 @@ class _Validation:
             yield from self._guarded(
                 f"plumbing.reference.{entry.name}",
                 "plumbing",
-                lambda: [trained.check_acceptance(self.bundle, reference, model, self.ids, new)],
+                lambda: [draft_acceptance.check_acceptance(self.bundle, reference, model, self.ids, new)],
             )
         if entry.block.confidence:
             yield from self._guarded(
                 f"plumbing.confidences.{entry.name}",
                 "plumbing",
-                lambda: [trained.check_confidences(self.bundle, entry, self.ids[:2], new)],
+                lambda: [draft_acceptance.check_confidences(self.bundle, entry, self.ids[:2], new)],
             )
 
     def _speed(self) -> Iterator[Check]:

@@ -10,6 +10,7 @@ from typing import Any
 import filelock
 
 from dspark_export.validate.checks import Report
+from dspark_export.validate.plumbing import FLOORS
 from dspark_runtime.bundle import MANIFEST, BundleFiles, FileEntry, Manifest
 from dspark_runtime.errors import BundleBusy, BundleNotWritten
 
@@ -57,7 +58,10 @@ def store(files: BundleFiles, report: Report, page: str) -> dict[str, Path]:
                 entries[relative], named[kind] = FileEntry(sha256=digest, size=len(data)), relative
             old = [name for name in current.files if name.startswith(f"{FOLDER}/") and name not in entries]
             kept = {name: entry for name, entry in current.files.items() if name not in old}
-            update = {"files": {**kept, **entries}, "validation": verdict(report, named)}
+            update = {
+                "files": {**kept, **entries},
+                "validation": {**verdict(report, named), FLOORS: _floors(report, current.validation)},
+            }
             manifest = current.model_copy(update=update)
             _write(root / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
             for name in old:
@@ -73,6 +77,14 @@ def store(files: BundleFiles, report: Report, page: str) -> dict[str, Path]:
     finally:
         (root.parent / f".{root.name}.lock").unlink(missing_ok=True)
     return {kind: root / relative for kind, relative in named.items()}
+
+
+def _floors(report: Report, before: dict[str, Any]) -> dict[str, float]:
+    """Accepted lengths to be reached from now on; a failed validation does not lower them."""
+    old = before.get(FLOORS)
+    if report.passed or before.get("level") != report.level or not isinstance(old, dict):
+        return report.acceptance
+    return {mode: max(length, float(old.get(mode, 0.0))) for mode, length in report.acceptance.items()}
 
 
 def store_outside(folder: Path, report: Report, page: str) -> dict[str, Path]:

@@ -80,13 +80,15 @@ def _distance(mine: Tensor, theirs: Tensor) -> float:
 
 def _rounding(graph: ir.Model, plain: dict[str, Tensor]) -> dict[str, float]:
     """How far the numbers that quantized tensors stand for are from the weights they were made of."""
-    products, embedding = quantized_weights(graph)
+    products, tables = quantized_weights(graph)
     found = {}
     for name, wide in products.items():
         original = plain.get(name, plain.get(name.removesuffix(".T")))
         if original is not None:
             found[name] = relative_rms(wide, original.T if name.endswith(".T") else original)
-    if embedding is not None:
-        tables = [array for array in plain.values() if array.shape == embedding.shape]
-        found["embedding"] = min((relative_rms(embedding, table) for table in tables), default=0.0)
+    for name, rows in tables.items():
+        if name in plain:
+            found[f"{name} (rows)"] = relative_rms(
+                rows, plain[name] if plain[name].shape == rows.shape else plain[name].T
+            )
     return found

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 import dspark_runtime
 from dspark_export.build import Stage
 from dspark_export.cli import main as command_line
+from dspark_export.cli.validate import FAILED as VALIDATION_FAILED
 from dspark_runtime import Bundle, Chunk, Drafter, Generation, Statistics, bundle, contract, errors
 from dspark_runtime.statistics import DrafterCounts
 
@@ -58,7 +59,7 @@ def code(cell: str) -> list[str]:
 
 def spans(text: str) -> list[str]:
     """What stands in backticks, without commands of other programs."""
-    return [span for span in code(text) if not re.match(r"(?:ruff|mypy|pip|git|pytest) ", span)]
+    return [span for span in code(text) if not re.match(r"(?:bash\n)?(?:ruff|mypy|pip|git|pytest|polygraphy) ", span)]
 
 
 def all_errors(base: type[errors.DsparkError] = errors.DsparkError) -> set[type[errors.DsparkError]]:
@@ -115,7 +116,7 @@ def test_the_error_table_lists_every_error() -> None:
 
 def test_the_exit_code_table_is_complete() -> None:
     documented = {int(row[0]) for row in rows(DOCS["errors-and-exit-codes.md"]) if row[0].isdigit()}
-    assert documented == {error.exit_code for error in all_errors()} | {0, 70, 130, 143}
+    assert documented == {error.exit_code for error in all_errors()} | {0, VALIDATION_FAILED, 70, 130, 143}
 
 
 # Bundle and contract

@@ -12,7 +12,8 @@ import pytest
 from dspark_export.build import build
 from dspark_export.build_options import BuildOptions
 from dspark_export.validate.checks import Report
-from dspark_export.validate.run import ValidateOptions, validate
+from dspark_export.validate.options import ValidateOptions
+from dspark_export.validate.run import validate
 from tests.export.drafts.writers import target_tables, write_deepspec, write_target
 from tests.validate.faults import copied
 
