@@ -35,7 +35,7 @@ _TITLES: dict[Family, tuple[str, str]] = {
     "speed": (
         "Speed",
         f"What accepted lengths and pass costs predict, and what was measured: {FORMULA}. Texts are short and drafts "
-        "of single drafters have a fixed length here; `dspark-export bench` measures speed as it is in use.",
+        "of single drafters have a fixed length here; dspark-export bench measures speed as it is in use.",
     ),
 }
 _GOOD, _BAD, _GREY, _BLUE, _ORANGE = "#1d7a46", "#b3261e", "#9aa5b1", "#31688e", "#e08e3a"
@@ -142,8 +142,8 @@ def _figures(family: Family, checks: list[Check]) -> list[dict[str, str]]:
 
 
 def _svg(draw: Callable[[Axes], None], height: float) -> str:
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.5}):
-        figure = Figure(figsize=(7.2, height), layout="constrained")
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
+        figure = Figure(figsize=(5.6, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         draw(axes)
@@ -161,7 +161,7 @@ def _svg(draw: Callable[[Axes], None], height: float) -> str:
 
 def _draw_shares(axes: Axes, checks: list[Check]) -> None:
     names = [check.id.split(".", 1)[1] for check in checks]
-    shares = [max(1e-6, (check.measured or 0.0) / (check.limit or 1.0)) for check in checks]
+    shares = [max(1.5e-6, (check.measured or 0.0) / (check.limit or 1.0)) for check in checks]
     places = np.arange(len(checks))[::-1]
     axes.barh(places, shares, color=[_BAD if c.status == "failed" else _GOOD for c in checks], height=0.62, left=0)
     axes.set_xscale("log")
@@ -227,7 +227,8 @@ def _draw_speed(axes: Axes, checks: list[Check]) -> None:
     axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
     axes.set_xticks(places, [check.id.split(".", 1)[1] for check in checks])
     axes.set_ylabel("plain decoding = 1")
-    axes.margins(y=0.14)
+    axes.margins(y=0.3)
+    axes.tick_params(axis="x", labelrotation=20)
     axes.legend(frameon=False, fontsize=9, loc="upper right", ncols=2)
 
 
