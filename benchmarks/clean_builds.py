@@ -39,6 +39,7 @@ BUILDS = (
     ("mixtral", "fp32"),
     ("deepseek_v2", "int8"),
     ("deepseek_v3", "fp32"),
+    ("deepseek_v3", "fp16"),
     ("gpt2", "int8"),
     ("smollm3", "fp16"),
     ("olmo2", "int4"),

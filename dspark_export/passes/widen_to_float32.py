@@ -19,18 +19,18 @@ class WidenToFloat32(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return the same model and whether it held half-precision tensors."""
-        graph = model.graph
         modified = False
-        for node in list(graph):
-            modified |= _retype_node(node)
-        for value in [*graph.inputs, *(v for n in graph for v in n.outputs)]:
-            if value.dtype in _HALF:
-                value.type = ir.TensorType(ir.DataType.FLOAT)
-                modified = True
-        for value in list(graph.initializers.values()):
-            if value.dtype in _HALF:
-                _widen_weight(graph, value)
-                modified = True
+        for graph in model.graphs():  # bodies of loops too
+            for node in list(graph):
+                modified |= _retype_node(node)
+            for value in [*graph.inputs, *(v for n in graph for v in n.outputs)]:
+                if value.dtype in _HALF:
+                    value.type = ir.TensorType(ir.DataType.FLOAT)
+                    modified = True
+            for value in list(graph.initializers.values()):
+                if value.dtype in _HALF:
+                    _widen_weight(graph, value)
+                    modified = True
         return ir.passes.PassResult(model, modified=modified)
 
 

@@ -16,7 +16,7 @@ from tests import tiny_models
 from tests.parity.harness import GraphRunner, Tree, assert_close, plain_logits
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_variants_compute_in_float32_from_narrow_weights(arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
     _, model = tiny_models.make(arch, dtype=dtype, head_dim=16)
