@@ -34,6 +34,13 @@ class MarkovName(StrEnum):
     RNN = "rnn"
 
 
+class OptimizerName(StrEnum):
+    """Values of ``--optimizer``."""
+
+    MUON = "muon"
+    ADAMW = "adamw"
+
+
 class DtypeName(StrEnum):
     """Values of ``--dtype``."""
 
@@ -64,6 +71,9 @@ def train_drafter(
     accumulate: Annotated[int, typer.Option(help="Passes of a step.")] = 1,
     anchors: Annotated[int, typer.Option(help="Blocks in a response.")] = 32,
     max_length: Annotated[int, typer.Option(help="Tokens of prompt and response that are used.")] = 512,
+    optimizer: Annotated[
+        OptimizerName, typer.Option(help="muon steps matrices with Muon and the rest with AdamW.")
+    ] = OptimizerName.MUON,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     ema: Annotated[float, typer.Option(help="Share the average of weights keeps at every step; 0 for none.")] = 0.998,
     layers: Annotated[int, typer.Option(help="Decoder layers of the drafter.")] = 1,
@@ -116,6 +126,7 @@ def train_drafter(
         accumulate=accumulate,
         anchors=anchors,
         max_length=max_length,
+        optimizer=optimizer.value,
         rate=rate,
         ema=ema,
         evaluate_every=evaluate_every,

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from dspark_runtime.errors import UsageError
 
 Markov = Literal["none", "vanilla", "gated", "rnn"]
+Optimizer = Literal["muon", "adamw"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class TrainOptions:
     """How a drafter is trained.
 
     ``steps`` of ``batch`` sequences times ``accumulate``, with up to ``anchors`` blocks in each sequence of up to
-    ``max_length`` tokens. ``rate``: peak learning rate, reached after ``warmup`` of the steps, falling to 0 as a
-    cosine. ``ema``: share of the old average kept at every step, 0 for none. ``ce``, ``tv``, ``confidence``: weights of
-    the terms of the loss; ``decay``: slot k (from 0) weighs exp(-k / decay). ``evaluate_every`` steps accepted length
-    is measured on held-out responses. ``target_top``: tokens of the target's distribution that are kept of each row.
+    ``max_length`` tokens. ``optimizer``: ``muon`` for matrices and AdamW for the rest, or AdamW alone. ``rate``: peak
+    learning rate, reached after ``warmup`` of the steps, falling to 0 as a cosine. ``ema``: share of the old average
+    kept at every step, 0 for none. ``ce``, ``tv``, ``confidence``: weights of the terms of the loss; ``decay``: slot k
+    (from 0) weighs exp(-k / decay). ``evaluate_every`` steps accepted length is measured on held-out responses.
+    ``target_top``: tokens of the target's distribution that are kept of each row.
 
     Raises:
         UsageError: a number outside its range.
@@ -63,6 +65,7 @@ class TrainOptions:
     accumulate: int = 1
     anchors: int = 32
     max_length: int = 512
+    optimizer: Optimizer = "muon"
     rate: float = 1e-3
     warmup: float = 0.04
     clip: float = 1.0
@@ -94,6 +97,8 @@ class TrainOptions:
             value = getattr(self, name)
             if not 0 <= value <= high_f:
                 raise UsageError(f"--{name} {value}: give a number from 0 to {high_f:g}")
+        if self.optimizer not in get_args(Optimizer):
+            raise UsageError(f"--optimizer {self.optimizer} is unknown; choose {', '.join(get_args(Optimizer))}")
         if self.dtype not in ("float32", "bfloat16"):
             raise UsageError(f"--dtype {self.dtype} is unknown; choose float32 or bfloat16")
 

@@ -1,4 +1,4 @@
-"""The training loop: sampled anchors, AdamW with warm-up and cosine, an average of the weights, exact resume.
+"""The training loop: sampled anchors, Muon or AdamW with warm-up and cosine, an average of the weights, exact resume.
 
 Everything random follows from (seed, step), so a resumed training needs the step alone and goes on as if it had never
 stopped. State is kept in safetensors files; nothing is pickled.
@@ -24,6 +24,7 @@ from dspark_export.train.evaluate import Evaluation, evaluate
 from dspark_export.train.features import Batch, FeatureStore, Sample, collate
 from dspark_export.train.losses import Slots, Terms, terms
 from dspark_export.train.module import TrainableDrafter
+from dspark_export.train.optimizer import DrafterOptimizer
 from dspark_export.train.options import TrainOptions
 from dspark_runtime.errors import UsageError
 
@@ -66,8 +67,7 @@ class Trainer:
         self.model, self.samples, self.held_out, self.options, self.folder = model, samples, held_out, options, folder
         self._dtype = getattr(torch, options.dtype)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        decayed = dict(weight_decay=0.0, betas=(0.9, 0.999), lr=options.rate)
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), **decayed)  # type: ignore[arg-type]
+        self._optimizer = DrafterOptimizer(self._parameters, options)
         self._average = {n: p.detach().clone() for n, p in self._parameters.items()}
         self._usable = [i for i in range(len(samples)) if _spans(samples[i])]
         if not self._usable:
@@ -102,9 +102,7 @@ class Trainer:
         began = time.perf_counter()
         options = self.options
         rate = learning_rate(options, self.step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         sums = np.zeros(5)
         for part in range(options.accumulate):
             random = np.random.default_rng((options.seed, self.step, part))
@@ -118,7 +116,7 @@ class Trainer:
             values = (found.ce, found.distance, found.confidence, found.agreement)
             sums += [float(loss.detach()), *(float((v / weight).detach()) for v in values)]
         torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), options.clip or math.inf)
-        self._optimizer.step()
+        self._optimizer.step(rate)
         self.step += 1
         keep = min(options.ema, (1 + self.step) / (10 + self.step)) if options.ema else 0.0
         with torch.no_grad():
@@ -186,12 +184,11 @@ class Trainer:
         """Write weights, average, moments, log and step; the step last, so that a kill leaves the state before."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tag = f"{self.step:08d}"
-        moments = {n: self._optimizer.state.get(p, {}) for n, p in self._parameters.items()}
         contents = {
             "weights": {n: p.detach() for n, p in self._parameters.items()},
             "average": self._average,
-            "first": {n: s["exp_avg"] for n, s in moments.items() if s},
-            "second": {n: s["exp_avg_sq"] for n, s in moments.items() if s},
+            "first": self._optimizer.first(),
+            "second": self._optimizer.second(),
         }
         for name, tensors in contents.items():
             save_file({n: t.contiguous() for n, t in tensors.items()}, self.folder / f"{name}.{tag}.safetensors")
@@ -224,13 +221,7 @@ class Trainer:
             for name, parameter in self._parameters.items():
                 parameter.copy_(stored["weights"][name])
                 self._average[name].copy_(stored["average"][name])
-        for name, parameter in self._parameters.items():
-            if name in stored["first"]:
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(state["step"])),
-                    "exp_avg": stored["first"][name].to(parameter.device),
-                    "exp_avg_sq": stored["second"][name].to(parameter.device),
-                }
+        self._optimizer.load(int(state["step"]), stored["first"], stored["second"])
         self.step, self.log = int(state["step"]), list(state["log"])
 
 

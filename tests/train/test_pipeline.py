@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -143,7 +143,9 @@ def test_the_sweep_of_sizes_counts_what_training_counted(
     assert lengths[300, 2] < lengths[300, 3] and lengths[40, 3] <= lengths[300, 3]
 
 
-def job(target: Path, folder: Path, given: Path, **changes: Any) -> DrafterJob:
+def job(
+    target: Path, folder: Path, given: Path, optimizer: Literal["muon", "adamw"] = "muon", **changes: Any
+) -> DrafterJob:
     settings: dict[str, Any] = {
         "model": str(target),
         "out": folder / "drafter",
@@ -151,7 +153,14 @@ def job(target: Path, folder: Path, given: Path, **changes: Any) -> DrafterJob:
         "responses": (given,),
         "held_out": 4,
         "options": TrainOptions(
-            DrafterShape(block=3, rank=8), steps=12, batch=4, anchors=6, max_length=48, evaluate_every=4, rate=0.01
+            DrafterShape(block=3, rank=8),
+            steps=12,
+            batch=4,
+            anchors=6,
+            max_length=48,
+            evaluate_every=4,
+            rate=0.01,
+            optimizer=optimizer,
         ),
     }
     return DrafterJob(**(settings | changes))
@@ -166,19 +175,28 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage, at", [("features", 9), ("training", 4), ("training", 7), ("training", 12)])
+@pytest.mark.parametrize(
+    "stage, at, optimizer",
+    [
+        ("features", 9, "muon"),
+        ("training", 4, "muon"),
+        ("training", 7, "muon"),
+        ("training", 12, "muon"),
+        ("training", 7, "adamw"),
+    ],
+)
 def test_a_killed_training_goes_on_to_the_same_drafter(
-    target: Path, responses: Path, tmp_path: Path, stage: str, at: int
+    target: Path, responses: Path, tmp_path: Path, stage: str, at: int, optimizer: Literal["muon", "adamw"]
 ) -> None:
     """Stopped with no chance to tidy up, at a saved step or between two; curve and weights are the same, bit by bit."""
-    one = job(target, tmp_path / "whole", responses)
+    one = job(target, tmp_path / "whole", responses, optimizer=optimizer)
     whole = train_drafter(one)
 
     def killed(now: str, done: int, whole: int, remark: str) -> None:
         if (now, done) == (stage, at):
             raise _Killed
 
-    other = job(target, tmp_path / "parts", responses)
+    other = job(target, tmp_path / "parts", responses, optimizer=optimizer)
     with pytest.raises(_Killed):
         train_drafter(other, killed)
     assert not other.out.exists()
