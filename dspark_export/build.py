@@ -18,6 +18,7 @@ from pydantic import JsonValue
 from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle_writer import BundleWriter
 from dspark_export.draft_build import DraftGraphs, export_drafts, open_drafts, taps_of, write_vocab_maps
+from dspark_export.engines.options import PluginsOption
 from dspark_runtime.bundle import GRAPH_DIR, TOKENIZER_DIR, BundleFiles, GraphEntry, Manifest, ModelFacts, Variant
 from dspark_runtime.engine_facts import Flavour
 from dspark_runtime.errors import BundleError
@@ -73,8 +74,11 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
 
         if options.backend is not None:
             from dspark_export.engines.compile import require_compiler
+            from dspark_export.engines.options import CompileOptions
+            from dspark_export.engines.plugins import find_plugins
 
             require_compiler(options.backend)
+            find_plugins(CompileOptions(flavour=options.backend, plugins=options.plugins))
         checkpoint = resolve(options.model, options.revision, options.trust, options.allow_untested)
         layers = _requested_layers(options, checkpoint)
         drafts = open_drafts(checkpoint, options)
@@ -106,7 +110,7 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         manifest = _measure(writer, manifest, options)
         if options.backend is not None:
             stages.enter("compile")
-            manifest = _compile(writer, manifest, options.backend)
+            manifest = _compile(writer, manifest, options.backend, options.plugins)
         stages.enter("commit")
         manifest = writer.commit(manifest.model_copy(update={"validation": _floors(options, manifest)}))
     return BuildResult(writer.out, manifest, stages.finish())
@@ -242,12 +246,12 @@ def _measure(writer: BundleWriter, manifest: Manifest, options: BuildOptions) ->
     return manifest.model_copy(update={"costs": found.costs, "precision": precision})
 
 
-def _compile(writer: BundleWriter, manifest: Manifest, flavour: Flavour) -> Manifest:
-    """The manifest with engines of every decoder, which are written beside the graphs."""
+def _compile(writer: BundleWriter, manifest: Manifest, flavour: Flavour, plugins: PluginsOption) -> Manifest:
+    """The manifest with engines of every graph that can have one, which are written beside the graphs."""
     from dspark_export.engines.compile import add_engines, choose
     from dspark_export.engines.options import CompileOptions, Ranges
 
-    options = CompileOptions(flavour=flavour, ranges=Ranges.fitting(manifest.model.max_positions))
+    options = CompileOptions(flavour=flavour, ranges=Ranges.fitting(manifest.model.max_positions), plugins=plugins)
     manifest = writer.preview(manifest)
     made, _ = add_engines(writer.dir, manifest, choose(manifest, options), options, lambda *progress: None)
     return made

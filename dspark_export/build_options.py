@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dspark_export.checkpoints.trust import Trust
+from dspark_export.engines.options import PluginsOption
 from dspark_runtime.engine_facts import Flavour
 from dspark_runtime.errors import UsageError
 
@@ -25,7 +26,7 @@ class BuildOptions:
     the candidates per slot a Markov head corrects, None for all; ``allow_own_embeddings`` uses embeddings of a draft
     that differ from the target's. ``exact`` None: exact for float weights,
     where it costs next to nothing. ``self_draft`` is ``auto``, ``none`` or ``layers=...``. ``threads`` None: as many as
-    there are cores. ``backend``: compile engines of that flavour, with default ranges.
+    there are cores. ``backend``: compile engines of that flavour, with default ranges, and verification by ``plugins``.
 
     Raises UsageError for combinations that make no sense.
     """
@@ -48,6 +49,7 @@ class BuildOptions:
     trust: Trust = field(default_factory=Trust.closed)
     allow_untested: bool = False
     backend: Flavour | None = None
+    plugins: PluginsOption = "auto"
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Weights):
@@ -69,6 +71,8 @@ class BuildOptions:
                 f"--backend {self.backend} compiles graphs in half precision, not {self.precision}; "
                 "add --precision fp16 or bf16"
             )
+        if self.backend is None and self.plugins != "auto":
+            raise UsageError(f"--plugins {self.plugins} is about engines; add --backend tensorrt or tensorrt-rtx")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads} is not positive; leave it out to use every core")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dspark_export.cli.compile import BackendName, describe
+from dspark_export.cli.compile import BackendName, PluginsName, describe
 
 if TYPE_CHECKING:
     from dspark_export.build import BuildResult, Stage
@@ -85,6 +85,9 @@ def build(
     backend: Annotated[
         BackendName | None, typer.Option(help="Compile engines too, with default ranges; see `compile`.")
     ] = None,
+    plugins: Annotated[
+        PluginsName, typer.Option(help="--backend: how verification runs in engines; see `compile`.")
+    ] = PluginsName.AUTO,
     threads: Annotated[int | None, typer.Option(help="Threads for measuring (default: all cores).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in --out.")] = False,
     allow_unsafe_checkpoint: Annotated[
@@ -124,6 +127,7 @@ def build(
         trust=Trust.opened() if allow_unsafe_checkpoint else Trust.closed(),
         allow_untested=allow_untested_architecture,
         backend=None if backend is None else backend.value,
+        plugins=plugins.value,
     )
     with terminable(), _shown(progress) as on_stage:
         _quiet_exporter()

@@ -22,6 +22,15 @@ class BackendName(StrEnum):
     TENSORRT = "tensorrt"
 
 
+class PluginsName(StrEnum):
+    """Values of ``--plugins``."""
+
+    AUTO = "auto"
+    LIBRARY = "library"
+    AOT = "aot"
+    NONE = "none"
+
+
 class CompatibilityName(StrEnum):
     """Values of ``--hardware-compatible``."""
 
@@ -34,7 +43,7 @@ def compile_(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle in fp16 or bf16.", show_default=False)],
     backend: Annotated[BackendName, typer.Option(help="Which compiler.")] = BackendName.TENSORRT_RTX,
     graph: Annotated[
-        list[str] | None, typer.Option(help="A graph to compile (default: all but verify). Repeatable.")
+        list[str] | None, typer.Option(help="A graph to compile (default: all that can be). Repeatable.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Most sequences of a pass (default: 1).")] = None,
     max_length: Annotated[
@@ -54,6 +63,9 @@ def compile_(
     ] = CompatibilityName.NONE,
     refittable: Annotated[bool, typer.Option("--refittable", help="Weights can be replaced later.")] = False,
     strip_weights: Annotated[bool, typer.Option("--strip-weights", help="Leave the weights out of the plan.")] = False,
+    plugins: Annotated[
+        PluginsName, typer.Option(help="How verification runs: in the plugin library, in the plan (aot), or neither.")
+    ] = PluginsName.AUTO,
     timing_cache: Annotated[Path | None, typer.Option(help="tensorrt: file to read and extend.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -73,6 +85,7 @@ def compile_(
         refittable=refittable,
         strip_weights=strip_weights,
         timing_cache=timing_cache,
+        plugins=plugins.value,
     )
     with shown_progress() as on_progress:
         result = compile_bundle(bundle, options, on_progress)

@@ -91,11 +91,12 @@ def _engines(bundle: Path) -> list[EngineFinding]:
     from dspark_runtime.backends.tensorrt_device import installed_version, this_device
     from dspark_runtime.bundle import BundleFiles
     from dspark_runtime.engine_check import checked_plan, refusals
+    from dspark_runtime.plugins import LIBRARY, plugin_file
 
-    files, device = BundleFiles.open(bundle), this_device()
+    files, device, library = BundleFiles.open(bundle), this_device(), plugin_file(LIBRARY)
     found = []
     for engine in files.manifest.engines:
-        reasons = refusals(engine, files.manifest, installed_version(engine.flavour), device)
+        reasons = refusals(engine, files.manifest, installed_version(engine.flavour), device, library)
         if not reasons:
             checked_plan(files, engine)
         found.append(EngineFinding(engine.graph, f"{engine.flavour} {engine.version}", not reasons, tuple(reasons)))

@@ -154,7 +154,8 @@ def implementation(each: AotPlugin, ptx: str, plugin: Any) -> Callable[..., Any]
 
     outputs = _parameter("outputs", _three(plugin.TensorDesc))
     parameters = [*(_parameter(name, plugin.TensorDesc) for name in each.inputs), outputs, _parameter("tactic", int)]
-    return _with_signature(implement, parameters, inspect.Signature.empty)
+    result = types.GenericAlias(tuple, (str, str, plugin.KernelLaunchParams, plugin.SymIntExprs))
+    return _with_signature(implement, parameters, result)
 
 
 def _three(kind: Any) -> Any:

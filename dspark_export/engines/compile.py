@@ -13,7 +13,9 @@ from dspark_export.engines.compiler import compile_graph
 from dspark_export.engines.failures import compiler_missing
 from dspark_export.engines.inspection import inspect
 from dspark_export.engines.options import CompileOptions
-from dspark_export.engines.prepare import check_precision, has_cache, onnx_bytes, prepare
+from dspark_export.engines.plugin_forms import INLINED, Plugins
+from dspark_export.engines.plugins import SORT_LIMIT, find_plugins, require_limits
+from dspark_export.engines.prepare import VERIFY, check_precision, has_cache, onnx_bytes, prepare
 from dspark_runtime.backends.tensorrt_device import MODULES
 from dspark_runtime.bundle import (
     ENGINE_DIR,
@@ -74,19 +76,23 @@ def require_compiler(flavour: Flavour) -> None:
 
 
 def choose(manifest: Manifest, options: CompileOptions) -> list[GraphEntry]:
-    """The standard graphs to compile: those asked for, else all with a cache.
+    """The standard graphs to compile: those asked for, else all with a cache, and ``verify`` where it can be.
 
-    ``verify`` has none: it sorts whole vocabularies, and TensorRT sorts at most 3840 numbers.
+    ``verify`` sorts whole vocabularies where a sequence filters, and TensorRT sorts at most 3840 numbers: without
+    plugins it is compiled for small vocabularies only.
 
     Raises:
         UsageError: there is no such graph, or ``--max-length`` is longer than the model's positions.
-        EnginePrecisionError: a graph computes in float32.
+        EnginePrecisionError: a decoder computes in float32.
     """
     standard = {graph.name: graph for graph in manifest.graphs if graph.variant == "standard"}
     decoders = [name for name, graph in standard.items() if has_cache(graph)]
+    known = [*decoders, *(name for name in standard if name == VERIFY)]
     names = decoders if options.graphs is None else list(dict.fromkeys(options.graphs))
-    if unknown := [name for name in names if name not in decoders]:
-        raise UsageError(f"--graph {unknown[0]} is no decoder of this bundle; choose {', '.join(decoders)}")
+    if options.graphs is None and VERIFY in known and compiles_verify(find_plugins(options), options, manifest):
+        names = known
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"--graph {unknown[0]} is no graph that engines are compiled of; choose {', '.join(known)}")
     if options.ranges.max_length > manifest.model.max_positions:
         raise UsageError(
             f"--max-length {options.ranges.max_length} is more than the {manifest.model.max_positions} positions of "
@@ -97,6 +103,21 @@ def choose(manifest: Manifest, options: CompileOptions) -> list[GraphEntry]:
     return [standard[name] for name in names]
 
 
+def compiles_verify(plugins: Plugins | None, options: CompileOptions, manifest: Manifest) -> bool:
+    """Whether ``verify`` gets an engine unasked: by plugins, or inlined where that was chosen and fits."""
+    if plugins is None:
+        return False
+    return plugins.form != "none" or vocab_of(manifest) <= SORT_LIMIT
+
+
+def vocab_of(manifest: Manifest) -> int:
+    """Width of the target's logits."""
+    target = next(graph for graph in manifest.graphs if graph.name == "target" and graph.variant == "standard")
+    width = next(spec for spec in target.outputs if spec.name == "logits").shape[-1]
+    assert isinstance(width, int), "a target's logits have a fixed width"
+    return width
+
+
 def add_engines(
     folder: Path, manifest: Manifest, graphs: Sequence[GraphEntry], options: CompileOptions, on_progress: Progress
 ) -> tuple[Manifest, tuple[EngineEntry, ...]]:
@@ -105,7 +126,14 @@ def add_engines(
     The manifest's digests are those of the graphs in ``folder``.
     """
     digests = {graph.name: manifest.files[graph.file].sha256 for graph in graphs}
-    made = tuple(compile_entry(folder, graph, digests[graph.name], options, on_progress) for graph in graphs)
+    plugins, vocab = INLINED, None
+    if any(graph.name == VERIFY for graph in graphs):
+        plugins, vocab = find_plugins(options) or INLINED, vocab_of(manifest)
+        if plugins.form != "none":
+            require_limits(options, vocab)
+    made = tuple(
+        compile_entry(folder, graph, digests[graph.name], options, on_progress, plugins, vocab) for graph in graphs
+    )
     replaced = {(engine.graph, engine.flavour, engine.targets) for engine in made}
     kept = [e for e in manifest.engines if (e.graph, e.flavour, e.targets) not in replaced]
     for old in manifest.engines:
@@ -116,9 +144,17 @@ def add_engines(
 
 
 def compile_entry(
-    folder: Path, graph: GraphEntry, digest: str, options: CompileOptions, on_progress: Progress
+    folder: Path,
+    graph: GraphEntry,
+    digest: str,
+    options: CompileOptions,
+    on_progress: Progress,
+    plugins: Plugins = INLINED,
+    vocab: int | None = None,
 ) -> EngineEntry:
     """Compile one graph of ``folder``, of SHA-256 ``digest``; plan and log are put below ``engines/``.
+
+    ``plugins`` and ``vocab``, the width of logits, are for the graph ``verify``.
 
     Raises:
         EngineBuildError: the graph cannot be compiled, or the engine is not what was asked for.
@@ -128,10 +164,15 @@ def compile_entry(
     partial.mkdir(parents=True, exist_ok=True)
     prepared_file = folder / Path(graph.file).parent / f".{graph.name}.engine.onnx"
     try:
-        prepared = prepare(graph, folder, options.ranges, prepared_file)
+        prepared = prepare(graph, folder, options.ranges, prepared_file, plugins=plugins, vocab=vocab)
         plan, log = partial / "plan", partial / "log"
         done = compile_graph(
-            prepared, options, plan, log, lambda phase, step, steps: on_progress(graph.name, phase, step, steps)
+            prepared,
+            options,
+            plan,
+            log,
+            lambda phase, step, steps: on_progress(graph.name, phase, step, steps),
+            plugins,
         )
         inspection = inspect(prepared, done)
         place = f"{ENGINE_DIR}/{options.flavour}-{done['version']}-{options.targets}"
@@ -148,13 +189,15 @@ def compile_entry(
             file=file,
             log=text,
             graph_sha256=digest,
-            dtype="bfloat16" if graph.dtype == "bfloat16" else "float16",
+            dtype=graph.dtype,
             capacity=options.ranges.max_length,
             profiles=tuple(EngineProfile(name=name, dims=dims) for name, dims in prepared.dims.items()),
             version_compatible=options.version_compatible,
             hardware_compatible=options.hardware_compatible,
             refittable=options.refittable or options.strip_weights,
             stripped=options.strip_weights,
+            plugins=prepared.plugins,
+            plugin_form=plugins.form if prepared.plugins else "none",
             inspection=inspection,
             build=EngineBuild(
                 seconds=round(done["seconds"], 3),

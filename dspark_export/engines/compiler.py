@@ -13,6 +13,7 @@ from typing import Any
 
 from dspark_export.engines.failures import crashed, explain
 from dspark_export.engines.options import CompileOptions
+from dspark_export.engines.plugin_forms import INLINED, Plugins
 from dspark_export.engines.prepare import PreparedGraph
 
 Progress = Callable[[str, int, int], None]
@@ -24,9 +25,14 @@ class CompilerSaid(Exception):
 
 
 def compile_graph(
-    graph: PreparedGraph, options: CompileOptions, plan: Path, log: Path, on_progress: Progress
+    graph: PreparedGraph,
+    options: CompileOptions,
+    plan: Path,
+    log: Path,
+    on_progress: Progress,
+    plugins: Plugins = INLINED,
 ) -> dict[str, Any]:
-    """Write the plan and the log of ``graph``; returns the compiler's answer.
+    """Write the plan and the log of ``graph``, prepared for ``plugins``; returns the compiler's answer.
 
     ``on_progress`` hears phase, step and number of steps. An interruption ends the compiler as well.
 
@@ -40,6 +46,7 @@ def compile_graph(
         "plan": str(plan),
         "log": str(log),
         "shapes": list(graph.shapes.values()),
+        "plugins": plugins.request(graph.plugins),
     }
     environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if options.flavour == "tensorrt-rtx" else "0"}
     answer: dict[str, Any] | None = None

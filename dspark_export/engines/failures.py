@@ -24,6 +24,8 @@ def explain(graph: PreparedGraph, flavour: str, failure: dict[str, Any]) -> Exce
     message = failure["message"]
     if failure["kind"] == "missing":
         return compiler_missing(flavour, message)
+    if failure["kind"] == "plugins":
+        return EngineBuildError(f"graph {graph.name} cannot get its plugins: {message}")
     if failure["kind"] == "parse" and failure["nodes"]:
         return _refused_node(graph, flavour, failure["nodes"])
     if "Attention operation was not supported by a dedicated kernel" in message:
@@ -75,6 +77,8 @@ def _advice(operator: str) -> str:
         )
     if operator == "Attention":
         return "Queries, keys and values need the widths and types the contract gives them: build the bundle again"
+    if operator == "TopK":
+        return "TensorRT sorts at most 3840 numbers: take --plugins library or aot, or leave the graph out with --graph"
     return "Build the bundle again with this version, or leave the graph out with --graph"
 
 

@@ -15,6 +15,7 @@ RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """Compute capabilities TensorRT-RTX 1.7 can be asked for; by default it compiles for all of them but 7.5."""
 
 Profile = Literal["decode", "prefill"]
+PluginsOption = Literal["auto", "library", "aot", "none"]
 Bounds = tuple[int, int, int]
 
 
@@ -91,6 +92,7 @@ class CompileOptions:
     compile for, empty for its default. ``version_compatible``: later versions may run the engine;
     ``hardware_compatible``: TensorRT only, other GPUs may. ``refittable``: weights can be replaced later;
     ``strip_weights``: and are left out of the plan. ``timing_cache``: TensorRT only, file that is read and extended.
+    ``plugins``: the form of verification in the engine, see :mod:`dspark_export.engines.plugins`.
 
     Raises:
         UsageError: an option the flavour does not have.
@@ -105,6 +107,7 @@ class CompileOptions:
     refittable: bool = False
     strip_weights: bool = False
     timing_cache: Path | None = None
+    plugins: PluginsOption = "auto"
 
     def __post_init__(self) -> None:
         if self.flavour not in get_args(Flavour):
@@ -112,6 +115,8 @@ class CompileOptions:
         if self.hardware_compatible not in get_args(HardwareCompatibility):
             choices = ", ".join(get_args(HardwareCompatibility))
             raise UsageError(f"--hardware-compatible {self.hardware_compatible} is unknown; choose {choices}")
+        if self.plugins not in get_args(PluginsOption):
+            raise UsageError(f"--plugins {self.plugins} is unknown; choose {', '.join(get_args(PluginsOption))}")
         if self.flavour == "tensorrt-rtx":
             self._check_rtx()
         elif self.compute_capabilities:
@@ -133,6 +138,7 @@ class CompileOptions:
             "--hardware-compatible": self.hardware_compatible != "none",
             "--version-compatible": self.version_compatible,
             "--timing-cache": self.timing_cache is not None,
+            "--plugins aot": self.plugins == "aot",
         }.items():
             if is_given:
                 raise UsageError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from dspark_export.engines.options import Bounds, Profile, Ranges
+from dspark_export.engines.plugin_forms import INLINED, Plugins, apply_plugins
 from dspark_export.passes.draw_for_all import DrawForAll
 from dspark_export.passes.equal_attention_widths import EqualAttentionWidths
 from dspark_export.passes.gather_experts import GatherExperts
@@ -17,6 +18,8 @@ from dspark_runtime.bundle import GraphEntry
 from dspark_runtime.errors import EngineBuildError, EnginePrecisionError
 
 PROFILES: tuple[Profile, ...] = ("decode", "prefill")
+VERIFY = "verify"
+"""The graph of verification: it has no cache, and computes in float32."""
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
@@ -34,6 +37,7 @@ class PreparedGraph:
 
     ``shapes[profile][input]`` are smallest, likeliest and largest shape. ``attention`` are the names of the attention
     nodes, ``caches`` maps every cache output to its input. ``nodes`` explain names in the compiler's messages.
+    ``plugins`` are the versions of the plugins it uses, by name.
     """
 
     name: str
@@ -43,10 +47,21 @@ class PreparedGraph:
     attention: tuple[str, ...]
     caches: dict[str, str]
     nodes: dict[str, NodeFacts]
+    plugins: dict[str, str] = field(default_factory=dict)
 
 
-def prepare(entry: GraphEntry, bundle: Path, ranges: Ranges, to: Path) -> PreparedGraph:
+def prepare(
+    entry: GraphEntry,
+    bundle: Path,
+    ranges: Ranges,
+    to: Path,
+    *,
+    plugins: Plugins = INLINED,
+    vocab: int | None = None,
+) -> PreparedGraph:
     """Write the engine's form of the bundle's graph to ``to``, which must lie beside the bundle's weights.
+
+    ``plugins`` is the form of verification; ``vocab`` the width of logits, where it is an input's dimension.
 
     Raises:
         EnginePrecisionError: the graph computes in float32.
@@ -54,9 +69,11 @@ def prepare(entry: GraphEntry, bundle: Path, ranges: Ranges, to: Path) -> Prepar
     """
     check_precision(entry)
     model = ir.load(bundle / entry.file)
+    used = apply_plugins(model, plugins.form) if entry.name == VERIFY else {}
     ir.passes.Sequential(GatherExperts(), DrawForAll(), EqualAttentionWidths(), PinCapacity(ranges.max_length))(model)
     onnx.save_model(ir.to_proto(model), to)
-    dims = {profile: _used(ranges.dims(profile), entry) for profile in PROFILES}
+    fixed: dict[str, Bounds] = {} if vocab is None else {"vocab": (vocab, vocab, vocab)}
+    dims = {profile: _used(ranges.dims(profile) | fixed, entry) for profile in PROFILES}
     # A graph that neither chunks a prompt nor reads its features has one profile.
     if not {"tokens", "features"} & set(dims["prefill"]):
         del dims["prefill"]
@@ -70,15 +87,16 @@ def prepare(entry: GraphEntry, bundle: Path, ranges: Ranges, to: Path) -> Prepar
         {name: _PAST + name.removeprefix(_PRESENT) for name in outputs},
         {
             node.name: NodeFacts(node.op_type, tuple(value.name or "" for value in node.outputs))
-            for node in model.graph
+            for node in model.graph.all_nodes()
             if node.name
         },
+        used,
     )
 
 
 def check_precision(entry: GraphEntry) -> None:
     """EnginePrecisionError for a float32 graph: fused attention exists for half precision only."""
-    if entry.dtype == "float32":
+    if entry.dtype == "float32" and entry.name != VERIFY:
         raise EnginePrecisionError(
             f"graph {entry.name} computes in float32, for which TensorRT has no fused attention; engines need half "
             "precision: build the bundle with --precision fp16 or bf16"

@@ -4,7 +4,8 @@ Run as ``python -m dspark_export.engines.worker`` with ``POLYGRAPHY_USE_TENSORRT
 no torch, and of this package only what it is.
 
 Events: ``{"event": "progress", "phase", "step", "steps"}``, then one of ``{"event": "done", ...}``, with the facts of
-the engine, and ``{"event": "failed", "kind", "message", "nodes": [...]}``.
+the engine, and ``{"event": "failed", "kind", "message", "nodes": [...]}``; kinds are ``missing``, ``plugins``,
+``parse`` and ``build``.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def _compile(request: dict[str, Any], events: _Events) -> dict[str, Any]:
     from polygraphy.exception import PolygraphyException
 
     log = _capture_log(trt)
-    network = _NetworkFromGraph(trt, request["onnx"])
+    _load_plugins(trt, request["plugins"])
+    network = _NetworkFromGraph(trt, request["onnx"], request["plugins"]["form"])
     builder, definition = network()
     facts = _network_facts(trt, definition)
     config = _config(trt, request, _monitor(trt, events))
@@ -85,6 +87,25 @@ def _compile(request: dict[str, Any], events: _Events) -> dict[str, Any]:
         "engine": None if request["flavour"] == "tensorrt-rtx" else _engine_facts(trt, plan, log),
         "scratch": log.scratch,
     }
+
+
+def _load_plugins(trt: Any, plugins: dict[str, Any]) -> None:
+    """Make the plugins of the graph known before it is parsed."""
+    if plugins["form"] == "none":
+        return
+    from dspark_runtime.errors import CompilerMissing, EngineBuildError, EngineRefused
+
+    try:
+        if plugins["form"] == "library":
+            from dspark_runtime.backends.tensorrt_plugins import load_plugins
+
+            load_plugins(trt, Path(plugins["library"]), plugins["names"])
+        else:
+            from dspark_export.engines.aot_plugins import register_aot_plugins
+
+            register_aot_plugins(plugins["ptx"])
+    except (CompilerMissing, EngineBuildError, EngineRefused) as error:
+        raise _Failed("plugins", str(error)) from error
 
 
 def _import_compiler(flavour: str) -> Any:
@@ -138,8 +159,8 @@ class _NetworkFromGraph:
     Polygraphy's own loader turns them into text.
     """
 
-    def __init__(self, trt: Any, path: str) -> None:
-        self._trt, self._path = trt, path
+    def __init__(self, trt: Any, path: str, plugins: str) -> None:
+        self._trt, self._path, self._plugins = trt, path, plugins
 
     def __call__(self) -> tuple[Any, Any]:
         from polygraphy.backend.trt import CreateNetwork
@@ -147,7 +168,13 @@ class _NetworkFromGraph:
 
         # Networks of TensorRT-RTX and of TensorRT from 11 on are always strongly typed.
         flag = hasattr(self._trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
-        builder, network = CreateNetwork(strongly_typed=flag)()
+        if self._plugins == "aot":
+            flags = 1 << int(self._trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+            flags |= 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if flag else 0
+            builder = self._trt.Builder(get_trt_logger())  # Polygraphy has no parameter for the flag
+            network = builder.create_network(flags)
+        else:
+            builder, network = CreateNetwork(strongly_typed=flag)()
         parser = self._trt.OnnxParser(network, get_trt_logger())
         if not parser.parse_from_file(self._path):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]

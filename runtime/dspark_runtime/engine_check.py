@@ -10,12 +10,14 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from dspark_runtime.bundle import BundleFiles, FileEntry, Manifest, check_regular_file
 from dspark_runtime.engine_facts import EngineEntry
 from dspark_runtime.errors import (
     EngineDeviceMismatch,
     EngineOutdated,
+    EnginePluginMismatch,
     EngineRefused,
     EngineVersionMismatch,
     EngineWithoutDevice,
@@ -26,6 +28,7 @@ from dspark_runtime.errors import (
     PlanSwapped,
     PlanTruncated,
 )
+from dspark_runtime.plugins import LIBRARY, VERSION, how_to_build
 
 RTX_DEFAULT_TARGETS = ("8.0", "8.6", "8.9", "12.0", "12.1")
 """Compute capabilities a TensorRT-RTX engine runs on if none was asked for."""
@@ -127,6 +130,25 @@ def require_version(engine: EngineEntry, installed: str | None) -> None:
     )
 
 
+def require_plugins(engine: EngineEntry, library: Path | None) -> None:
+    """Raise EnginePluginMismatch unless this runtime's plugins are those of the engine.
+
+    ``library`` is the plugin library, None where there is none. The version counts in every form: it says what a
+    plugin's inputs and outputs mean.
+    """
+    for name, version in engine.plugins.items():
+        if version != VERSION:
+            raise EnginePluginMismatch(
+                f"the engine of {engine.graph} has plugin {name} of version {version}, this runtime's is {VERSION}; "
+                "compile the bundle again with this version"
+            )
+    if engine.plugin_form == "library" and library is None:
+        raise EnginePluginMismatch(
+            f"the engine of {engine.graph} needs the plugins {', '.join(engine.plugins)} of {LIBRARY}, which was not "
+            f"found; {how_to_build(LIBRARY)}, or compile the bundle again with --plugins aot"
+        )
+
+
 def require_device(engine: EngineEntry, device: DeviceFacts | None) -> None:
     """Raise unless ``device`` (None: there is none) can run the engine.
 
@@ -167,12 +189,18 @@ def targets(engine: EngineEntry) -> tuple[str, ...]:
     return engine.targets or RTX_DEFAULT_TARGETS
 
 
-def refusals(engine: EngineEntry, manifest: Manifest, installed: str | None, device: DeviceFacts | None) -> list[str]:
-    """Every reason why ``engine`` cannot run here; empty if it can. The plan's bytes are not looked at."""
+def refusals(
+    engine: EngineEntry, manifest: Manifest, installed: str | None, device: DeviceFacts | None, library: Path | None
+) -> list[str]:
+    """Every reason why ``engine`` cannot run here; empty if it can. The plan's bytes are not looked at.
+
+    ``installed`` is the version of its flavour, ``library`` the plugin library, None where there is none.
+    """
     found = []
     checks: tuple[Callable[[], None], ...] = (
         partial(require_graph, engine, manifest),
         partial(require_version, engine, installed),
+        partial(require_plugins, engine, library),
         partial(require_device, engine, device),
     )
     for check in checks:

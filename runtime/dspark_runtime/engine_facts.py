@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from dspark_runtime.manifest_types import RECORD, Count, GraphName, Positive, RelativePath, Sha256
+from dspark_runtime.plugins import PluginForm
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
@@ -58,7 +59,8 @@ class EngineEntry(_Record):
 
     ``targets`` are compute capabilities such as ``8.6``; empty: every GPU the flavour supports by default.
     ``capacity`` is the cache slots of a sequence, a constant of the engine. ``log`` is what the
-    compiler said. A ``stripped`` plan has no weights and must be refitted.
+    compiler said. A ``stripped`` plan has no weights and must be refitted. ``plugins`` are the versions of the plugins
+    in it by name, ``plugin_form`` is where their code is: in a library that has to be loaded, or in the plan (``aot``).
     """
 
     graph: GraphName
@@ -69,7 +71,7 @@ class EngineEntry(_Record):
     file: RelativePath
     log: RelativePath
     graph_sha256: Sha256
-    dtype: Literal["float16", "bfloat16"]
+    dtype: Literal["float16", "bfloat16", "float32"]
     capacity: Positive
     profiles: Annotated[tuple[EngineProfile, ...], Field(min_length=1)]
     version_compatible: bool = False
@@ -77,5 +79,6 @@ class EngineEntry(_Record):
     refittable: bool = False
     stripped: bool = False
     plugins: dict[str, str] = {}
+    plugin_form: PluginForm = "none"
     inspection: EngineInspection
     build: EngineBuild

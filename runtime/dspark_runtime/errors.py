@@ -217,5 +217,9 @@ class EngineWithoutDevice(EngineRefused):
     """There is no usable GPU: no device, no driver, or one that is too old."""
 
 
+class EnginePluginMismatch(EngineRefused):
+    """The engine needs plugins of another version than this runtime or its library has."""
+
+
 class EngineRangeExceeded(EngineRefused):
     """A pass is larger than the shape ranges the engine was compiled for."""

@@ -61,8 +61,10 @@ def test_a_bundle_with_engines_still_generates_on_the_cpu(compiled: Path) -> Non
     [
         (["--max-length", "513"], 2, "more than the 512 positions"),
         (["--chunk", "0"], 2, "--chunk 0"),
-        (["--graph", "nothing"], 2, "--graph nothing is no decoder"),
+        (["--graph", "nothing"], 2, "--graph nothing is no graph"),
         (["--compute-capability", "9.0"], 2, "data-centre GPUs"),
+        (["--plugins", "aot"], 2, "--plugins aot is for tensorrt"),
+        (["--plugins", "library"], 2, "with CMake, which makes libdspark_plugins.so, and set DSPARK_PLUGINS"),
         (["--backend", "tensorrt"], 8, "pip install tensorrt polygraphy"),
     ],
 )

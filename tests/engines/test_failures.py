@@ -186,8 +186,8 @@ def test_a_failed_compilation_leaves_the_bundle_as_it_was(compiled: Path, tmp_pa
 
 
 def test_what_is_asked_for_must_be_there(compiled: Path) -> None:
-    with pytest.raises(errors.UsageError, match=r"--graph verify is no decoder .* choose target, self_draft"):
-        compile_bundle(compiled, CompileOptions(graphs=("verify",), ranges=OPTIONS.ranges))
+    with pytest.raises(errors.UsageError, match=r"--graph other is no graph .* choose target, self_draft, verify"):
+        compile_bundle(compiled, CompileOptions(graphs=("other",), ranges=OPTIONS.ranges))
     with pytest.raises(errors.UsageError, match="--max-length 4096 is more than the 512 positions"):
         compile_bundle(compiled, CompileOptions())
     assert len(BundleFiles.open(compiled).manifest.engines) == 2

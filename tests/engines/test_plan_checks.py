@@ -179,5 +179,6 @@ def test_devices(compiled: Path) -> None:
 def test_every_reason_is_given_at_once(compiled: Path) -> None:
     files = BundleFiles.open(compiled)
     engine = files.manifest.engines[0].model_copy(update={"graph_sha256": "1" * 64})
-    assert len(refusals(engine, files.manifest, "1.0.0.0", TURING)) == 3
-    assert refusals(files.manifest.engines[0], files.manifest, engine.version, AMPERE) == []
+    engine = engine.model_copy(update={"plugins": {"VerifyTree": "0"}})
+    assert len(refusals(engine, files.manifest, "1.0.0.0", TURING, None)) == 4
+    assert refusals(files.manifest.engines[0], files.manifest, engine.version, AMPERE, None) == []

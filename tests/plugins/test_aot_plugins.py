@@ -1,15 +1,19 @@
 """Plugins embedded in a plan: their kernels' arguments, their PTX, and what TensorRT would be told.
 
-TensorRT itself cannot be installed where these tests run: a recorder stands where its module ``tensorrt.plugin`` would.
+TensorRT's Python module is the real one, which checks names, signatures and types; its library needs a GPU and
+stays out.
 """
 
 from __future__ import annotations
 
-import inspect
+import importlib
+import importlib.util
 import re
 import shutil
-from types import SimpleNamespace
-from typing import Any, get_args
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -61,86 +65,98 @@ def test_a_kernel_takes_inputs_numbers_and_outputs(ptx: str, each: AotPlugin) ->
         assert f".maxntid {aot_plugins.BLOCK}," in alone
 
 
-class Exprs(list[Any]):
-    def __init__(self, count: int) -> None:
-        super().__init__([None] * count)
+class Standin(ModuleType):
+    """TensorRT's module without its library: TensorRT-RTX has most of the same classes, the rest are empty."""
 
+    __version__ = "11.4"
+    __path__: list[str] = []  # noqa: RUF012
 
-class TensorDesc:
-    def __init__(self, shape_expr: tuple[Any, ...], dtype: Any) -> None:
-        self.shape_expr, self.dtype = shape_expr, dtype
-
-    def like(self) -> TensorDesc:
-        return TensorDesc(self.shape_expr, self.dtype)
-
-
-class Recorder:
-    """Keeps what is registered under which name."""
-
-    TensorDesc = TensorDesc
-    KernelLaunchParams = SimpleNamespace
-    SymIntExprs = Exprs
-
-    def __init__(self) -> None:
-        self.registered: dict[str, Any] = {}
-        self.implemented: dict[str, Any] = {}
-
-    def register(self, name: str) -> Any:
-        return lambda function: self.registered.setdefault(name, function)
-
-    def aot_impl(self, name: str) -> Any:
-        return lambda function: self.implemented.setdefault(name, function)
-
-    @staticmethod
-    def from_shape_expr(shape: tuple[Any, ...], dtype: Any) -> TensorDesc:
-        return TensorDesc(shape, dtype)
-
-    @staticmethod
-    def SymInt32(value: Any) -> tuple[str, Any]:
-        return ("int32", value)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        rtx = importlib.import_module("tensorrt_rtx")
+        setattr(self, name, getattr(rtx, name, None) or type(name, (), {}))
+        return vars(self)[name]
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    found = Recorder()
-    modules = {"tensorrt": SimpleNamespace(int64="int64", __version__="10.13"), "tensorrt.plugin": found}
-    monkeypatch.setattr(aot_plugins.importlib, "import_module", modules.__getitem__)
-    return found
+def tensorrt_plugin(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module ``tensorrt.plugin`` as TensorRT ships it, which checks what it is given; its library is not loaded."""
+    for name in ("tensorrt_rtx", "tensorrt_bindings"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name} (extra `dev`), which is for Linux on x86-64 only")
+    found = importlib.util.find_spec("tensorrt_bindings")
+    assert found is not None and found.submodule_search_locations
+    folder = Path(found.submodule_search_locations[0]) / "plugin"
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorrt"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorrt", Standin("tensorrt"))
+    spec = importlib.util.spec_from_file_location(
+        "tensorrt.plugin", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tensors_of(each: AotPlugin, plugin: ModuleType, dtype: str) -> list[Any]:
+    """Descriptions of inputs as TensorRT makes them before it knows any size."""
+    trt, shapes = sys.modules["tensorrt"], sys.modules["tensorrt.plugin._tensor"].ShapeExprs
+    ranks = {"logits": 3, "draft_probs": 3, "ancestors": 3, "temperature": 1, "drafted": 1}
+    made = []
+    for name in each.inputs:
+        tensor = plugin.TensorDesc()
+        tensor.dtype = getattr(trt.DataType, dtype) if name == "logits" else trt.int64
+        tensor.shape_expr = shapes(ranks.get(name, 2), _is_dummy=True)
+        tensor._immutable = True
+        made.append(tensor)
+    return made
 
 
 @pytest.mark.parametrize("each", PLUGINS, ids=lambda each: each.name)
-def test_what_tensorrt_is_told(recorder: Recorder, each: AotPlugin) -> None:
+def test_tensorrt_takes_what_it_is_told(tensorrt_plugin: ModuleType, each: AotPlugin) -> None:
     register_aot_plugins(short_ptx())
-    assert set(recorder.registered) == set(recorder.implemented) == {"dspark::VerifyTree", "dspark::VerifyChain"}
-    describe, implement = recorder.registered[each.id], recorder.implemented[each.id]
-    signature = inspect.signature(describe)
-    assert tuple(signature.parameters) == each.inputs
-    assert all(p.annotation is TensorDesc for p in signature.parameters.values())
-    assert get_args(signature.return_annotation) == (TensorDesc,) * 3
-    assert [*inspect.signature(implement).parameters] == [*each.inputs, "outputs", "tactic"]
-
-    tensors = {name: TensorDesc(("batch",), SimpleNamespace(name="FLOAT")) for name in each.inputs}
-    tensors["tokens"] = TensorDesc(("batch", "rows"), "int64")
+    lib = sys.modules["tensorrt.plugin._lib"]
+    assert {"dspark::VerifyTree", "dspark::VerifyChain"} == set(lib.QDP_REGISTRY)
+    known = lib.QDP_REGISTRY[each.id]
+    assert tuple(known.input_tensor_names) == each.inputs and known.num_outputs == len(aot_plugins.OUTPUTS)
     for dtype, kernel in (("HALF", f"{each.kernels}_f16"), ("BF16", f"{each.kernels}_bf16")):
-        tensors["logits"] = TensorDesc(("batch", "rows", "vocab"), SimpleNamespace(name=dtype))
-        outputs = describe(*tensors.values())
-        assert [out.shape_expr for out in outputs] == [("batch", "rows"), ("batch", "rows"), ("batch",)]
-        assert [out.dtype for out in outputs] == ["int64"] * 3
-        name, code, launch, numbers = implement(**tensors, outputs=outputs, tactic=0)
+        tensors = tensors_of(each, tensorrt_plugin, dtype)
+        outputs = known.register_func(*tensors)
+        assert [len(out.shape_expr) for out in outputs] == [2, 2, 1]
+        assert [out.dtype.name for out in outputs] == ["INT64"] * 3
+        name, code, launch, numbers = known.aot_impl_func(*tensors, outputs, 0)
         assert name == kernel and re.findall(r"\.entry (\w+)", code) == [kernel]
-        assert vars(launch) == {"grid_x": "batch", "block_x": aot_plugins.BLOCK, "shared_mem": 0}
-        assert numbers == [("int32", "rows"), ("int32", "vocab")]
-    tensors["logits"] = TensorDesc(("batch", "rows", "vocab"), SimpleNamespace(name="INT8"))
+        assert isinstance(launch, tensorrt_plugin.KernelLaunchParams)
+        assert isinstance(numbers, tensorrt_plugin.SymIntExprs) and len(numbers) == 2
+        assert all(isinstance(number, tensorrt_plugin.SymInt32) for number in numbers)
     with pytest.raises(EngineBuildError, match="reads logits in FLOAT, HALF, BF16, not INT8"):
-        implement(**tensors, outputs=(), tactic=0)
+        known.aot_impl_func(*tensors_of(each, tensorrt_plugin, "INT8"), (), 0)
 
 
-def test_what_is_missing_is_named(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grid_and_numbers_are_those_of_the_logits() -> None:
+    numbers: list[Any] = [None, None]
+    plugin = SimpleNamespace(
+        TensorDesc=object,
+        KernelLaunchParams=SimpleNamespace,
+        SymIntExprs=lambda count: numbers,
+        SymInt32=lambda value: ("int32", value),
+    )
+    implement = aot_plugins.implementation(PLUGINS[0], short_ptx(), plugin)
+    logits = SimpleNamespace(dtype=SimpleNamespace(name="HALF"), shape_expr=("batch", "rows", "vocab"))
+    _, _, launch, _ = implement(logits, *PLUGINS[0].inputs[1:], outputs=(), tactic=0)
+    assert vars(launch) == {"grid_x": "batch", "block_x": aot_plugins.BLOCK, "shared_mem": 0}
+    assert numbers == [("int32", "rows"), ("int32", "vocab")]
+
+
+def test_what_is_missing_is_named(tensorrt_plugin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineBuildError, match="no kernel dspark_walk_tree_f32, only none"):
         register_aot_plugins("")
-    assert recorder.registered == {}
-    monkeypatch.delattr(Recorder, "aot_impl")
-    with pytest.raises(CompilerMissing, match=r"version 10\.13 has no ahead-of-time plugins"):
+    assert not sys.modules["tensorrt.plugin._lib"].QDP_REGISTRY
+    monkeypatch.delattr(tensorrt_plugin, "aot_impl")
+    with pytest.raises(CompilerMissing, match=r"version 11\.4 has no ahead-of-time plugins"):
         register_aot_plugins(short_ptx())
 
 

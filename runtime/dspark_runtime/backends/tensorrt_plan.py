@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from dspark_runtime.backends.tensorrt_cuda import Cuda
 from dspark_runtime.backends.tensorrt_device import MODULES, installed_version, this_device
+from dspark_runtime.backends.tensorrt_plugins import load_plugins
 from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.engine_check import DeviceFacts, checked_plan, require_device, require_version
+from dspark_runtime.engine_check import DeviceFacts, checked_plan, require_device, require_plugins, require_version
 from dspark_runtime.engine_facts import EngineEntry, Flavour
 from dspark_runtime.errors import BackendError, EngineRefused, IncompatibleBundle
+from dspark_runtime.plugins import LIBRARY, plugin_file
 
 
 class LoadedPlan:
@@ -23,6 +26,8 @@ class LoadedPlan:
         cuda: where scratch memory comes from.
         device: asks for the GPU that will run it.
         library: gives TensorRT's module.
+        version: gives the installed version of a flavour.
+        plugins: finds the plugin library; None: there is none.
 
     Raises:
         PlanDamaged, EngineRefused: before the plan reaches TensorRT, see :mod:`dspark_runtime.engine_check`.
@@ -37,6 +42,7 @@ class LoadedPlan:
         device: Callable[[], DeviceFacts | None] = this_device,
         library: Callable[[Flavour], Any] = lambda flavour: import_module(MODULES[flavour]),
         version: Callable[[Flavour], str | None] = installed_version,
+        plugins: Callable[[], Path | None] = lambda: plugin_file(LIBRARY),
     ) -> None:
         if entry.stripped:
             raise EngineRefused(
@@ -44,8 +50,11 @@ class LoadedPlan:
             )
         plan = checked_plan(files, entry)
         require_version(entry, version(entry.flavour))
+        require_plugins(entry, plugins())
         require_device(entry, device())
         self.entry, self._trt = entry, library(entry.flavour)
+        if entry.plugin_form == "library":
+            load_plugins(self._trt, plugins(), entry.plugins)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
         self._runtime.engine_host_code_allowed = False
         self.engine = self._runtime.deserialize_cuda_engine(plan)
