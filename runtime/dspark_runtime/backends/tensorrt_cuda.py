@@ -107,7 +107,9 @@ class CudaBindings:
 
     def __init__(self, number: int = 0) -> None:
         if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-            raise BackendError("engines run through cuda-bindings, which is not installed; run `pip install cuda-core`")
+            raise BackendError(
+                "engines run through cuda-bindings, which is not installed; run `pip install cuda-core[cu13]`"
+            )
         self._cuda: Any = import_module("cuda.bindings.runtime")
         self._pinned: list[Any] = []
         self._kernel: Any = None

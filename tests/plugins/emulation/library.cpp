@@ -2,6 +2,11 @@
 //
 // `threads` of each function is the block; `emulation_configure` sets the rest of a launch.
 #include <algorithm>
+#include <functional>
+#include <map>
+#include <string>
+#include <type_traits>
+#include <utility>
 
 #include "device.h"
 
@@ -85,5 +90,51 @@ int32_t dspark_compact_cache(const dspark_cache* cache, const int64_t* path, con
              ? 100
              : 0;
 }
+
+}  // extern "C"
+
+// Launches from outside, as CUDA's driver takes them: a kernel by name, and a pointer to each argument.
+namespace {
+
+using Kernel = std::function<void(void* const*)>;
+
+template <class... A, size_t... I>
+Kernel with_arguments(void (*kernel)(A...), std::index_sequence<I...>) {
+  return [kernel](void* const* values) { kernel(*static_cast<std::remove_const_t<A>*>(values[I])...); };
+}
+template <class... A> Kernel callable(void (*kernel)(A...)) {
+  return with_arguments(kernel, std::index_sequence_for<A...>{});
+}
+
+#define DSPARK_NAMED(name) {#name, callable(name)}
+#define DSPARK_NAMED_OF(suffix)                                                                                    \
+  DSPARK_NAMED(dspark_verify_tree_##suffix), DSPARK_NAMED(dspark_verify_chain_##suffix),                           \
+      DSPARK_NAMED(dspark_walk_tree_##suffix), DSPARK_NAMED(dspark_walk_chain_##suffix),                           \
+      DSPARK_NAMED(dspark_draft_mix_##suffix), DSPARK_NAMED(dspark_draft_step_##suffix),                           \
+      DSPARK_NAMED(dspark_draft_finish_##suffix)
+
+const std::map<std::string, Kernel>& kernels() {
+  static const std::map<std::string, Kernel> found{
+      DSPARK_NAMED_OF(f32), DSPARK_NAMED_OF(f16), DSPARK_NAMED_OF(bf16), DSPARK_NAMED(dspark_draft_draw),
+      DSPARK_NAMED(dspark_compact_cache_table_16), DSPARK_NAMED(dspark_compact_cache_table_1)};
+  return found;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t emulation_launch(const char* kernel, const uint32_t* grid, uint32_t threads, void* const* values) {
+  const auto found = kernels().find(kernel);
+  if (found == kernels().end()) return 1;
+  emulation::launch(dim3(grid[0], grid[1], grid[2]), dim3(threads), [&] { found->second(values); });
+  return 0;
+}
+
+int64_t emulation_verify_workspace(int64_t batch, int64_t rows) { return verify_workspace_bytes(batch, rows); }
+int64_t emulation_draft_workspace(int64_t batch, int64_t drafts, int64_t rank) {
+  return draft_workspace_bytes(batch, drafts, rank, kMaxTiles);
+}
+int64_t emulation_cache_table() { return sizeof(CacheTensors); }
 
 }  // extern "C"
