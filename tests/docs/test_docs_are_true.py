@@ -59,7 +59,8 @@ def code(cell: str) -> list[str]:
 
 def spans(text: str) -> list[str]:
     """What stands in backticks, without commands of other programs."""
-    return [span for span in code(text) if not re.match(r"(?:bash\n)?(?:ruff|mypy|pip|git|pytest|polygraphy|cmake|trtexec|tritonserver) ", span)]
+    others = "ruff|mypy|pip|git|pytest|polygraphy|cmake|trtexec|tritonserver"
+    return [span for span in code(text) if not re.match(rf"(?:bash\n)?(?:{others}) ", span)]
 
 
 def all_errors(base: type[errors.DsparkError] = errors.DsparkError) -> set[type[errors.DsparkError]]:
