@@ -20,6 +20,7 @@ from typing import Any, cast
 import ml_dtypes
 import numpy as np
 
+from dspark_runtime.backends.cuda import CudaBindings
 from dspark_runtime.backends.plugin_kernels import PluginKernels
 from dspark_runtime.backends.plugin_launches import (
     DeviceTensor,
@@ -33,7 +34,6 @@ from dspark_runtime.backends.plugin_launches import (
     verify_tree,
     verify_workspace,
 )
-from dspark_runtime.backends.tensorrt_cuda import CudaBindings
 from dspark_runtime.errors import DsparkError
 
 Array = np.ndarray[Any, Any]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspark_runtime.backends.tensorrt_cuda import Bytes
+from dspark_runtime.backends.cuda import Bytes
 
 HOST = 0
 Clock = dict[int, int]

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_runtime import errors
-from dspark_runtime.backends.tensorrt import TensorRtEngine, TensorRtRunner, to_float32
-from dspark_runtime.backends.tensorrt_cache import DeviceCache
-from dspark_runtime.backends.tensorrt_cuda import COMPACT_NAME, COMPACT_SOURCE
-from dspark_runtime.backends.tensorrt_graph import _stored
+from dspark_runtime.backends.cuda import COMPACT_NAME, COMPACT_SOURCE
+from dspark_runtime.backends.device import DeviceEngine, DeviceRunner, to_float32
+from dspark_runtime.backends.device_cache import DeviceCache
+from dspark_runtime.backends.device_graph import _stored
+from dspark_runtime.backends.device_shapes import pass_shape
 from dspark_runtime.backends.tensorrt_plan import LoadedPlan
-from dspark_runtime.backends.tensorrt_shapes import pass_shape
 from dspark_runtime.bundle import BundleFiles, EngineEntry
 from dspark_runtime.kv_cache import KvCache
 from tests.engines.recorded_cuda import RecordedCuda, RecordedPlan
@@ -29,14 +29,14 @@ def files(compiled: Path) -> BundleFiles:
     return BundleFiles.open(compiled)
 
 
-def engine_of(files: BundleFiles, cuda: RecordedCuda, name: str = "target", **options: Any) -> TensorRtEngine:
+def engine_of(files: BundleFiles, cuda: RecordedCuda, name: str = "target", **options: Any) -> DeviceEngine:
     graph = files.graph(name)
     entry = next(engine for engine in files.manifest.engines if engine.graph == name)
     plan = RecordedPlan(cuda, {"logits": 64})
-    return TensorRtEngine(files, graph, entry, cuda, loaded=cast(LoadedPlan, plan), **options)
+    return DeviceEngine(files, graph, entry, cuda, loaded=cast(LoadedPlan, plan), **options)
 
 
-def one_pass(runner: TensorRtRunner, cuda: RecordedCuda, tokens: int, kv_len: int, rows: int | None = None) -> None:
+def one_pass(runner: DeviceRunner, cuda: RecordedCuda, tokens: int, kv_len: int, rows: int | None = None) -> None:
     """What the loop does: prepare, fill, run, read."""
     buffers = runner.prepare(tokens, tokens if rows is None else rows, kv_len)
     for array in (buffers.input_ids, buffers.position_ids, buffers.write_indices, buffers.attention_mask):

@@ -17,9 +17,9 @@ from typing import cast
 import numpy as np
 import pytest
 
+from dspark_runtime.backends.cuda import CudaBindings
 from dspark_runtime.backends.plugin_kernels import PluginKernels
 from dspark_runtime.backends.plugin_launches import DeviceTensor, Element, Launch, Markov, verify_tree, verify_workspace
-from dspark_runtime.backends.tensorrt_cuda import CudaBindings
 from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.plugins import FATBIN, plugin_file
 from dspark_runtime.sampling import SamplingParams

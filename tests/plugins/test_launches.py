@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dspark_runtime import errors
-from dspark_runtime.backends import plugin_kernels, plugin_launches, tensorrt_cuda
+from dspark_runtime.backends import cuda, plugin_kernels, plugin_launches
 from dspark_runtime.backends.plugin_kernels import PluginKernels
 from dspark_runtime.backends.plugin_launches import (
     DeviceTensor,
@@ -144,13 +144,13 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(errors.EngineWithoutDevice, match="GPU 0 cannot be used"):
         PluginKernels(fatbin=fatbin)
     with pytest.raises(errors.EngineWithoutDevice, match="GPU 0 cannot be used"):
-        tensorrt_cuda.CudaBindings()
+        cuda.CudaBindings()
 
 
 def test_what_is_called_of_cuda_is_there() -> None:
     bindings = pytest.importorskip("cuda.bindings", reason="needs cuda-bindings (extra `dev`)")
     assert bindings
-    source = Path(tensorrt_cuda.__file__).read_text(encoding="utf-8")
+    source = Path(cuda.__file__).read_text(encoding="utf-8")
     called = {
         "runtime": re.findall(r'_call\(\s*"(\w+)"|self\._cuda\.(\w+)|\bruntime\.(cuda\w+)', source),
         "driver": re.findall(r"\bdriver\.(cu\w+)", source),

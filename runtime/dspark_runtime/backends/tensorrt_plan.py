@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dspark_runtime.backends.tensorrt_cuda import Cuda
+from dspark_runtime.backends.cuda import Cuda
 from dspark_runtime.backends.tensorrt_device import MODULES, installed_version, this_device
 from dspark_runtime.backends.tensorrt_plugins import load_plugins
 from dspark_runtime.bundle import BundleFiles

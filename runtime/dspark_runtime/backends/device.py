@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dspark_runtime.backends.cuda import Bytes, Cuda
+from dspark_runtime.backends.device_cache import DeviceCache
+from dspark_runtime.backends.device_shapes import PassShape, pass_shape
 from dspark_runtime.backends.engine import CacheMemory, StepBuffers
-from dspark_runtime.backends.tensorrt_cache import DeviceCache
-from dspark_runtime.backends.tensorrt_cuda import Bytes, Cuda
 from dspark_runtime.backends.tensorrt_plan import LoadedPlan
-from dspark_runtime.backends.tensorrt_shapes import PassShape, pass_shape
 from dspark_runtime.bundle import BundleFiles, GraphEntry
 from dspark_runtime.contract import (
     ATTENTION_MASK,
@@ -40,7 +40,7 @@ _ALIGNMENT = 256
 _GRAPHS = 512  # of one runner; beyond that passes are enqueued one by one
 
 
-class TensorRtEngine:
+class DeviceEngine:
     """One decoder's engine.
 
     Args:
@@ -96,9 +96,9 @@ class TensorRtEngine:
         memory.resize(capacity, 0)
         return memory
 
-    def open(self, memory: CacheMemory) -> TensorRtRunner:
+    def open(self, memory: CacheMemory) -> DeviceRunner:
         """See :class:`dspark_runtime.backends.engine.Engine`."""
-        return TensorRtRunner(self, device_cache(self.name, self.entry, memory))
+        return DeviceRunner(self, device_cache(self.name, self.entry, memory))
 
 
 def device_cache(name: str, entry: EngineEntry, memory: CacheMemory) -> DeviceCache:
@@ -113,10 +113,10 @@ def device_cache(name: str, entry: EngineEntry, memory: CacheMemory) -> DeviceCa
     return memory
 
 
-class TensorRtRunner:
+class DeviceRunner:
     """Passes over one cache memory, through one execution context per profile and one CUDA graph per shape."""
 
-    def __init__(self, engine: TensorRtEngine, memory: DeviceCache) -> None:
+    def __init__(self, engine: DeviceEngine, memory: DeviceCache) -> None:
         self._engine, self._memory, self._cuda = engine, memory, engine.cuda
         self._first, self._count = 0, memory.batch
         most = engine.largest

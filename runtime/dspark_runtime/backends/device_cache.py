@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dspark_runtime.backends.tensorrt_cuda import Bytes, Cuda
+from dspark_runtime.backends.cuda import Bytes, Cuda
 from dspark_runtime.contract import CacheLayer
 from dspark_runtime.errors import CapacityError
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dspark_runtime.backends.cuda import Bytes, Cuda
+from dspark_runtime.backends.device import PARTS, device_cache, to_float32
+from dspark_runtime.backends.device_cache import DeviceCache
+from dspark_runtime.backends.device_shapes import profile_for
 from dspark_runtime.backends.engine import AnyArray, CacheMemory
-from dspark_runtime.backends.tensorrt import PARTS, device_cache, to_float32
-from dspark_runtime.backends.tensorrt_cache import DeviceCache
-from dspark_runtime.backends.tensorrt_cuda import Bytes, Cuda
 from dspark_runtime.backends.tensorrt_plan import LoadedPlan
-from dspark_runtime.backends.tensorrt_shapes import profile_for
 from dspark_runtime.bundle import BundleFiles, GraphEntry
 from dspark_runtime.contract import TensorSpec, past_name, present_name
 from dspark_runtime.draft_contract import TEMPERATURE
@@ -28,7 +28,7 @@ _ALIGNMENT = 256
 _SIZES = {"int64": 8, "bool": 1, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
-class TensorRtGraphEngine:
+class DeviceGraphEngine:
     """The engine of one drafter's graph; arguments and errors as for the decoder's.
 
     Half-precision inputs are taken as float32 and rounded, outputs are widened, so that a drafter need not know what
@@ -59,15 +59,15 @@ class TensorRtGraphEngine:
         memory.resize(capacity, 0)
         return memory
 
-    def open(self, memory: CacheMemory) -> TensorRtGraphRunner:
+    def open(self, memory: CacheMemory) -> DeviceGraphRunner:
         """See :class:`dspark_runtime.backends.engine.GraphEngine`."""
-        return TensorRtGraphRunner(self, device_cache(self.name, self.entry, memory))
+        return DeviceGraphRunner(self, device_cache(self.name, self.entry, memory))
 
 
-class TensorRtGraphRunner:
+class DeviceGraphRunner:
     """One execution context per profile over one cache memory, with page-locked memory for inputs and outputs."""
 
-    def __init__(self, engine: TensorRtGraphEngine, memory: DeviceCache) -> None:
+    def __init__(self, engine: DeviceGraphEngine, memory: DeviceCache) -> None:
         self._engine, self._memory, self._cuda = engine, memory, engine.cuda
         self._first, self._count = 0, memory.batch
         self._contexts: dict[int, Any] = {}
