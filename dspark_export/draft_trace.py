@@ -156,7 +156,7 @@ class _RecordingEngine:
     """Passes everything on and remembers inputs and outputs of every pass."""
 
     def __init__(self, engine: OrtGraphEngine, calls: list[tuple[str, dict[str, AnyArray]]]) -> None:
-        self.name = engine.name
+        self.name, self.slots, self.most_rows = engine.name, engine.slots, engine.most_rows
         self._engine: GraphEngine = engine
         self._calls = calls
 

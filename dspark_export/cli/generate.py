@@ -55,6 +55,10 @@ def generate(
         bool | None,
         typer.Option("--exact/--no-exact", help="Speculative text equals plain text (default: the bundle's setting)."),
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime (the CPU), onnxruntime-cuda, tensorrt or tensorrt-rtx; see `compile`.")
+    ] = "onnxruntime",
+    device: Annotated[int, typer.Option(help="Number of the GPU, for a --backend that runs on one.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Prompts of a file that run together.")] = 1,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics on stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
@@ -73,7 +77,7 @@ def generate(
         raise UsageError("--raw and --json need a prompt: give one as an argument, with --file, or on standard input")
     given_ids = None if prompt_ids is None else read_ids(prompt_ids)
     prompts = [str(prompt_ids)] if given_ids else [] if chatting else _prompts(prompt, file)
-    opened = Bundle.open(bundle, threads=threads, exact=exact)
+    opened = Bundle.open(bundle, threads=threads, exact=exact, backend=backend, device=device)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "speculate": speculate,

@@ -10,6 +10,7 @@ import numpy as np
 from dspark_export.measure import row_logits
 from dspark_runtime import Bundle
 from dspark_runtime.backends.engine import AnyArray, FloatArray
+from dspark_runtime.backends.opening import HostBackend
 from dspark_runtime.loop import DecodingLoop, LoopOptions
 from dspark_runtime.request import make_requests
 from dspark_runtime.tree import TokenTree
@@ -60,7 +61,8 @@ def with_float_products(bundle: Bundle) -> Bundle:
     options = bundle.engine_options
     if not options.accuracy_level:
         return bundle
-    return Bundle(bundle.files, replace(options, accuracy_level=1), bundle.exact, bundle.limits.positions)
+    options = replace(options, accuracy_level=1)
+    return Bundle(bundle.files, options, bundle.exact, bundle.limits.positions, HostBackend(bundle.files, options))
 
 
 def one_pass(bundle: Bundle, ids: Sequence[int], rows: int) -> FloatArray:

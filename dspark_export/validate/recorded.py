@@ -33,7 +33,8 @@ class _RecordingEngine:
     """Passes everything on and remembers it."""
 
     def __init__(self, engine: GraphEngine, calls: list[Call]) -> None:
-        self.name, self._engine, self._calls = engine.name, engine, calls
+        self.name, self.slots, self.most_rows = engine.name, engine.slots, engine.most_rows
+        self._engine, self._calls = engine, calls
 
     def allocate(self, batch: int, capacity: int) -> CacheMemory:
         """See :class:`GraphEngine`."""

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from dspark_runtime.backends.engine import Engine, EngineOptions, GraphEngine
-from dspark_runtime.bundle import TOKENIZER_DIR, BundleFiles, GraphEntry, Manifest, Variant
+from dspark_runtime.backends.opening import Backend, open_backend
+from dspark_runtime.bundle import TOKENIZER_DIR, BundleFiles, Manifest
 from dspark_runtime.chat_template import Message
 from dspark_runtime.costs import PassCosts
 from dspark_runtime.drafter_choice import DrafterChoice, DraftOptions
@@ -32,8 +33,6 @@ ROUNDED_ACTIVATIONS = 4
 """ONNX Runtime's accuracy level of quantized products with activations rounded to 8 bits."""
 Speculate = str | Drafter | Sequence[Drafter]
 Prompt = str | bytes | Sequence[int]
-# Graph variants to look for, by whether several sequences share a pass; the standard graph takes any number.
-_VARIANTS: dict[bool, tuple[Variant, ...]] = {False: ("onnxruntime-cpu",), True: ("onnxruntime-cpu-batch",)}
 
 
 class Stream:
@@ -65,15 +64,16 @@ class Stream:
 class Bundle:
     """An opened bundle. It may generate any number of times; each call has a cache of its own."""
 
-    def __init__(self, files: BundleFiles, options: EngineOptions, exact: bool, capacity: int | None) -> None:
+    def __init__(
+        self, files: BundleFiles, options: EngineOptions, exact: bool, capacity: int | None, backend: Backend
+    ) -> None:
         self.files = files
         self.exact = exact
         self.engine_options = options
-        self._engines: dict[str, Engine] = {}
-        self._graph_engines: dict[str, GraphEngine] = {}
+        self._backend = backend
         has_tokenizer = f"{TOKENIZER_DIR}/tokenizer.json" in files.manifest.files
         self._codec = TextCodec(files.tokenizer_dir) if has_tokenizer else None
-        positions = self.manifest.model.max_positions
+        positions = min(self.manifest.model.max_positions, backend.limits.positions or 2**62)
         self.limits = Limits(self.manifest.model.vocab_size, min(positions, capacity or positions))
         self._min_rows = 2 if exact else 1  # a row alone goes through other kernels than the same row among others
         # Products with rounded activations turn the order of a sum into another token: see Schedule.
@@ -90,6 +90,8 @@ class Bundle:
         capacity: int | None = None,
         spinning: bool = True,
         verify_digests: bool = True,
+        backend: str = "onnxruntime",
+        device: int = 0,
     ) -> Bundle:
         """Check the bundle at ``path``; its graphs are loaded when they are first needed.
 
@@ -100,16 +102,21 @@ class Bundle:
             capacity: most tokens of prompt and text together; None for all positions of the model.
             spinning: worker threads wait busily, which is faster while nothing else wants the processor.
             verify_digests: compare every file with its digest first.
+            backend: ``onnxruntime`` (the CPU), ``onnxruntime-cuda``, or ``tensorrt`` or ``tensorrt-rtx``, for which the
+                bundle needs engines.
+            device: number of the GPU.
 
         Raises:
             BundleError: no bundle, or a damaged or incompatible one.
+            UsageError: an unknown backend.
         """
         if capacity is not None and (isinstance(capacity, bool) or capacity < 2):
             raise UsageError(f"capacity={capacity}: give at least 2 tokens, or None for all the model has")
         files = BundleFiles.open(path, verify_digests)
         precision = files.manifest.precision
         wanted = precision.exact if exact is None else exact
-        return cls(files, EngineOptions(threads, spinning, _accuracy(files.manifest, wanted)), wanted, capacity)
+        options = EngineOptions(threads, spinning, _accuracy(files.manifest, wanted))
+        return cls(files, options, wanted, capacity, open_backend(files, backend, options, device, capacity))
 
     def with_fresh_schedule(self) -> Bundle:
         """The same bundle and loaded graphs with a schedule that has learned nothing yet (for measurements)."""
@@ -118,7 +125,7 @@ class Bundle:
         return other
 
     def _new_schedule(self, fixed: int | None = None) -> Schedule:
-        return Schedule(self._costs(), fixed, self._min_rows, self._chains)
+        return Schedule(self._costs(), fixed, self._min_rows, self._chains, self._backend.limits.rows)
 
     @property
     def manifest(self) -> Manifest:
@@ -142,35 +149,11 @@ class Bundle:
 
     def engine(self, name: str, batched: bool = False) -> Engine:
         """The engine of graph ``name``, loaded on first use; ``batched`` if passes hold more than one sequence."""
-        graph: GraphEntry = self.files.graph(name, prefer=_VARIANTS[batched])
-        if graph.file not in self._engines:
-            from dspark_runtime.backends.ort import OrtEngine
-
-            self._engines[graph.file] = OrtEngine(
-                self.files.path(graph.file),
-                name=name,
-                cache=self.manifest.model.cache,
-                layers=graph.layers,
-                dtype=graph.dtype,
-                taps=graph.taps,
-                options=self.engine_options,
-            )
-        return self._engines[graph.file]
+        return self._backend.engine(name, batched)
 
     def graph_engine(self, name: str, batched: bool = False) -> GraphEngine:
         """The engine of a trained drafter's graph, loaded on first use."""
-        graph: GraphEntry = self.files.graph(name, prefer=_VARIANTS[batched])
-        if graph.file not in self._graph_engines:
-            from dspark_runtime.backends.ort_graph import OrtGraphEngine
-
-            self._graph_engines[graph.file] = OrtGraphEngine(
-                self.files.path(graph.file),
-                name=name,
-                cache=graph.cache or (),
-                dtype=graph.dtype,
-                options=self.engine_options,
-            )
-        return self._graph_engines[graph.file]
+        return self._backend.graph_engine(name, batched)
 
     def speculation_modes(self) -> list[str]:
         """What ``speculate`` may be for this bundle, plain decoding (``off``) first."""
@@ -221,7 +204,7 @@ class Bundle:
             confidence_threshold: drop the rest of a draft from the first token whose confidence is below this, before
                 it is verified; for drafters with a confidence head.
             draft_branches: candidates per slot of a trained draft's tree, 1 for a chain; None for its default.
-            batch_size: most prompts that run together.
+            batch_size: most prompts that run together; fewer where an engine takes fewer.
 
         Raises:
             UsageError: an option or a prompt outside its range.
@@ -242,13 +225,15 @@ class Bundle:
             raise UsageError("stop strings need a tokenizer, and this bundle has none; leave out stop")
         _check_range("draft_length", draft_length, 0, 31)
         _check_range("batch_size", batch_size, 1, 1024)
+        batch_size = min(batch_size, self._backend.limits.batch or batch_size)
         batched = min(len(requests), batch_size) > 1
         drafters = self._choice().make(
             speculate, batched, DraftOptions(draft_sampling, confidence_threshold, draft_branches)
         )
         schedule = self.schedule
         if draft_length is not None:
-            schedule = Schedule(schedule.costs, draft_length, self._min_rows, self._chains)
+            rows = self._backend.limits.rows
+            schedule = Schedule(schedule.costs, draft_length, self._min_rows, self._chains, rows)
         result = Stream(self._loops(requests, self.engine("target", batched), drafters, schedule, batch_size))
         if stream:
             return result
@@ -268,7 +253,9 @@ class Bundle:
         schedule: Schedule,
         batch_size: int,
     ) -> Iterator[DecodingLoop]:
-        options = LoopOptions(min_rows=self._min_rows)
+        limits = self._backend.limits
+        most_drafts = min(LoopOptions.most_drafts, limits.rows - 1)
+        options = LoopOptions(prefill_chunk=limits.chunk, min_rows=self._min_rows, most_drafts=most_drafts)
         tokenizer = None if self._codec is None else self._codec.tokenizer
         for start in range(0, len(requests), batch_size):
             part = requests[start : start + batch_size]

@@ -107,9 +107,18 @@ class Schedule:
     ``min_rows``: rows every sequence has in every pass, so that the first drafts may cost nothing. ``chains``: verify
     only the best chain of a tree. A row of a branch stands in another cache slot than plain decoding would give it, so
     its attention sums in another order; where activations are rounded to integers, that is enough to change a token.
+    ``most_rows``: rows of one sequence that the backend takes in one pass.
     """
 
-    def __init__(self, costs: PassCosts, fixed: int | None = None, min_rows: int = 1, chains: bool = False) -> None:
+    def __init__(
+        self,
+        costs: PassCosts,
+        fixed: int | None = None,
+        min_rows: int = 1,
+        chains: bool = False,
+        most_rows: int = MOST_ROWS,
+    ) -> None:
+        self.most_rows = most_rows
         self.costs = costs
         self.min_rows = min_rows
         self.chains = chains
@@ -135,7 +144,7 @@ class Schedule:
         if any(proposal.sampled for proposal in proposals):
             return [proposal.tree for proposal in proposals]
         ranked = [self._ranked(proposal) for proposal in proposals]
-        longest = max(len(order) for order, _ in ranked)
+        longest = min(max(len(order) for order, _ in ranked), self.most_rows - 1)
         if self.fixed is not None:
             rows = min(longest, self.fixed)
         elif longest == 0 or self.throttled or self._plain_due(batch):

@@ -195,6 +195,7 @@ class RecordedPlan:
 
     def __init__(self, cuda: RecordedCuda, outputs: dict[str, int]) -> None:
         self._cuda, self._outputs = cuda, outputs
+        self.stream: int | None = None
         self.contexts: list[RecordedContext] = []
         self.passes: list[tuple[int, dict[str, tuple[int, ...]], dict[str, int]]] = []
 

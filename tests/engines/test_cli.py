@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from dspark_export.cli.main import app
 from dspark_runtime import Bundle
+from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.bundle import BundleFiles, EngineEntry
 from tests import tiny_models
 
@@ -54,6 +55,21 @@ def test_compile_replaces_engines_and_keeps_others(compiled: Path, tmp_path: Pat
 
 def test_a_bundle_with_engines_still_generates_on_the_cpu(compiled: Path) -> None:
     assert len(Bundle.open(compiled, threads=1).generate("x", max_new_tokens=4, ignore_eos=True).tokens) == 4
+
+
+@pytest.mark.skipif(this_device() is not None, reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("backend", "code", "words"),
+    [
+        ("tensorrt-rtx", 8, "needs an NVIDIA GPU of compute capability 8.0, 8.6"),
+        ("tensorrt", 7, "this bundle has no tensorrt engine of target; run `dspark-export compile"),
+        ("onnxruntime-cuda", 8, "needs an NVIDIA GPU and its driver"),
+        ("cuda", 2, "choose onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx"),
+    ],
+)
+def test_generate_says_why_a_backend_cannot_be_used(compiled: Path, backend: str, code: int, words: str) -> None:
+    result = CliRunner().invoke(app, ["generate", str(compiled), "x", "--raw", "--backend", backend])
+    assert result.exit_code == code and words in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(

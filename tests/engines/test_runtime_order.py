@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from dspark_runtime import errors
 from dspark_runtime.backends.cuda import COMPACT_NAME, COMPACT_SOURCE
-from dspark_runtime.backends.device import DeviceEngine, DeviceRunner, to_float32
+from dspark_runtime.backends.device import DeviceEngine, DeviceRunner, Plan, to_float32
 from dspark_runtime.backends.device_cache import DeviceCache
 from dspark_runtime.backends.device_graph import _stored
 from dspark_runtime.backends.device_shapes import pass_shape
-from dspark_runtime.backends.tensorrt_plan import LoadedPlan
 from dspark_runtime.bundle import BundleFiles, EngineEntry
 from dspark_runtime.kv_cache import KvCache
 from tests.engines.recorded_cuda import RecordedCuda, RecordedPlan
@@ -33,7 +32,7 @@ def engine_of(files: BundleFiles, cuda: RecordedCuda, name: str = "target", **op
     graph = files.graph(name)
     entry = next(engine for engine in files.manifest.engines if engine.graph == name)
     plan = RecordedPlan(cuda, {"logits": 64})
-    return DeviceEngine(files, graph, entry, cuda, loaded=cast(LoadedPlan, plan), **options)
+    return DeviceEngine(files, graph, entry, cuda, cast(Plan, plan), **options)
 
 
 def one_pass(runner: DeviceRunner, cuda: RecordedCuda, tokens: int, kv_len: int, rows: int | None = None) -> None:
@@ -136,10 +135,10 @@ def test_bindings(files: BundleFiles) -> None:
         for layer in engine.layers:
             for part in ("key", "value"):
                 past, present = addresses[f"past_key_values.{layer}.{part}"], addresses[f"present.{layer}.{part}"]
-                assert past == present == memory.tensor(layer, part, first)
+                assert past == present == memory.cache.tensor(layer, part, first)
     assert [profile for profile, _, _ in plan.passes] == [1, 0]
     heads, width = engine.cache[0].kv_heads, engine.cache[0].key_dim
-    assert memory.tensor(0, "key", 1) - memory.tensor(0, "key", 0) == heads * 128 * width * 2
+    assert memory.cache.tensor(0, "key", 1) - memory.cache.tensor(0, "key", 0) == heads * 128 * width * 2
 
 
 def test_padding_sees_one_slot_and_is_seen_by_none(files: BundleFiles) -> None:
@@ -201,7 +200,7 @@ def test_memory_of_another_backend_is_refused(files: BundleFiles) -> None:
     with pytest.raises(errors.BackendError, match="cannot use a HostCache"):
         engine.open(HostCache(files.manifest.model.cache, "float16", 1, 128))
     with pytest.raises(errors.BackendError, match="share 64"):
-        engine.open(DeviceCache(cuda, files.manifest.model.cache, 1, 64))
+        engine.open(DeviceCache(cuda, files.manifest.model.cache, 1, 64, "float16"))
 
 
 def test_bfloat16_is_rounded_to_nearest_even() -> None:

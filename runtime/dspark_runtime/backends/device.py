@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: decoders on the GPU behind the Engine protocol.
+"""Decoders on the GPU behind the Engine protocol, whatever runs their passes: TensorRT, TensorRT-RTX or ONNX Runtime.
 
 A pass is: fill page-locked arrays, one copy in, the engine, one copy out, and one wait of the host. Everything is
 enqueued on the stream of the cache memory. Inputs and outputs have fixed addresses, so that a pass of a shape that was
@@ -10,16 +10,15 @@ No GPU has run this yet: what is tested is the order of the calls, see docs/engi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dspark_runtime.backends.cuda import Bytes, Cuda
-from dspark_runtime.backends.device_cache import DeviceCache
-from dspark_runtime.backends.device_shapes import PassShape, pass_shape
+from dspark_runtime.backends.device_cache import ELEMENT_BYTES, DeviceCache, LentCache
+from dspark_runtime.backends.device_shapes import PassRanges, PassShape, pass_shape
 from dspark_runtime.backends.engine import CacheMemory, StepBuffers
-from dspark_runtime.backends.tensorrt_plan import LoadedPlan
 from dspark_runtime.bundle import BundleFiles, GraphEntry
 from dspark_runtime.contract import (
     ATTENTION_MASK,
@@ -32,7 +31,6 @@ from dspark_runtime.contract import (
     past_name,
     present_name,
 )
-from dspark_runtime.engine_facts import EngineEntry
 from dspark_runtime.errors import BackendError, EngineRangeExceeded
 
 PARTS = ("key", "value")
@@ -40,19 +38,36 @@ _ALIGNMENT = 256
 _GRAPHS = 512  # of one runner; beyond that passes are enqueued one by one
 
 
+class Plan(Protocol):
+    """A loaded graph that runs passes over tensors given by address.
+
+    ``stream``: all its passes are enqueued on this one; None: on any.
+    """
+
+    stream: int | None
+
+    def require_tensors(self, inputs: set[str], outputs: set[str]) -> None:
+        """Raise IncompatibleBundle unless the plan has exactly these."""
+
+    def context(self, profile: int, stream: int) -> Any:
+        """A new context for passes of ``profile``: ``set_input_shape`` and ``set_tensor_address`` say what of."""
+
+    def enqueue(self, context: Any, stream: int) -> None:
+        """Run a pass; BackendError if it is not taken."""
+
+
 class DeviceEngine:
-    """One decoder's engine.
+    """One decoder on the GPU.
 
     Args:
         files: the bundle.
-        graph: the graph the engine is of.
-        entry: the engine.
+        graph: the graph it runs.
+        entry: the passes it takes.
         cuda: the GPU.
-        loaded: the plan, for tests; None to load it.
+        plan: what runs them.
         replay: capture CUDA graphs.
 
     Raises:
-        PlanDamaged, EngineRefused: the engine must not or cannot run here.
         IncompatibleBundle: its tensors are not those of the contract.
     """
 
@@ -60,10 +75,10 @@ class DeviceEngine:
         self,
         files: BundleFiles,
         graph: GraphEntry,
-        entry: EngineEntry,
+        entry: PassRanges,
         cuda: Cuda,
+        plan: Plan,
         *,
-        loaded: LoadedPlan | None = None,
         replay: bool = True,
     ) -> None:
         self.name, self.entry, self.cuda, self.replay = graph.name, entry, cuda, replay
@@ -73,7 +88,8 @@ class DeviceEngine:
         shapes = {spec.name: spec.shape for spec in graph.outputs}
         self.vocab_size = int(shapes[LOGITS][-1])
         self.taps_width = int(shapes[HIDDEN_TAPS][-1]) if HIDDEN_TAPS in shapes else 0
-        self.plan = loaded or LoadedPlan(files, entry, cuda)
+        self.plan = plan
+        self._free: list[DeviceCache] = []
         self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
 
     @property
@@ -85,24 +101,34 @@ class DeviceEngine:
                 most[name] = max(high, most.get(name, 0))
         return most
 
-    def allocate(self, batch: int, capacity: int) -> DeviceCache:
+    def allocate(self, batch: int, capacity: int) -> LentCache:
         """See :class:`dspark_runtime.backends.engine.Engine`; always of the engine's own capacity."""
         if batch > self.largest["batch"]:
             raise EngineRangeExceeded(
                 f"{batch} sequences together, and the engine of {self.name} takes {self.largest['batch']}; lower "
                 "batch_size, or compile the bundle again with a larger --batch"
             )
-        memory = DeviceCache(self.cuda, self.cache, batch, self.entry.capacity)
+        memory = LentCache.of(self._free, batch, self._new_cache)
         memory.resize(capacity, 0)
         return memory
 
+    def _new_cache(self) -> DeviceCache:
+        most, stream = self.largest["batch"], self.plan.stream
+        return DeviceCache(self.cuda, self.cache, most, self.entry.capacity, self.entry.dtype, stream)
+
     def open(self, memory: CacheMemory) -> DeviceRunner:
         """See :class:`dspark_runtime.backends.engine.Engine`."""
-        return DeviceRunner(self, device_cache(self.name, self.entry, memory))
+        cache = device_cache(self.name, self.entry, memory)
+        runner: DeviceRunner = cache.runners.get(self.name) or DeviceRunner(self, cache)
+        cache.runners[self.name] = runner
+        runner.select(0, memory.batch)
+        return runner
 
 
-def device_cache(name: str, entry: EngineEntry, memory: CacheMemory) -> DeviceCache:
+def device_cache(name: str, entry: PassRanges, memory: CacheMemory) -> DeviceCache:
     """``memory`` if the engine can use it; BackendError otherwise."""
+    if isinstance(memory, LentCache):
+        memory = memory.cache
     if not isinstance(memory, DeviceCache):
         raise BackendError(f"{name} runs on the GPU and cannot use a {type(memory).__name__}")
     if memory.capacity != entry.capacity:
@@ -118,12 +144,14 @@ class DeviceRunner:
 
     def __init__(self, engine: DeviceEngine, memory: DeviceCache) -> None:
         self._engine, self._memory, self._cuda = engine, memory, engine.cuda
-        self._first, self._count = 0, memory.batch
+        self._first, self._count, self._element = 0, memory.batch, ELEMENT_BYTES[engine.entry.dtype]
         most = engine.largest
         batch, tokens, rows = (most[name] for name in ("batch", "tokens", "rows"))
         self._inputs = _Staging(self._cuda, _layout(batch, tokens, rows, engine.entry.capacity)[1])
         self._outputs = _Staging(self._cuda, 4 * batch * rows * engine.vocab_size + _ALIGNMENT)
-        self._taps = _Staging(self._cuda, 2 * batch * tokens * engine.taps_width) if engine.taps_width else None
+        self._taps = (
+            _Staging(self._cuda, self._element * batch * tokens * engine.taps_width) if engine.taps_width else None
+        )
         self._contexts: dict[int, Any] = {}
         self._graphs: dict[tuple[PassShape, int], tuple[int, Any]] = {}
         self._seen: set[tuple[PassShape, int]] = set()
@@ -206,7 +234,7 @@ class DeviceRunner:
         wanted = 4 * shape.batch * shape.rows * self._engine.vocab_size
         self._cuda.copy_out(self._outputs.host[:wanted], self._outputs.device, stream)
         if self._taps is not None:
-            wanted = 2 * shape.batch * shape.tokens * self._engine.taps_width
+            wanted = self._element * shape.batch * shape.tokens * self._engine.taps_width
             self._cuda.copy_out(self._taps.host[:wanted], self._taps.device, stream)
 
     def _bind(self, context: Any, shape: PassShape) -> None:
@@ -273,11 +301,11 @@ def _layout(batch: int, tokens: int, rows: int, kv_len: int) -> tuple[dict[str, 
 
 
 def widened(raw: Bytes, dtype: str, shape: PassShape, wanted: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Half-precision rows [batch, tokens, width] at the start of ``raw`` as float32, without padding rows."""
+    """Rows [batch, tokens, width] of ``dtype`` at the start of ``raw`` as float32, without padding rows."""
     batch, tokens, width = wanted
-    size = 2 * shape.batch * shape.tokens * width
-    stored = raw[:size].view(np.uint16).reshape(shape.batch, shape.tokens, width)[:batch, :tokens]
-    return to_float32(stored, dtype)
+    size = ELEMENT_BYTES[dtype] * shape.batch * shape.tokens * width
+    numbers = raw[:size].view(np.float32) if dtype == "float32" else to_float32(raw[:size].view(np.uint16), dtype)
+    return numbers.reshape(shape.batch, shape.tokens, width)[:batch, :tokens]
 
 
 def to_float32(stored: npt.NDArray[np.uint16], dtype: str) -> npt.NDArray[np.float32]:

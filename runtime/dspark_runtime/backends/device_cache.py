@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,7 @@ from dspark_runtime.backends.cuda import Bytes, Cuda
 from dspark_runtime.contract import CacheLayer
 from dspark_runtime.errors import CapacityError
 
-ELEMENT = 2  # bytes of a float16 or bfloat16
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _SLOTS = 4  # lists of rows on their way to the GPU at once
 _MOST_ROWS = 1024
 
@@ -21,27 +23,33 @@ class DeviceCache:
 
     See :class:`dspark_runtime.backends.engine.CacheMemory`. One stream orders passes and moves, whatever engine runs
     them, so that nothing has to wait for the host. ``limit`` is the engines' capacity: the memory never grows.
+    ``dtype`` is the element type of the caches, ``stream`` the one to use, None for a new one. ``runners`` keeps what
+    engines opened over it, by their name: staging memory, contexts and captured graphs are for its addresses.
     """
 
-    def __init__(self, cuda: Cuda, layers: Sequence[CacheLayer], batch: int, limit: int) -> None:
-        self.batch, self.capacity = batch, limit
-        self.cuda, self.stream = cuda, cuda.stream()
+    def __init__(
+        self, cuda: Cuda, layers: Sequence[CacheLayer], batch: int, limit: int, dtype: str, stream: int | None = None
+    ) -> None:
+        self.batch, self.capacity, self._element = batch, limit, ELEMENT_BYTES[dtype]
+        self.cuda, self.stream = cuda, cuda.stream() if stream is None else stream
         self._shapes = {
             (i, part): (layer.kv_heads, width)
             for i, layer in enumerate(layers)
             for part, width in (("key", layer.key_dim), ("value", layer.value_dim))
         }
         self._tensors = {
-            key: cuda.allocate(batch * heads * limit * width * ELEMENT) for key, (heads, width) in self._shapes.items()
+            key: cuda.allocate(batch * heads * limit * width * self._element)
+            for key, (heads, width) in self._shapes.items()
         }
         self._tables = self._upload_tables()
         self._rows = [_RowList(cuda) for _ in range(_SLOTS)]
         self._next = 0
+        self.runners: dict[str, Any] = {}
 
     def tensor(self, layer: int, part: str, first: int) -> int:
         """Device memory of one cache tensor from sequence ``first`` on."""
         heads, width = self._shapes[layer, part]
-        return self._tensors[layer, part] + first * heads * self.capacity * width * ELEMENT
+        return self._tensors[layer, part] + first * heads * self.capacity * width * self._element
 
     def resize(self, capacity: int, keep: int) -> None:
         """See :class:`CacheMemory`; the engine's length is fixed, so that growing is an error."""
@@ -58,14 +66,14 @@ class DeviceCache:
         rows = self._rows[self._next]
         self._next = (self._next + 1) % _SLOTS
         device = rows.send(sources, self.stream)
-        columns = max(heads * width for heads, width in self._shapes.values())
+        columns = max(heads * width for heads, width in self._shapes.values()) * self._element // 2
         numbers = np.array([len(sources), to, sequence, self.capacity], np.int32)
         self.cuda.compact(self._tables, len(self._shapes), columns, device, numbers, self.stream)
 
     def move(self, source: int, target: int, length: int) -> None:
         """See :class:`CacheMemory`."""
         for (layer, part), (heads, width) in self._shapes.items():
-            row = width * ELEMENT
+            row = width * self._element
             to, origin = self.tensor(layer, part, target), self.tensor(layer, part, source)
             self.cuda.copy_rows(to, origin, length * row, self.capacity * row, heads, self.stream)
 
@@ -73,7 +81,7 @@ class DeviceCache:
         arrays: tuple[npt.NDArray[np.generic], ...] = (
             np.array(list(self._tensors.values()), np.uint64),
             np.array([heads for heads, _ in self._shapes.values()], np.int32),
-            np.array([width for _, width in self._shapes.values()], np.int32),
+            np.array([width * self._element // 2 for _, width in self._shapes.values()], np.int32),  # moved in halves
         )
         pointers = []
         for array in arrays:
@@ -82,6 +90,23 @@ class DeviceCache:
             pointers.append(self.cuda.allocate(array.nbytes))
             self.cuda.copy_in(pointers[-1], host, self.stream)
         return pointers[0], pointers[1], pointers[2]
+
+
+class LentCache:
+    """The first ``batch`` sequences of a cache, for as long as this object lives; then the cache goes back to ``pool``.
+
+    Memory on the device is made once and used again: what the sequences before left in it is never looked at.
+    """
+
+    def __init__(self, cache: DeviceCache, batch: int, pool: list[DeviceCache]) -> None:
+        self.cache, self.batch, self.capacity = cache, batch, cache.capacity
+        self.resize, self.gather, self.move = cache.resize, cache.gather, cache.move
+        weakref.finalize(self, pool.append, cache)
+
+    @classmethod
+    def of(cls, pool: list[DeviceCache], batch: int, make: Callable[[], DeviceCache]) -> LentCache:
+        """A cache of ``pool``, or a new one if all are lent."""
+        return cls(pool.pop() if pool else make(), batch, pool)
 
 
 class _RowList:

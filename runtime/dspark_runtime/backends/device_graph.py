@@ -12,15 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_runtime.backends.cuda import Bytes, Cuda
-from dspark_runtime.backends.device import PARTS, device_cache, to_float32
-from dspark_runtime.backends.device_cache import DeviceCache
-from dspark_runtime.backends.device_shapes import profile_for
+from dspark_runtime.backends.device import PARTS, Plan, device_cache, to_float32
+from dspark_runtime.backends.device_cache import DeviceCache, LentCache
+from dspark_runtime.backends.device_shapes import PassRanges, profile_for
 from dspark_runtime.backends.engine import AnyArray, CacheMemory
-from dspark_runtime.backends.tensorrt_plan import LoadedPlan
 from dspark_runtime.bundle import BundleFiles, GraphEntry
 from dspark_runtime.contract import TensorSpec, past_name, present_name
 from dspark_runtime.draft_contract import TEMPERATURE
-from dspark_runtime.engine_facts import EngineEntry
 from dspark_runtime.errors import BackendError
 
 _DRAWN = "drawn"
@@ -39,29 +37,40 @@ class DeviceGraphEngine:
         self,
         files: BundleFiles,
         graph: GraphEntry,
-        entry: EngineEntry,
+        entry: PassRanges,
         cuda: Cuda,
-        *,
-        loaded: LoadedPlan | None = None,
+        plan: Plan,
     ) -> None:
         self.name, self.entry, self.cuda = graph.name, entry, cuda
         self.cache = graph.cache or ()
-        self.plan = loaded or LoadedPlan(files, entry, cuda)
+        self.plan = plan
+        most = _sizes(entry, 2)
+        self.slots: int | None = entry.capacity
+        self.most_rows: int | None = min(most[name] for name in ("features", "tokens") if name in most)
+        self._free: list[DeviceCache] = []
         self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
         caches = {name(i, part) for i in range(len(self.cache)) for part in PARTS for name in (past_name, present_name)}
         self.inputs = tuple(spec for spec in graph.inputs if spec.name not in caches)
         self.outputs = tuple(spec for spec in graph.outputs if spec.name not in caches)
 
-    def allocate(self, batch: int, capacity: int) -> DeviceCache:
+    def allocate(self, batch: int, capacity: int) -> LentCache:
         """See :class:`dspark_runtime.backends.engine.GraphEngine`; always of the engine's own capacity."""
         profile_for(self.entry, {"batch": batch})
-        memory = DeviceCache(self.cuda, self.cache, batch, self.entry.capacity)
+        memory = LentCache.of(self._free, batch, self._new_cache)
         memory.resize(capacity, 0)
         return memory
 
+    def _new_cache(self) -> DeviceCache:
+        most, stream = _sizes(self.entry, 2)["batch"], self.plan.stream
+        return DeviceCache(self.cuda, self.cache, most, self.entry.capacity, self.entry.dtype, stream)
+
     def open(self, memory: CacheMemory) -> DeviceGraphRunner:
         """See :class:`dspark_runtime.backends.engine.GraphEngine`."""
-        return DeviceGraphRunner(self, device_cache(self.name, self.entry, memory))
+        cache = device_cache(self.name, self.entry, memory)
+        runner: DeviceGraphRunner = cache.runners.get(self.name) or DeviceGraphRunner(self, cache)
+        cache.runners[self.name] = runner
+        runner.select(0, memory.batch)
+        return runner
 
 
 class DeviceGraphRunner:
@@ -149,7 +158,7 @@ class DeviceGraphRunner:
         return found.copy()
 
 
-def _sizes(entry: EngineEntry, which: int) -> dict[str, int]:
+def _sizes(entry: PassRanges, which: int) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for profile in entry.profiles:
         for name, bounds in profile.dims.items():

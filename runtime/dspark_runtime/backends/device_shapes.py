@@ -6,13 +6,35 @@ where the next pass overwrites them; padding columns of the mask are false.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from dspark_runtime.engine_facts import EngineEntry
+from dspark_runtime.engine_facts import EngineProfile
 from dspark_runtime.errors import EngineRangeExceeded
 
 _KV_PIECES = 16
 _KV_STEP = 64
+
+
+class PassRanges(Protocol):
+    """What a plan takes: an :class:`dspark_runtime.engine_facts.EngineEntry`, or the ranges chosen for a graph."""
+
+    @property
+    def graph(self) -> str:
+        """Name of the graph."""
+
+    @property
+    def dtype(self) -> str:
+        """Element type of its caches."""
+
+    @property
+    def capacity(self) -> int:
+        """Cache slots of a sequence, a constant."""
+
+    @property
+    def profiles(self) -> Sequence[EngineProfile]:
+        """Ranges of its other dimensions."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,7 @@ class PassShape:
     replayed: bool
 
 
-def pass_shape(engine: EngineEntry, batch: int, tokens: int, rows: int, kv_len: int) -> PassShape:
+def pass_shape(engine: PassRanges, batch: int, tokens: int, rows: int, kv_len: int) -> PassShape:
     """The shape for ``tokens`` new rows of ``batch`` sequences, ``rows`` logits each, over ``kv_len`` slots.
 
     Raises:
@@ -47,7 +69,7 @@ def pass_shape(engine: EngineEntry, batch: int, tokens: int, rows: int, kv_len: 
     return PassShape(number, batch, padded, min(logits, most["rows"]), _kv_bucket(slots, engine.capacity), True)
 
 
-def profile_for(engine: EngineEntry, sizes: dict[str, int]) -> int:
+def profile_for(engine: PassRanges, sizes: dict[str, int]) -> int:
     """The first profile that takes dimensions of these ``sizes``; EngineRangeExceeded if none does."""
     for number, profile in enumerate(engine.profiles):
         if all(size <= profile.dims[name][2] for name, size in sizes.items() if name in profile.dims):
@@ -65,13 +87,13 @@ def _kv_bucket(slots: int, capacity: int) -> int:
     return min(-(-slots // step) * step, capacity)
 
 
-def _message(engine: EngineEntry, wanted: dict[str, int]) -> str:
+def _message(engine: PassRanges, wanted: dict[str, int]) -> str:
     ranges = "; ".join(
         f"{profile.name}: " + ", ".join(f"{name} to {profile.dims[name][2]}" for name in wanted if name in profile.dims)
         for profile in engine.profiles
     )
     asked = ", ".join(f"{name} {value}" for name, value in wanted.items())
     return (
-        f"a pass of {asked} is more than the {engine.flavour} engine of {engine.graph} takes ({ranges}); compile the "
+        f"a pass of {asked} is more than the engine of {engine.graph} takes ({ranges}); compile the "
         "bundle again with a larger --batch, --verify-rows, --chunk or --max-length"
     )

@@ -125,9 +125,14 @@ class GraphRunner(Protocol):
 
 
 class GraphEngine(Protocol):
-    """A loaded graph of a trained drafter: any inputs and outputs, beside a cache of its own."""
+    """A loaded graph of a trained drafter: any inputs and outputs, beside a cache of its own.
+
+    ``slots`` of a sequence and ``most_rows`` of context in one pass are what it was compiled for, None for any number.
+    """
 
     name: str
+    slots: int | None
+    most_rows: int | None
 
     def allocate(self, batch: int, capacity: int) -> CacheMemory:
         """Cache memory for the layers of this graph."""

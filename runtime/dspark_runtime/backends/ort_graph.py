@@ -42,6 +42,8 @@ class OrtGraphEngine:
         graph: bytes | None = None,
     ) -> None:
         self.name = name
+        self.slots: int | None = None
+        self.most_rows: int | None = None
         self.cache = tuple(cache)
         self.dtype = dtype
         self.session = load_session(Path(path), name, options or EngineOptions(), graph)

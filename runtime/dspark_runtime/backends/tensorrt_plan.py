@@ -53,6 +53,7 @@ class LoadedPlan:
         require_plugins(entry, plugins())
         require_device(entry, device())
         self.entry, self._trt = entry, library(entry.flavour)
+        self.stream: int | None = None  # any will do
         if entry.plugin_form == "library":
             load_plugins(self._trt, plugins(), entry.plugins)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))

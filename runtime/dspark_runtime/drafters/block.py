@@ -34,7 +34,7 @@ from dspark_runtime.draft_contract import (
     UNIFORMS,
 )
 from dspark_runtime.drafters.base import Draft, DraftRequest
-from dspark_runtime.drafters.own_cache import CATCH_UP_ROWS, CachedDrafter, alone
+from dspark_runtime.drafters.own_cache import CachedDrafter, alone
 from dspark_runtime.errors import BackendError, UsageError
 from dspark_runtime.kv_cache import KvCache
 from dspark_runtime.tree import TokenTree
@@ -138,11 +138,11 @@ class BlockDrafter(CachedDrafter):
         wanted = {r.row: r for r in requests if r.limit > 0 and self._fits(r)}
         if not wanted:
             return [None] * len(requests)
-        while late := alone(self._waiting[: self._count]):
+        while late := alone(self._waiting[: self._count], self._catch_up):
             for row in late:
-                self._pass(row, 1, CATCH_UP_ROWS, {})
+                self._pass(row, 1, self._catch_up, {})
         started = time.perf_counter()
-        found = self._pass(0, self._count, CATCH_UP_ROWS, wanted)
+        found = self._pass(0, self._count, self._catch_up, wanted)
         self._took(started)
         return [self._result(r, found) if r.row in wanted else None for r in requests]
 

@@ -36,14 +36,17 @@ class CachedDrafter(Drafter):
         self.pass_ms = 0.5 if pass_ms is None else pass_ms
         self._engine = engine
         self._scratch = scratch
-        self._positions = positions
+        self._catch_up = min(CATCH_UP_ROWS, engine.most_rows or CATCH_UP_ROWS)
+        # Rows of a pass are padded to the longest of the batch, so that those behind the context need slots too.
+        self._positions = positions if engine.slots is None else min(positions, engine.slots - scratch - self._catch_up)
         self._own: KvCache | None = None
         self._count = 0
 
     def attach(self, cache: KvCache) -> None:
         """Allocate the cache for as many sequences and slots as the target's."""
-        most = round_up(cache.limit + self._scratch + CATCH_UP_ROWS)
-        first = min(most, round_up(min(cache.memory.capacity, _FIRST_SLOTS) + self._scratch + CATCH_UP_ROWS))
+        behind = self._scratch + CATCH_UP_ROWS
+        most = self._engine.slots or round_up(cache.limit + behind)
+        first = min(most, round_up(min(cache.memory.capacity, _FIRST_SLOTS) + behind))
         self._own = KvCache(self._engine.allocate(cache.memory.batch, first), most)
         self._count = cache.memory.batch
         self._open(self._own)
@@ -74,7 +77,7 @@ class CachedDrafter(Drafter):
         self.pass_ms += 0.1 * (min(took, 2 * self.pass_ms) - self.pass_ms)
 
 
-def alone(pending: Sequence[int]) -> list[int]:
-    """Rows that catch up alone before the batch runs, by their pending context."""
-    most = CATCH_UP_ROWS if len(pending) == 1 else ALONE_FROM
+def alone(pending: Sequence[int], catch_up: int = CATCH_UP_ROWS) -> list[int]:
+    """Rows that catch up alone before the batch runs, by their pending context and how much of it a pass takes."""
+    most = catch_up if len(pending) == 1 else min(ALONE_FROM, catch_up)
     return [row for row, count in enumerate(pending) if count > most]

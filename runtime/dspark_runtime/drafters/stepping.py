@@ -17,7 +17,7 @@ from dspark_runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, POSIT
 from dspark_runtime.drafters.base import Draft, DraftRequest
 from dspark_runtime.drafters.block import _CENTRES, DraftSampling
 from dspark_runtime.drafters.growth import Growth
-from dspark_runtime.drafters.own_cache import CATCH_UP_ROWS, CachedDrafter, alone
+from dspark_runtime.drafters.own_cache import CachedDrafter, alone
 
 
 class SteppingDrafter(CachedDrafter):
@@ -76,7 +76,7 @@ class SteppingDrafter(CachedDrafter):
             return [None] * len(requests)
         self._texts = {r.row: r.tokens for r in requests}
         by_row = {g.request.row: g for g in self._growths.values()}
-        while late := alone([self._waiting(row) for row in range(self._count)]):
+        while late := alone([self._waiting(row) for row in range(self._count)], self._catch_up):
             for row in late:
                 self._extend(row, 1, leave=1)
         started = time.perf_counter()
@@ -118,7 +118,7 @@ class SteppingDrafter(CachedDrafter):
         Logits [count, draft vocab] of the last row taken in of each.
         """
         cache = self.cache
-        counts = [min(self._waiting(row) - leave, CATCH_UP_ROWS) for row in range(first, first + count)]
+        counts = [min(self._waiting(row) - leave, self._catch_up) for row in range(first, first + count)]
         new = max(1, *counts)
         starts = cache.lengths[first : first + count]
         kv_len = max(starts) + new

@@ -1,0 +1,184 @@
+"""The device backend generates what the CPU backend generates: same bundle, same prompts, every way of drafting.
+
+Its passes are carried out by ONNX Runtime in host memory, from the graphs as engines are compiled from them: profiles,
+padding, captured passes, fixed caches and their compaction are those of a GPU. What a GPU computes is for tests/gpu.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from dspark_export.build import build
+from dspark_export.build_options import BuildOptions
+from dspark_export.engines.options import Ranges
+from dspark_export.engines.prepare import PROFILES, has_cache
+from dspark_export.passes.draw_for_all import DrawForAll
+from dspark_export.passes.equal_attention_widths import EqualAttentionWidths
+from dspark_export.passes.pin_capacity import PinCapacity
+from dspark_runtime import Bundle, errors
+from dspark_runtime.backends.opening import DeviceBackend, HostBackend, open_backend
+from dspark_runtime.bundle import BundleFiles, EngineBuild, EngineEntry, EngineInspection, EngineProfile, GraphEntry
+from dspark_runtime.engine_check import DeviceFacts
+from tests import tiny_models
+from tests.drafting.conftest import Pairs
+from tests.engines.host_cuda import HostCuda, HostPlan, host_plan
+
+RANGES = Ranges(batch=3, max_length=256, verify_rows=16, chunk=24)
+ADA = DeviceFacts("8.9", "NVIDIA L4", 13000)
+PROMPTS = [[5, 6, 7, 8, 5, 6, 7, 8, 5, 6], list(range(3, 60)), [9, 9, 4, 9, 9, 4, 9]]
+
+
+def entry_of(graph: GraphEntry) -> EngineEntry:
+    """What the manifest would say of an engine of ``graph``."""
+    dims = {p: {d: b for d, b in RANGES.dims(p).items() if any(d in i.shape for i in graph.inputs)} for p in PROFILES}
+    if not {"tokens", "features"} & set(dims["prefill"]):
+        del dims["prefill"]
+    return EngineEntry(
+        graph=graph.name,
+        flavour="tensorrt",
+        version="10.13",
+        targets=("8.9",),
+        file=f"engines/{graph.name}.plan",
+        log=f"engines/{graph.name}.log",
+        graph_sha256="0" * 64,
+        dtype=graph.dtype,
+        capacity=RANGES.max_length,
+        profiles=tuple(EngineProfile(name=name, dims=sizes) for name, sizes in dims.items()),
+        inspection=EngineInspection(attention=0, softmax=0, aliased=0, layers=()),
+        build=EngineBuild(seconds=0, peak_memory=0, plan=0, onnx=0, scratch=0),
+    )
+
+
+class Opened:
+    """A bundle on the imitated GPU."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        shutil.copytree(source, folder)
+        files = BundleFiles.open(folder)
+        decoders = [g for g in files.manifest.graphs if g.variant == "standard" and has_cache(g)]
+        for graph in decoders:
+            model = ir.load(folder / graph.file)
+            ir.passes.Sequential(DrawForAll(), EqualAttentionWidths(), PinCapacity(RANGES.max_length))(model)
+            onnx.save_model(ir.to_proto(model), folder / graph.file)
+        engines = tuple(entry_of(graph) for graph in decoders)
+        files = dataclasses.replace(files, manifest=files.manifest.model_copy(update={"engines": engines}))
+        self.cuda, self.plans = HostCuda(), list[HostPlan]()
+        make = host_plan(files)
+
+        def plan(*args: Any) -> HostPlan:
+            self.plans.append(make(*args))
+            return self.plans[-1]
+
+        cpu = Bundle.open(source, threads=1)
+        options = cpu.engine_options
+        backend = DeviceBackend(
+            files, "tensorrt", options, cuda=lambda number: self.cuda, plan=plan, device=lambda number: ADA
+        )
+        self.bundle = Bundle(files, options, cpu.exact, None, backend)
+
+
+@pytest.fixture(scope="module")
+def opened(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    return Opened(pairs.bundle.files.root, tmp_path_factory.mktemp("device") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def self_drafting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Opened]:
+    folder = tmp_path_factory.mktemp("self")
+    model = tiny_models.save_checkpoint("llama", folder / "model", head_dim=16, num_hidden_layers=3)
+    build(BuildOptions(str(model), folder / "bundle", self_draft="layers=0,2"))
+    return Bundle.open(folder / "bundle", threads=1), Opened(folder / "bundle", folder / "device")
+
+
+def tokens(bundle: Bundle, prompts: list[list[int]], **options: Any) -> Iterator[list[int]]:
+    found = bundle.generate(prompts, max_new_tokens=40, ignore_eos=True, **options)
+    return (generation.tokens for generation in found)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("place", range(12))
+def test_it_generates_what_the_cpu_generates(
+    pairs: Pairs, opened: Opened, place: int, batch_size: int, temperature: float
+) -> None:
+    modes = [mode for mode in pairs.bundle.speculation_modes() if mode != "auto"]
+    if place >= len(modes):
+        pytest.skip(f"the bundle has {len(modes)} modes")
+    options = {"speculate": modes[place], "batch_size": batch_size, "temperature": temperature, "seed": 3}
+    drafts = {} if modes[place] == "off" else {"draft_length": 6}
+    expected = list(tokens(pairs.bundle, PROMPTS, **options, **drafts))
+    assert list(tokens(opened.bundle, PROMPTS, **options, **drafts)) == expected
+
+
+@pytest.mark.parametrize("mode", ["off", "ngram", "self-draft", "ngram+self-draft"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_so_does_a_self_draft(self_drafting: tuple[Bundle, Opened], mode: str, batch_size: int) -> None:
+    cpu, device = self_drafting
+    for draft_length in (3, 9, None) if mode != "off" else (None,):
+        options = {"speculate": mode, "batch_size": batch_size, "draft_length": draft_length}
+        assert list(tokens(device.bundle, PROMPTS, **options)) == list(tokens(cpu, PROMPTS, **options))
+
+
+def test_graphs_are_replayed_and_memory_is_made_once(self_drafting: tuple[Bundle, Opened]) -> None:
+    _, device = self_drafting
+    list(tokens(device.bundle, PROMPTS, speculate="ngram", batch_size=3, draft_length=4))
+    allocated, launched, contexts = device.cuda.allocated, device.cuda.launched, [len(p.profiles) for p in device.plans]
+    list(tokens(device.bundle, PROMPTS, speculate="ngram", batch_size=3, draft_length=4))
+    assert device.cuda.allocated == allocated
+    assert device.cuda.launched > launched + 10
+    assert [len(p.profiles) for p in device.plans] == contexts
+
+
+def test_trees_move_rows_on_the_device(opened: Opened, pairs: Pairs) -> None:
+    before = opened.cuda.compacted
+    modes = [mode for mode in pairs.bundle.speculation_modes() if mode not in ("auto", "off", "ngram")]
+    for mode in modes:
+        list(tokens(opened.bundle, PROMPTS, speculate=mode, draft_length=8))
+    assert opened.cuda.compacted > before
+
+
+def test_limits_are_those_of_the_engine(opened: Opened) -> None:
+    limits = opened.bundle._backend.limits
+    assert (limits.slots, limits.batch, limits.rows, limits.chunk) == (256, 3, 16, 24)
+    assert opened.bundle.limits.positions == limits.positions == 192
+    with pytest.raises(errors.CapacityError):
+        opened.bundle.generate([1] * 190, max_new_tokens=10)
+    assert len(list(tokens(opened.bundle, [[1, 2, 3]] * 5, batch_size=8, speculate="off"))) == 5
+
+
+def test_a_pass_that_cannot_be_captured_is_enqueued(self_drafting: tuple[Bundle, Opened]) -> None:
+    cpu, device = self_drafting
+    device.cuda.captures = False
+    other = Opened(device.bundle.files.root.parent / "bundle", device.bundle.files.root.parent / "uncaptured")
+    other.cuda.captures = False
+    assert list(tokens(other.bundle, PROMPTS, speculate="ngram")) == list(tokens(cpu, PROMPTS, speculate="ngram"))
+    assert other.cuda.launched == 0
+
+
+def test_what_cannot_be_opened_is_refused(pairs: Pairs) -> None:
+    files, options = pairs.bundle.files, pairs.bundle.engine_options
+    assert isinstance(open_backend(files, "onnxruntime", options), HostBackend)
+    with pytest.raises(errors.UsageError, match=r"backend 'cuda' is unknown; choose onnxruntime, onnxruntime-cuda"):
+        open_backend(files, "cuda", options)
+    with pytest.raises(errors.UsageError, match="device=-1: give the number of a GPU"):
+        open_backend(files, "tensorrt", options, -1)
+    with pytest.raises(errors.IncompatibleBundle, match=r"no tensorrt-rtx engine of target; run `dspark-export"):
+        open_backend(files, "tensorrt-rtx", options)
+    backend = DeviceBackend(files, "onnxruntime-cuda", options, device=lambda number: None)
+    with pytest.raises(errors.EngineWithoutDevice, match="there is no GPU 0; leave out --backend"):
+        backend.engine("target", False)
+
+
+def test_without_a_gpu_an_engine_is_refused(opened: Opened) -> None:
+    files, options = opened.bundle.files, opened.bundle.engine_options
+    backend = DeviceBackend(files, "tensorrt", options, device=lambda number: None)
+    with pytest.raises(errors.EngineWithoutDevice, match=r"needs an NVIDIA GPU of compute capability 8\.9"):
+        backend.engine("target", False)
