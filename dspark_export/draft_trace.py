@@ -63,7 +63,7 @@ from dspark_runtime.sampling import SamplingParams, distribution
 from dspark_runtime.schedule import Schedule
 from dspark_runtime.sequence import Chunk, SequenceState
 from dspark_runtime.tree import TokenTree
-from dspark_runtime.verify import MIN_RESIDUAL
+from dspark_runtime.verify import MIN_RESIDUAL, Verdict
 
 _INNER = (CTX_FEATURES, BLOCK_HIDDEN, BASE_LOGITS, CORRECTED_LOGITS)
 _INNER_PREFIXES = ("ctx_keys.", "ctx_values.")
@@ -185,9 +185,16 @@ class _RecordingLoop(DecodingLoop):
 
     verified: dict[str, AnyArray]
 
-    def _commit(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, buffers: StepBuffers) -> Chunk:
+    def _commit(
+        self,
+        sequence: SequenceState,
+        proposal: Proposal,
+        tree: TokenTree,
+        verdict: Verdict | None,
+        buffers: StepBuffers,
+    ) -> Chunk:
         logits = buffers.logits[sequence.row, : len(tree)].copy()
-        chunk = super()._commit(sequence, proposal, tree, buffers)
+        chunk = super()._commit(sequence, proposal, tree, verdict, buffers)
         self.verified = {
             "tree_tokens": np.array(tree.tokens),
             "tree_parents": np.array(tree.parents),

@@ -38,6 +38,7 @@ from dspark_runtime.schedule import MOST_ROWS, Schedule
 from dspark_runtime.sequence import Chunk, Generation, SequenceState
 from dspark_runtime.statistics import DrafterCounts, Seconds
 from dspark_runtime.tree import TokenTree
+from dspark_runtime.tree_check import read_verdicts, tree_check
 from dspark_runtime.verify import Verdict, verify_chain, verify_tree
 
 _FIRST_SLOTS = 2048  # slots beyond the prompt to begin with; memory is only committed once it is written to
@@ -116,9 +117,9 @@ class DecodingLoop:
         drafted = _clock()
         buffers = self._fill(trees)
         passed = _clock()
-        self.runner.run()
+        verdicts = self._pass(proposals, trees)
         verified = _clock()
-        chunks = [self._commit(*each, buffers) for each in zip(self.active, proposals, trees, strict=True)]
+        chunks = [self._commit(*each, buffers) for each in zip(self.active, proposals, trees, verdicts, strict=True)]
         emitted, finished = 0, False
         for chunk in chunks:
             emitted += len(chunk.tokens)
@@ -239,10 +240,25 @@ class DecodingLoop:
                 mask[i, 0, padding, start + padding] = True
         return buffers
 
+    def _pass(self, proposals: Sequence[Proposal], trees: Sequence[TokenTree]) -> list[Verdict | None]:
+        """Run the target; a backend that verifies gives verdicts, else they follow from the logits."""
+        if not self.runner.verifies or any(map(_drawn, self.active, proposals)):
+            self.runner.run()
+            return [None] * len(trees)
+        return read_verdicts(self.runner.verify(tree_check(trees, self.active)))
+
     # Commit --------------------------------------------------------------------------------------------------------
 
-    def _commit(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, buffers: StepBuffers) -> Chunk:
-        verdict = self._verdict(sequence, proposal, tree, buffers.logits[sequence.row])
+    def _commit(
+        self,
+        sequence: SequenceState,
+        proposal: Proposal,
+        tree: TokenTree,
+        verdict: Verdict | None,
+        buffers: StepBuffers,
+    ) -> Chunk:
+        if verdict is None:
+            verdict = self._verdict(sequence, proposal, tree, buffers.logits[sequence.row])
         self.cache.commit(sequence.row, verdict.path)
         self._show(sequence, buffers.taps, sequence.row, verdict.path)
         chunk = sequence.append(verdict.tokens)
@@ -256,7 +272,7 @@ class DecodingLoop:
     def _verdict(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, logits: FloatArray) -> Verdict:
         start = len(sequence.tokens) - 1
         sampled = proposal.sampled
-        if sampled is not None and sampled.probs is not None and not sequence.request.params.greedy:
+        if _drawn(sequence, proposal) and sampled is not None and sampled.probs is not None:
             return verify_chain(tree.tokens[1:], sampled.probs, logits, sequence.sampler, start)
         return verify_tree(tree, logits, sequence.sampler.draw, start)
 
@@ -308,6 +324,12 @@ class DecodingLoop:
         self.schedule.acceptance.forget(sequence.index)
         for drafter in self.drafters:
             drafter.end(sequence.index)
+
+
+def _drawn(sequence: SequenceState, proposal: Proposal) -> bool:
+    """Whether the draft was drawn at random, so that rejection sampling verifies it."""
+    sampled = proposal.sampled
+    return sampled is not None and sampled.probs is not None and not sequence.request.params.greedy
 
 
 def tap_columns(engine: Engine, drafter: Drafter) -> IntArray | slice:

@@ -233,6 +233,10 @@ class Sampler:
         """Token for ``position`` from weights [vocab] instead of logits."""
         return inverse_cdf(weights, self._draws.at(position))
 
+    def uniform_at(self, position: int) -> float:
+        """The uniform that :meth:`draw` uses at ``position``."""
+        return self._draws.at(position)
+
     def accept_at(self, position: int) -> float:
         """Uniform deciding about a sampled draft at ``position``."""
         return self._accepts.at(position)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from dspark_export.passes.equal_attention_widths import EqualAttentionWidths
 from dspark_export.passes.pin_capacity import PinCapacity
 from dspark_runtime import Bundle, errors
 from dspark_runtime.backends.opening import DeviceBackend, HostBackend, open_backend
+from dspark_runtime.backends.plugin_launches import Launch
 from dspark_runtime.bundle import BundleFiles, EngineBuild, EngineEntry, EngineInspection, EngineProfile, GraphEntry
 from dspark_runtime.engine_check import DeviceFacts
 from tests import tiny_models
 from tests.drafting.conftest import Pairs
 from tests.engines.host_cuda import HostCuda, HostPlan, host_plan
+from tests.plugins.launched import Imitated
 
 RANGES = Ranges(batch=3, max_length=256, verify_rows=16, chunk=24)
 ADA = DeviceFacts("8.9", "NVIDIA L4", 13000)
@@ -57,10 +59,26 @@ def entry_of(graph: GraphEntry) -> EngineEntry:
     )
 
 
-class Opened:
-    """A bundle on the imitated GPU."""
+class Captured:
+    """The imitated device's kernels, which are captured with the rest of a pass."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
+    processors = 2
+
+    def __init__(self, kernels: Imitated, cuda: HostCuda) -> None:
+        self._kernels, self._cuda, self.launches = kernels, cuda, 0
+
+    def run(self, launches: Iterable[Launch], stream: int) -> None:
+        self._cuda.do(lambda: self._launch(launches))
+
+    def _launch(self, launches: Iterable[Launch]) -> None:
+        self.launches += 1
+        self._kernels.run(launches)
+
+
+class Opened:
+    """A bundle on the imitated GPU; ``kernels`` verify there, without any the host does."""
+
+    def __init__(self, source: Path, folder: Path, kernels: Imitated | None = None) -> None:
         shutil.copytree(source, folder)
         files = BundleFiles.open(folder)
         decoders = [g for g in files.manifest.graphs if g.variant == "standard" and has_cache(g)]
@@ -79,8 +97,15 @@ class Opened:
 
         cpu = Bundle.open(source, threads=1)
         options = cpu.engine_options
+        self.verifier = None if kernels is None else Captured(kernels, self.cuda)
         backend = DeviceBackend(
-            files, "tensorrt", options, cuda=lambda number: self.cuda, plan=plan, device=lambda number: ADA
+            files,
+            "tensorrt",
+            options,
+            cuda=lambda number: self.cuda,
+            plan=plan,
+            device=lambda number: ADA,
+            kernels=lambda number: self.verifier,
         )
         self.bundle = Bundle(files, options, cpu.exact, None, backend)
 
@@ -99,7 +124,7 @@ def self_drafting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Ope
 
 
 def tokens(bundle: Bundle, prompts: list[list[int]], **options: Any) -> Iterator[list[int]]:
-    found = bundle.generate(prompts, max_new_tokens=40, ignore_eos=True, **options)
+    found = bundle.generate(prompts, ignore_eos=True, **{"max_new_tokens": 40, **options})
     return (generation.tokens for generation in found)
 
 
@@ -143,6 +168,39 @@ def test_trees_move_rows_on_the_device(opened: Opened, pairs: Pairs) -> None:
     for mode in modes:
         list(tokens(opened.bundle, PROMPTS, speculate=mode, draft_length=8))
     assert opened.cuda.compacted > before
+
+
+@pytest.fixture(scope="module")
+def verifying(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    folder = tmp_path_factory.mktemp("verifying")
+    return Opened(pairs.bundle.files.root, folder / "bundle", Imitated.make(folder))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("mode", ["off", "ngram", "dspark", "eagle3", "ngram+dspark"])
+def test_trees_are_verified_on_the_device(pairs: Pairs, verifying: Opened, mode: str, batch_size: int) -> None:
+    """Greedy text is the CPU's. With a temperature the kernel adds up weights in another order than the host, so the
+    text is compared with plain decoding on the device."""
+    assert verifying.verifier is not None
+    before = verifying.verifier.launches
+    options: dict[str, Any] = {"speculate": mode, "batch_size": batch_size, "max_new_tokens": 20}
+    drafts = {} if mode == "off" else {"draft_length": 5}
+    assert list(tokens(verifying.bundle, PROMPTS, **options, **drafts)) == list(
+        tokens(pairs.bundle, PROMPTS, **options)
+    )
+    assert verifying.verifier.launches > before
+    for sampling in ({"temperature": 0.9, "seed": 4}, {"temperature": 1.1, "top_k": 30, "top_p": 0.9, "min_p": 0.01}):
+        plain = {**options, **sampling, "speculate": "off"}
+        assert list(tokens(verifying.bundle, PROMPTS, **options, **drafts, **sampling)) == list(
+            tokens(verifying.bundle, PROMPTS, **plain)
+        )
+
+
+def test_random_drafts_are_still_verified_by_rejection(verifying: Opened) -> None:
+    assert verifying.verifier is not None
+    options: dict[str, Any] = {"speculate": "dspark", "temperature": 1.0, "draft_sampling": "rejection"}
+    found = verifying.bundle.generate(PROMPTS[0], max_new_tokens=12, ignore_eos=True, **options)
+    assert len(found.tokens) == 12
 
 
 def test_limits_are_those_of_the_engine(opened: Opened) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, cast
 
 import numpy as np
 
 from dspark_runtime.backends.plugin_launches import (
     DeviceTensor,
+    Element,
     Launch,
     Markov,
     cache_table,
@@ -19,6 +22,7 @@ from dspark_runtime.backends.plugin_launches import (
     verify_tree,
     verify_workspace,
 )
+from tests.plugins.conftest import compile_host
 from tests.plugins.draft_cases import draft_case
 from tests.plugins.host_library import DTYPES, Array, HostLibrary
 from tests.plugins.test_host_verify import chain_inputs, random_params, random_tree, tree_inputs
@@ -32,6 +36,33 @@ class Device(Protocol):
 
     def run(self, launches: Iterable[Launch]) -> None:
         """Carry out ``launches``, then bring all tensors back into their arrays."""
+
+
+class Imitated:
+    """The imitated device, whose memory is the host's."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        for name in ("verify_workspace", "draft_workspace", "cache_table"):
+            getattr(self.library, f"emulation_{name}").restype = ctypes.c_int64
+
+    def tensors(self, arrays: Mapping[str, Array]) -> dict[str, DeviceTensor]:
+        return {n: DeviceTensor(a.ctypes.data, a.shape, cast(Element, a.dtype.name)) for n, a in arrays.items()}
+
+    def run(self, launches: Iterable[Launch]) -> None:
+        for launch in launches:
+            values = [np.array([a], np.uint64 if isinstance(a, int) else np.int32) for a in launch.arguments]
+            pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+            grid = (ctypes.c_uint32 * 3)(*launch.grid)
+            name = launch.kernel.encode()
+            assert self.library.emulation_launch(name, grid, ctypes.c_uint32(launch.threads), pointers) == 0, name
+
+    @classmethod
+    def make(cls, folder: Path) -> Imitated:
+        """Compile it; the test is skipped where there is no g++."""
+        options = ("-O2", "-shared", "-fPIC", "-DDSPARK_EMULATED")
+        source = "../tests/plugins/emulation/library.cpp"
+        return cls(compile_host(folder / "libemulated.so", *options, sources=(source,)))
 
 
 def verdicts(batch: int, rows: int) -> dict[str, Array]:

@@ -6,9 +6,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -18,8 +16,6 @@ from dspark_runtime.backends import cuda, plugin_kernels, plugin_launches
 from dspark_runtime.backends.plugin_kernels import PluginKernels
 from dspark_runtime.backends.plugin_launches import (
     DeviceTensor,
-    Element,
-    Launch,
     Markov,
     cache_table,
     draft_workspace,
@@ -28,37 +24,15 @@ from dspark_runtime.backends.plugin_launches import (
 )
 from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.sampling import SamplingParams
-from tests.plugins.conftest import PLUGINS, compile_host
-from tests.plugins.host_library import DTYPES, KINDS, Array, HostLibrary
-from tests.plugins.launched import check_compaction, check_drafting, check_verification, verdicts
+from tests.plugins.conftest import PLUGINS
+from tests.plugins.host_library import DTYPES, KINDS, HostLibrary
+from tests.plugins.launched import Imitated, check_compaction, check_drafting, check_verification, verdicts
 from tests.plugins.test_host_verify import random_tree, tree_inputs
-
-
-class Imitated:
-    """The imitated device, whose memory is the host's."""
-
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        for name in ("verify_workspace", "draft_workspace", "cache_table"):
-            getattr(self.library, f"emulation_{name}").restype = ctypes.c_int64
-
-    def tensors(self, arrays: Mapping[str, Array]) -> dict[str, DeviceTensor]:
-        return {n: DeviceTensor(a.ctypes.data, a.shape, cast(Element, a.dtype.name)) for n, a in arrays.items()}
-
-    def run(self, launches: Iterable[Launch]) -> None:
-        for launch in launches:
-            values = [np.array([a], np.uint64 if isinstance(a, int) else np.int32) for a in launch.arguments]
-            pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
-            grid = (ctypes.c_uint32 * 3)(*launch.grid)
-            name = launch.kernel.encode()
-            assert self.library.emulation_launch(name, grid, ctypes.c_uint32(launch.threads), pointers) == 0, name
 
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> Imitated:
-    output = tmp_path_factory.mktemp("launched") / "libemulated.so"
-    options = ("-O2", "-shared", "-fPIC", "-DDSPARK_EMULATED")
-    return Imitated(compile_host(output, *options, sources=("../tests/plugins/emulation/library.cpp",)))
+    return Imitated.make(tmp_path_factory.mktemp("launched"))
 
 
 @pytest.mark.parametrize("family", ["tree", "chain"])

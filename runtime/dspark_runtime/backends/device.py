@@ -1,8 +1,9 @@
 """Decoders on the GPU behind the Engine protocol, whatever runs their passes: TensorRT, TensorRT-RTX or ONNX Runtime.
 
-A pass is: fill page-locked arrays, one copy in, the engine, one copy out, and one wait of the host. Everything is
-enqueued on the stream of the cache memory. Inputs and outputs have fixed addresses, so that a pass of a shape that was
-seen before is the launch of one CUDA graph.
+A pass is: fill page-locked arrays, one copy in, the engine, one copy out, and one wait of the host. With the plugins'
+kernels at hand, trees are verified where the logits are, and what comes out are accepted rows and their tokens.
+Everything is enqueued on the stream of the cache memory. Inputs and outputs have fixed addresses, so that a pass of a
+shape that was seen before is the launch of one CUDA graph.
 
 No GPU has run this yet: what is tested is the order of the calls, see docs/engines.md.
 """
@@ -18,7 +19,9 @@ import numpy.typing as npt
 from dspark_runtime.backends.cuda import Bytes, Cuda
 from dspark_runtime.backends.device_cache import ELEMENT_BYTES, DeviceCache, LentCache
 from dspark_runtime.backends.device_shapes import PassRanges, PassShape, pass_shape
-from dspark_runtime.backends.engine import CacheMemory, StepBuffers
+from dspark_runtime.backends.device_verify import Kernels, Staging, Verifier
+from dspark_runtime.backends.engine import CacheMemory, StepBuffers, TreeCheck, TreeVerdicts
+from dspark_runtime.backends.plugin_launches import DeviceTensor
 from dspark_runtime.bundle import BundleFiles, GraphEntry
 from dspark_runtime.contract import (
     ATTENTION_MASK,
@@ -66,6 +69,7 @@ class DeviceEngine:
         cuda: the GPU.
         plan: what runs them.
         replay: capture CUDA graphs.
+        kernels: what verifies on the GPU; None: logits are copied out.
 
     Raises:
         IncompatibleBundle: its tensors are not those of the contract.
@@ -80,6 +84,7 @@ class DeviceEngine:
         plan: Plan,
         *,
         replay: bool = True,
+        kernels: Kernels | None = None,
     ) -> None:
         self.name, self.entry, self.cuda, self.replay = graph.name, entry, cuda, replay
         self.taps = tuple(graph.taps)
@@ -89,6 +94,7 @@ class DeviceEngine:
         self.vocab_size = int(shapes[LOGITS][-1])
         self.taps_width = int(shapes[HIDDEN_TAPS][-1]) if HIDDEN_TAPS in shapes else 0
         self.plan = plan
+        self.kernels = kernels
         self._free: list[DeviceCache] = []
         self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
 
@@ -147,14 +153,16 @@ class DeviceRunner:
         self._first, self._count, self._element = 0, memory.batch, ELEMENT_BYTES[engine.entry.dtype]
         most = engine.largest
         batch, tokens, rows = (most[name] for name in ("batch", "tokens", "rows"))
-        self._inputs = _Staging(self._cuda, _layout(batch, tokens, rows, engine.entry.capacity)[1])
-        self._outputs = _Staging(self._cuda, 4 * batch * rows * engine.vocab_size + _ALIGNMENT)
+        self._inputs = Staging(self._cuda, _layout(batch, tokens, rows, engine.entry.capacity)[1])
+        self._outputs = Staging(self._cuda, 4 * batch * rows * engine.vocab_size + _ALIGNMENT)
         self._taps = (
-            _Staging(self._cuda, self._element * batch * tokens * engine.taps_width) if engine.taps_width else None
+            Staging(self._cuda, self._element * batch * tokens * engine.taps_width) if engine.taps_width else None
         )
+        self._verifier = None if engine.kernels is None else Verifier(self._cuda, engine.kernels, batch, rows)
+        self.verifies = self._verifier is not None
         self._contexts: dict[int, Any] = {}
-        self._graphs: dict[tuple[PassShape, int], tuple[int, Any]] = {}
-        self._seen: set[tuple[PassShape, int]] = set()
+        self._graphs: dict[_Key, tuple[int, Any]] = {}
+        self._seen: set[_Key] = set()
         self._shape: PassShape | None = None
         self._buffers: StepBuffers | None = None
         self._done = self._cuda.event()
@@ -187,23 +195,35 @@ class DeviceRunner:
         return self._buffers
 
     def run(self) -> None:
-        """See :class:`dspark_runtime.backends.engine.Runner`; the only wait of the host is the one at the end."""
+        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        self._run(False)
+
+    def verify(self, check: TreeCheck) -> TreeVerdicts:
+        """See :class:`dspark_runtime.backends.engine.Runner`: what comes back are a few integers."""
+        if self._verifier is None or self._shape is None:
+            raise BackendError(f"{self._engine.name} verifies nothing on the GPU; build plugins/ for its kernels")
+        self._verifier.fill(check, self._shape.batch, self._shape.rows)
+        self._run(True)
+        return self._verifier.verdicts(check.tokens.shape[1])
+
+    def _run(self, verified: bool) -> None:
+        """The only wait of the host is the one at the end."""
         shape, buffers, stream = self._shape, self._buffers, self._memory.stream
         if shape is None or buffers is None:
             raise BackendError(f"{self._engine.name} was run before its pass was prepared")
-        key = (shape, self._first)
+        key = (shape, self._first, verified)
         if key in self._graphs or (key in self._seen and len(self._graphs) < _GRAPHS and self._capture(key)):
             self._cuda.launch(self._graphs[key][0], stream)
         else:
             if shape.replayed and self._engine.replay:
                 self._seen.add(key)
-            self._enqueue(self._context(shape.profile), shape)
+            self._enqueue(self._context(shape.profile), key)
         self._cuda.record(self._done, stream)
         self._cuda.synchronize(self._done)
         if buffers.taps is not None and self._taps is not None:
             buffers.taps[:] = widened(self._taps.host, self._engine.entry.dtype, shape, buffers.taps.shape)
 
-    def _capture(self, key: tuple[PassShape, int]) -> bool:
+    def _capture(self, key: _Key) -> bool:
         """Turn the pass into a graph. It gets a context of its own: a context must not change under a graph.
 
         TensorRT finishes what a new shape needs when it is first enqueued, which must not happen while capturing. So
@@ -211,10 +231,10 @@ class DeviceRunner:
         """
         context = self._engine.plan.context(key[0].profile, self._memory.stream)
         self._bind(context, key[0])
-        self._enqueue(context, key[0], bound=True)
+        self._enqueue(context, key, bound=True)
         self._cuda.begin_capture(self._memory.stream)
         try:
-            self._enqueue(context, key[0], bound=True)
+            self._enqueue(context, key, bound=True)
         finally:
             graph = self._cuda.end_capture(self._memory.stream)
         if not graph:  # this engine cannot be captured: enqueue it from now on
@@ -224,15 +244,20 @@ class DeviceRunner:
         self._graphs[key] = graph, context
         return True
 
-    def _enqueue(self, context: Any, shape: PassShape, bound: bool = False) -> None:
+    def _enqueue(self, context: Any, key: _Key, bound: bool = False) -> None:
+        shape, _, verified = key
         stream = self._memory.stream
         if not bound:
             self._bind(context, shape)
         _, size = _layout(shape.batch, shape.tokens, shape.rows, shape.kv_len)
         self._cuda.copy_in(self._inputs.device, self._inputs.host[:size], stream)
         self._engine.plan.enqueue(context, stream)
-        wanted = 4 * shape.batch * shape.rows * self._engine.vocab_size
-        self._cuda.copy_out(self._outputs.host[:wanted], self._outputs.device, stream)
+        if verified and self._verifier is not None:
+            logits = DeviceTensor(self._outputs.device, (shape.batch, shape.rows, self._engine.vocab_size), "float32")
+            self._verifier.enqueue(logits, stream)
+        else:
+            wanted = 4 * shape.batch * shape.rows * self._engine.vocab_size
+            self._cuda.copy_out(self._outputs.host[:wanted], self._outputs.device, stream)
         if self._taps is not None:
             wanted = self._element * shape.batch * shape.tokens * self._engine.taps_width
             self._cuda.copy_out(self._taps.host[:wanted], self._taps.device, stream)
@@ -272,15 +297,8 @@ class DeviceRunner:
         return views
 
 
+_Key = tuple[PassShape, int, bool]  # of a pass: its shape, its first sequence, whether it is verified on the GPU
 _INPUTS = (INPUT_IDS, POSITION_IDS, WRITE_INDICES, LOGIT_ROWS, ATTENTION_MASK)
-
-
-class _Staging:
-    """Page-locked host memory and the device memory it is copied to or from."""
-
-    def __init__(self, cuda: Cuda, size: int) -> None:
-        self.host: Bytes = cuda.pinned(size)
-        self.device = cuda.allocate(size)
 
 
 def _layout(batch: int, tokens: int, rows: int, kv_len: int) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:

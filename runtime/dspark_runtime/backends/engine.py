@@ -60,6 +60,33 @@ class StepBuffers:
     taps: npt.NDArray[Any] | None
 
 
+@dataclass(frozen=True, slots=True)
+class TreeCheck:
+    """What a backend that verifies needs beside the logits; inputs of ``VerifyTree`` in docs/plugins.md.
+
+    ``tokens`` int64 [batch, rows], row 0 the anchor; ``ancestors`` bool [batch, rows, rows], all false for rows a
+    sequence does not have; ``uniforms`` float32 [batch, rows]; ``temperature``, ``top_p``, ``min_p`` float32 and
+    ``top_k`` int64 [batch].
+    """
+
+    tokens: IntArray
+    ancestors: BoolArray
+    uniforms: FloatArray
+    temperature: FloatArray
+    top_k: IntArray
+    top_p: FloatArray
+    min_p: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class TreeVerdicts:
+    """``path`` and ``emitted`` int64 [batch, rows], ``accepted`` int64 [batch]; see ``VerifyTree``."""
+
+    path: IntArray
+    emitted: IntArray
+    accepted: IntArray
+
+
 class CacheMemory(Protocol):
     """Key and value memory of all layers: [batch, kv_heads, capacity, width] each, zero where never written."""
 
@@ -82,7 +109,9 @@ class CacheMemory(Protocol):
 
 
 class Runner(Protocol):
-    """Passes of one engine over one cache memory."""
+    """Passes of one engine over one cache memory. ``verifies``: :meth:`verify` may be called instead of :meth:`run`."""
+
+    verifies: bool
 
     def select(self, first: int, count: int) -> None:
         """Run the following passes over the sequences ``first`` to ``first + count - 1``."""
@@ -92,6 +121,9 @@ class Runner(Protocol):
 
     def run(self) -> None:
         """Run the pass over the prepared buffers; raises BackendError."""
+
+    def verify(self, check: TreeCheck) -> TreeVerdicts:
+        """Run the pass and verify its trees where it ran: logits stay there, ``StepBuffers.logits`` is not filled."""
 
 
 class Engine(Protocol):

@@ -10,13 +10,16 @@ from dspark_runtime.backends.cuda import Cuda, CudaBindings
 from dspark_runtime.backends.device import DeviceEngine, Plan
 from dspark_runtime.backends.device_graph import DeviceGraphEngine
 from dspark_runtime.backends.device_shapes import PassRanges
+from dspark_runtime.backends.device_verify import Kernels
 from dspark_runtime.backends.engine import Engine, EngineOptions, GraphEngine
+from dspark_runtime.backends.plugin_kernels import PluginKernels
 from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.backends.tensorrt_plan import LoadedPlan
 from dspark_runtime.bundle import BundleFiles, GraphEntry, Variant
 from dspark_runtime.engine_check import DeviceFacts, require_device, runs_on
 from dspark_runtime.engine_facts import EngineEntry
 from dspark_runtime.errors import EngineWithoutDevice, IncompatibleBundle, UsageError
+from dspark_runtime.plugins import FATBIN, plugin_file
 from dspark_runtime.schedule import MOST_ROWS
 
 BackendName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]
@@ -112,6 +115,7 @@ class DeviceBackend:
         cuda: makes the GPU's interface.
         plan: loads a graph for given ranges.
         device: asks for the GPU.
+        kernels: finds what verifies on the GPU; None: the host verifies.
 
     Raises:
         IncompatibleBundle: the bundle has no engine of the target for this backend.
@@ -128,9 +132,11 @@ class DeviceBackend:
         cuda: Callable[[int], Cuda] = CudaBindings,
         plan: Callable[[GraphEntry, PassRanges, Cuda, int], Plan] | None = None,
         device: Callable[[int], DeviceFacts | None] = this_device,
+        kernels: Callable[[int], Kernels | None] | None = None,
     ) -> None:
         self._files, self._name, self._number = files, name, number
         self._make_cuda, self._make_plan, self._device = cuda, plan, device
+        self._make_kernels = kernels or found_kernels
         self._host = HostBackend(files, options)
         positions = files.manifest.model.max_positions
         self._length = -(-min(length or _CUDA_LENGTH, positions) // 64) * 64 + MOST_ROWS
@@ -154,7 +160,8 @@ class DeviceBackend:
             cuda = self._opened(ranges)
             # ONNX Runtime waits for the device inside a pass, which cannot be captured.
             plan, replay = self._plan(graph, ranges, cuda), isinstance(ranges, EngineEntry)
-            self._engines[name] = DeviceEngine(self._files, graph, ranges, cuda, plan, replay=replay)
+            kernels = self._make_kernels(self._number) if name == "target" else None
+            self._engines[name] = DeviceEngine(self._files, graph, ranges, cuda, plan, replay=replay, kernels=kernels)
         return self._engines[name]
 
     def graph_engine(self, name: str, batched: bool) -> GraphEngine:
@@ -207,6 +214,11 @@ class DeviceBackend:
         from dspark_runtime.backends.ort_device import OrtPlan
 
         return OrtPlan(self._files.path(graph.file), graph, "cuda", self._number, self._stream)
+
+
+def found_kernels(number: int) -> Kernels | None:
+    """The plugins' kernels on GPU ``number``; None if ``dspark.fatbin`` was not built."""
+    return None if plugin_file(FATBIN) is None else PluginKernels(number)
 
 
 def open_backend(

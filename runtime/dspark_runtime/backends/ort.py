@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspark_runtime.backends.engine import CacheMemory, EngineOptions, StepBuffers
+from dspark_runtime.backends.engine import CacheMemory, EngineOptions, StepBuffers, TreeCheck, TreeVerdicts
 from dspark_runtime.contract import (
     ATTENTION_MASK,
     HIDDEN_TAPS,
@@ -166,6 +166,8 @@ class OrtEngine:
 class OrtRunner:
     """One IOBinding over one cache memory. A call rebinds what changed since the last one, nothing else."""
 
+    verifies = False  # logits are in host memory anyway
+
     def __init__(self, engine: OrtEngine, memory: HostCache) -> None:
         self._engine = engine
         self._memory = memory
@@ -212,6 +214,10 @@ class OrtRunner:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in {self._engine.name}: {error}") from error
+
+    def verify(self, check: TreeCheck) -> TreeVerdicts:
+        """See :class:`dspark_runtime.backends.engine.Runner`; never called, see ``verifies``."""
+        raise BackendError(f"{self._engine.name} runs in host memory, where the caller verifies")
 
     def _bind_mask(self, tokens: int, kv_len: int) -> npt.NDArray[np.bool_]:
         if tokens == 1:

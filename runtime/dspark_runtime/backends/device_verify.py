@@ -1,0 +1,110 @@
+"""Verification where the logits are: trees go in with page-locked memory, accepted rows and their tokens come out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_runtime.backends.cuda import Bytes, Cuda
+from dspark_runtime.backends.engine import TreeCheck, TreeVerdicts
+from dspark_runtime.backends.plugin_launches import DeviceTensor, Element, Launch, verify_tree, verify_workspace
+
+_ALIGNMENT = 256
+_INPUTS: dict[str, tuple[Element, str]] = {  # type, and dims: b(atch) and r(ows)
+    "tokens": ("int64", "br"),
+    "ancestors": ("bool", "brr"),
+    "uniforms": ("float32", "br"),
+    "temperature": ("float32", "b"),
+    "top_k": ("int64", "b"),
+    "top_p": ("float32", "b"),
+    "min_p": ("float32", "b"),
+}
+_OUTPUTS: dict[str, tuple[Element, str]] = {
+    "path": ("int64", "br"),
+    "emitted": ("int64", "br"),
+    "accepted": ("int64", "b"),
+}
+Places = dict[str, tuple[int, tuple[int, ...], Element]]
+
+
+class Kernels(Protocol):
+    """The plugins' kernels, see :class:`dspark_runtime.backends.plugin_kernels.PluginKernels`."""
+
+    processors: int
+
+    def run(self, launches: Iterable[Launch], stream: int) -> None:
+        """Enqueue ``launches``."""
+
+
+class Staging:
+    """Page-locked host memory and the device memory it is copied to or from."""
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self.host: Bytes = cuda.pinned(size)
+        self.device = cuda.allocate(size)
+
+
+class Verifier:
+    """``VerifyTree`` behind a pass of up to ``batch`` sequences and ``rows`` rows."""
+
+    def __init__(self, cuda: Cuda, kernels: Kernels, batch: int, rows: int) -> None:
+        self._cuda, self._kernels = cuda, kernels
+        self._inputs = Staging(cuda, _layout(_INPUTS, batch, rows)[1])
+        self._outputs = Staging(cuda, _layout(_OUTPUTS, batch, rows)[1])
+        self._workspace = cuda.allocate(verify_workspace(batch, rows))  # zeroed once, left zeroed by every launch
+        self._sizes = batch, rows
+
+    def fill(self, check: TreeCheck, batch: int, rows: int) -> None:
+        """Write the trees of a pass of ``batch`` x ``rows``; rows beyond those of ``check`` see nothing."""
+        self._sizes = batch, rows
+        places, _ = _layout(_INPUTS, batch, rows)
+        for name in _INPUTS:
+            given: npt.NDArray[Any] = getattr(check, name)
+            view = _view(self._inputs.host, places[name])
+            view[...] = 0
+            view[tuple(slice(0, size) for size in given.shape)] = given
+
+    def enqueue(self, logits: DeviceTensor, stream: int) -> None:
+        """Verify ``logits`` float32 [batch, rows, vocab] against what was filled in."""
+        batch, rows, _ = logits.shape
+        inputs, size = _layout(_INPUTS, batch, rows)
+        outputs, returned = _layout(_OUTPUTS, batch, rows)
+        self._cuda.copy_in(self._inputs.device, self._inputs.host[:size], stream)
+        launches = verify_tree(
+            {"logits": logits, **_tensors(self._inputs.device, inputs)},
+            _tensors(self._outputs.device, outputs),
+            self._workspace,
+            self._kernels.processors,
+        )
+        self._kernels.run(launches, stream)
+        self._cuda.copy_out(self._outputs.host[:returned], self._outputs.device, stream)
+
+    def verdicts(self, rows: int) -> TreeVerdicts:
+        """What came back, without padding: valid until the next pass."""
+        places, _ = _layout(_OUTPUTS, *self._sizes)
+        found = {name: _view(self._outputs.host, places[name]) for name in _OUTPUTS}
+        return TreeVerdicts(found["path"][:, :rows], found["emitted"][:, :rows], found["accepted"])
+
+
+def _layout(tensors: dict[str, tuple[Element, str]], batch: int, rows: int) -> tuple[Places, int]:
+    """Offset, dims and type of every tensor in its staging memory, and the bytes of all."""
+    places: Places = {}
+    end = 0
+    for name, (dtype, letters) in tensors.items():
+        dims = tuple(batch if letter == "b" else rows for letter in letters)
+        places[name] = end, dims, dtype
+        end += -(-int(np.prod(dims)) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+    return places, end
+
+
+def _view(host: Bytes, place: tuple[int, tuple[int, ...], Element]) -> npt.NDArray[Any]:
+    offset, dims, dtype = place
+    size = int(np.prod(dims)) * np.dtype(dtype).itemsize
+    return host[offset : offset + size].view(dtype).reshape(dims)
+
+
+def _tensors(device: int, places: Places) -> dict[str, DeviceTensor]:
+    return {name: DeviceTensor(device + offset, dims, dtype) for name, (offset, dims, dtype) in places.items()}
