@@ -150,11 +150,10 @@ def test_padding_sees_one_slot_and_is_seen_by_none(files: BundleFiles) -> None:
     buffers.attention_mask[:] = True
     shape = runner._shape
     assert shape is not None and (shape.tokens, shape.rows, shape.kv_len) == (4, 4, 64)
-    views = runner._views(shape)
-    mask = views["attention_mask"]
+    ids, _, _, logit_rows, mask, _ = runner._views[shape]
     assert mask[:, :, :3, :40].all() and not mask[:, :, :, 40:].any()
     assert mask[:, :, 3, 0].all() and not mask[:, :, 3, 1:].any()
-    assert not views["input_ids"][:, 3:].any() and not views["logit_rows"][:, 3:].any()
+    assert not ids[:, 3:].any() and not logit_rows[:, 3:].any()
     assert buffers.logits.shape == (2, 3, engine.vocab_size)
 
 

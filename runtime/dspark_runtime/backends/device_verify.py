@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,26 +53,31 @@ class Verifier:
 
     def __init__(self, cuda: Cuda, kernels: Kernels, batch: int, rows: int) -> None:
         self._cuda, self._kernels = cuda, kernels
-        self._inputs = Staging(cuda, _layout(_INPUTS, batch, rows)[1])
-        self._outputs = Staging(cuda, _layout(_OUTPUTS, batch, rows)[1])
+        self._inputs = Staging(cuda, _layout(True, batch, rows)[1])
+        self._outputs = Staging(cuda, _layout(False, batch, rows)[1])
         self._workspace = cuda.allocate(verify_workspace(batch, rows))  # zeroed once, left zeroed by every launch
         self._sizes = batch, rows
+        self._known: dict[tuple[int, int], tuple[list[npt.NDArray[Any]], list[npt.NDArray[Any]]]] = {}
 
     def fill(self, check: TreeCheck, batch: int, rows: int) -> None:
         """Write the trees of a pass of ``batch`` x ``rows``; rows beyond those of ``check`` see nothing."""
         self._sizes = batch, rows
-        places, _ = _layout(_INPUTS, batch, rows)
-        for name in _INPUTS:
-            given: npt.NDArray[Any] = getattr(check, name)
-            view = _view(self._inputs.host, places[name])
-            view[...] = 0
-            view[tuple(slice(0, size) for size in given.shape)] = given
+        tokens, ancestors, uniforms, *sampling = self._views(batch, rows)[0]
+        count = check.tokens.shape[1]
+        if count < rows:
+            tokens[:, count:] = 0
+            ancestors[...] = False
+            uniforms[:, count:] = 0
+        tokens[:, :count], uniforms[:, :count] = check.tokens, check.uniforms
+        ancestors[:, :count, :count] = check.ancestors
+        for view, given in zip(sampling, (check.temperature, check.top_k, check.top_p, check.min_p), strict=True):
+            view[...] = given
 
     def enqueue(self, logits: DeviceTensor, stream: int) -> None:
         """Verify ``logits`` float32 [batch, rows, vocab] against what was filled in."""
         batch, rows, _ = logits.shape
-        inputs, size = _layout(_INPUTS, batch, rows)
-        outputs, returned = _layout(_OUTPUTS, batch, rows)
+        inputs, size = _layout(True, batch, rows)
+        outputs, returned = _layout(False, batch, rows)
         self._cuda.copy_in(self._inputs.device, self._inputs.host[:size], stream)
         launches = verify_tree(
             {"logits": logits, **_tensors(self._inputs.device, inputs)},
@@ -84,16 +90,25 @@ class Verifier:
 
     def verdicts(self, rows: int) -> TreeVerdicts:
         """What came back, without padding: valid until the next pass."""
-        places, _ = _layout(_OUTPUTS, *self._sizes)
-        found = {name: _view(self._outputs.host, places[name]) for name in _OUTPUTS}
-        return TreeVerdicts(found["path"][:, :rows], found["emitted"][:, :rows], found["accepted"])
+        path, emitted, accepted = self._views(*self._sizes)[1]
+        return TreeVerdicts(path[:, :rows], emitted[:, :rows], accepted)
+
+    def _views(self, batch: int, rows: int) -> tuple[list[npt.NDArray[Any]], list[npt.NDArray[Any]]]:
+        """Inputs and outputs of a size in page-locked memory."""
+        found = self._known.get((batch, rows))
+        if found is None:
+            inputs = [_view(self._inputs.host, place) for place in _layout(True, batch, rows)[0].values()]
+            outputs = [_view(self._outputs.host, place) for place in _layout(False, batch, rows)[0].values()]
+            found = self._known[batch, rows] = inputs, outputs
+        return found
 
 
-def _layout(tensors: dict[str, tuple[Element, str]], batch: int, rows: int) -> tuple[Places, int]:
-    """Offset, dims and type of every tensor in its staging memory, and the bytes of all."""
+@cache
+def _layout(inputs: bool, batch: int, rows: int) -> tuple[Places, int]:
+    """Offset, dims and type of every input or output in its staging memory, and the bytes of all."""
     places: Places = {}
     end = 0
-    for name, (dtype, letters) in tensors.items():
+    for name, (dtype, letters) in (_INPUTS if inputs else _OUTPUTS).items():
         dims = tuple(batch if letter == "b" else rows for letter in letters)
         places[name] = end, dims, dtype
         end += -(-int(np.prod(dims)) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
