@@ -169,7 +169,7 @@ def _optimize(graph: ir.Model, options: BuildOptions) -> None:
     from dspark_export.passes.precision import PrecisionSettings, apply_precision
 
     settings = PrecisionSettings(
-        options.precision, options.block, head=options.quantize_head, embedding=options.quantize_embedding
+        options.precision, options.block, head=options.quantize_head, embedding=options.embedding_too
     )
     optimize(graph)
     apply_precision(graph, settings)

@@ -12,6 +12,12 @@ from dspark_runtime.engine_facts import Flavour
 from dspark_runtime.errors import UsageError
 
 Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Activations = Literal["fp32", "fp16", "bf16"]
+DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
 QUANTIZED = ("int8", "int4")
 DEFAULT_BLOCK = 32
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -27,6 +33,8 @@ class BuildOptions:
     that differ from the target's. ``exact`` None: exact for float weights,
     where it costs next to nothing. ``self_draft`` is ``auto``, ``none`` or ``layers=...``. ``threads`` None: as many as
     there are cores. ``backend``: compile engines of that flavour, with default ranges, and verification by ``plugins``.
+    ``quantize_embedding`` None: unless the graph computes in half precision. ``activations``: what int8 and int4 graphs
+    compute in, None for fp32, or fp16 where engines are compiled.
 
     Raises UsageError for combinations that make no sense.
     """
@@ -36,7 +44,7 @@ class BuildOptions:
     revision: str | None = None
     precision: Weights = "fp32"
     quantize_head: bool = True
-    quantize_embedding: bool = True
+    quantize_embedding: bool | None = None
     block_size: int | None = None
     exact: bool | None = None
     self_draft: str = AUTO
@@ -50,6 +58,7 @@ class BuildOptions:
     allow_untested: bool = False
     backend: Flavour | None = None
     plugins: PluginsOption = "auto"
+    activations: Activations | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Weights):
@@ -66,10 +75,16 @@ class BuildOptions:
             raise UsageError("--draft-vocab, --markov-topk and --allow-own-embeddings are about a --draft; give one")
         if self.markov_topk is not None and self.markov_topk < 1:
             raise UsageError(f"--markov-topk {self.markov_topk} is not positive; leave it out to correct every token")
-        if self.backend is not None and self.precision not in ("fp16", "bf16"):
+        if self.activations is not None and self.activations not in get_args(Activations):
+            raise UsageError(f"--activations {self.activations} is unknown; choose {', '.join(get_args(Activations))}")
+        if self.activations is not None and not self.quantized:
             raise UsageError(
-                f"--backend {self.backend} compiles graphs in half precision, not {self.precision}; "
-                "add --precision fp16 or bf16"
+                f"--activations applies to {' and '.join(QUANTIZED)}; graphs in {self.precision} compute in that"
+            )
+        if self.backend is not None and self.dtype == "float32":
+            raise UsageError(
+                f"--backend {self.backend} compiles graphs that compute in half precision, not in fp32; "
+                "add --precision fp16 or bf16, or int8 or int4 without --activations fp32"
             )
         if self.backend is None and self.plugins != "auto":
             raise UsageError(f"--plugins {self.plugins} is about engines; add --backend tensorrt or tensorrt-rtx")
@@ -80,6 +95,11 @@ class BuildOptions:
     def quantized(self) -> bool:
         """Whether weights are stored as integers in blocks."""
         return self.precision in QUANTIZED
+
+    @property
+    def embedding_too(self) -> bool:
+        """Whether the embedding is quantized; TensorRT cannot look up rows of a quantized table."""
+        return self.dtype == "float32" if self.quantize_embedding is None else self.quantize_embedding
 
     @property
     def exact_text(self) -> bool:
@@ -93,5 +113,7 @@ class BuildOptions:
 
     @property
     def dtype(self) -> Literal["float32", "float16", "bfloat16"]:
-        """What the graph computes in: quantized weights are expanded to float32."""
-        return {"fp16": "float16", "bf16": "bfloat16"}.get(self.precision, "float32")  # type: ignore[return-value]
+        """What the graph computes in: quantized weights are expanded to it."""
+        if not self.quantized:
+            return DTYPES[self.precision]
+        return DTYPES[self.activations or ("fp32" if self.backend is None else "fp16")]

@@ -148,7 +148,7 @@ def precision(options: BuildOptions) -> Precision:
         weights=options.precision,
         block_size=options.block,
         head=options.quantize_head,
-        embedding=options.quantize_embedding,
+        embedding=options.embedding_too,
         exact=options.exact_text,
         accuracy_level=INT8_ACTIVATIONS,
     )

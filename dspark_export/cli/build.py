@@ -44,6 +44,14 @@ class PrecisionName(StrEnum):
     INT4 = "int4"
 
 
+class ActivationsName(StrEnum):
+    """Values of ``--activations``."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
 class ProgressName(StrEnum):
     """Values of ``--progress``: ``auto`` draws on a terminal only, ``json`` writes one line per stage."""
 
@@ -58,8 +66,19 @@ def build(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     precision: Annotated[PrecisionName, typer.Option(help="How weights are stored.")] = PrecisionName.FP32,
     quantize_head: Annotated[bool, typer.Option(help="int8, int4: quantize the output head too.")] = True,
-    quantize_embedding: Annotated[bool, typer.Option(help="int8, int4: quantize the embedding too.")] = True,
+    quantize_embedding: Annotated[
+        bool | None,
+        typer.Option(
+            "--quantize-embedding/--no-quantize-embedding",
+            help="int8, int4: quantize the embedding too (default: unless --activations are fp16 or bf16).",
+            show_default=False,
+        ),
+    ] = None,
     block_size: Annotated[int | None, typer.Option(help="int8, int4: weights per scale (default: 32).")] = None,
+    activations: Annotated[
+        ActivationsName | None,
+        typer.Option(help="int8, int4: what the graph computes in (default: fp32; fp16 with --backend)."),
+    ] = None,
     exact: Annotated[
         bool | None,
         typer.Option(
@@ -128,6 +147,7 @@ def build(
         allow_untested=allow_untested_architecture,
         backend=None if backend is None else backend.value,
         plugins=plugins.value,
+        activations=None if activations is None else activations.value,
     )
     with terminable(), _shown(progress) as on_stage:
         _quiet_exporter()

@@ -30,6 +30,11 @@ def explain(graph: PreparedGraph, flavour: str, failure: dict[str, Any]) -> Exce
         return _refused_node(graph, flavour, failure["nodes"])
     if "Attention operation was not supported by a dedicated kernel" in message:
         return _no_fused_kernel(graph, flavour, message)
+    if "Quantized constant" in message and ".rows." in message:
+        return EngineBuildError(
+            f"{flavour} cannot compile graph {graph.name}: it cannot look up rows of the quantized embedding. Build "
+            "the bundle again with --no-quantize-embedding"
+        )
     name = _mentioned(graph, message)
     facts = graph.nodes.get(name)
     where = f" at node {name} ({facts.operator}{_tensors(facts)})" if facts else ""

@@ -99,7 +99,7 @@ def check_precision(entry: GraphEntry) -> None:
     if entry.dtype == "float32" and entry.name != VERIFY:
         raise EnginePrecisionError(
             f"graph {entry.name} computes in float32, for which TensorRT has no fused attention; engines need half "
-            "precision: build the bundle with --precision fp16 or bf16"
+            "precision: build the bundle with --precision fp16 or bf16, or int8 or int4 with --activations fp16"
         )
 
 

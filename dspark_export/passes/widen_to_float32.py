@@ -50,7 +50,9 @@ def _retype_node(node: ir.Node) -> bool:
 def _widen_weight(graph: ir.Graph, value: ir.Value) -> None:
     tensor = value.const_value
     assert tensor is not None
-    if tensor.size <= _INLINE_ELEMENTS:  # a scalar of the arithmetic, not a weight
+    # Scalars of the arithmetic are no weights; ONNX Runtime fuses a quantized product only if its scales are constants.
+    scales = all(use.node.op_type == "DequantizeLinear" for use in value.uses())
+    if tensor.size <= _INLINE_ELEMENTS or scales:
         array = tensor.numpy().astype(np.float32)
         value.const_value = ir.tensor(array, name=value.name)
         value.type = ir.TensorType(ir.DataType.FLOAT)

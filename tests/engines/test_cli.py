@@ -6,10 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 from typer.testing import CliRunner
 
 from dspark_export.cli.main import app
+from dspark_export.measure import row_logits
+from dspark_export.validate.probe import with_float_products
 from dspark_runtime import Bundle
 from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.bundle import BundleFiles, EngineEntry
@@ -34,6 +38,50 @@ def test_build_with_a_backend_compiles_every_decoder(tmp_path: Path) -> None:
         "rows": 32,
         "capacity": 512,
     }
+
+
+def codes_of(bundle: Path) -> dict[str, np.ndarray]:
+    """The integers of every quantized matrix."""
+    model = ir.load(bundle / BundleFiles.open(bundle).graph("target", prefer=()).file)
+    return {
+        name: value.const_value.numpy().astype(np.int32)
+        for name, value in model.graph.initializers.items()
+        if name.endswith("weight_q") and value.const_value is not None
+    }
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantized_weights_compile_with_half_activations(tmp_path: Path, precision: str) -> None:
+    model = tiny_models.save_checkpoint(
+        "llama", tmp_path / "model", head_dim=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1
+    )
+    build = ["build", str(model), "--self-draft", "none", "--precision", precision]
+    result = CliRunner().invoke(app, [*build, "--out", str(tmp_path / "half"), "--backend", "tensorrt-rtx"])
+    assert result.exit_code == 0, result.output
+    files = BundleFiles.open(tmp_path / "half")
+    (engine,) = files.manifest.engines
+    assert (engine.dtype, engine.inspection.attention, engine.inspection.aliased) == ("float16", 1, 2)
+    assert files.graph("target", prefer=()).dtype == "float16" and files.manifest.precision.weights == precision
+    result = CliRunner().invoke(app, [*build, "--out", str(tmp_path / "full"), "--no-quantize-embedding"])
+    assert result.exit_code == 0, result.output
+    ids = list(range(3, 40))
+    both = (with_float_products(Bundle.open(tmp_path / name, threads=1)) for name in ("half", "full"))
+    half, full = (row_logits(bundle.target, ids, 4, 8) for bundle in both)
+    if precision == "int8":
+        assert np.abs(half - full).max() < 0.02 * np.abs(full).max()
+    # Weights rounded to half precision first fall on the other side of a boundary now and then, never further.
+    codes = [codes_of(tmp_path / name) for name in ("half", "full")]
+    assert codes[0].keys() == codes[1].keys() and len(codes[0]) > 3
+    for name, own in codes[0].items():
+        steps = np.abs(own - codes[1][name])
+        assert steps.max() <= 1 and (steps > 0).mean() < 0.02, name
+    result = CliRunner().invoke(
+        app, [*build, "--out", str(tmp_path / "rows"), "--backend", "tensorrt-rtx", "--quantize-embedding"]
+    )
+    assert result.exit_code == 6 and "again with --no-quantize-embedding" in result.stderr
+    for given in (["--activations", "fp32"], ["--precision", "fp16", "--activations", "fp16"]):
+        refused = CliRunner().invoke(app, [*build, "--out", str(tmp_path / "no"), "--backend", "tensorrt-rtx", *given])
+        assert refused.exit_code == 2 and "--activations" in refused.stderr and not (tmp_path / "no").exists()
 
 
 def test_compile_replaces_engines_and_keeps_others(compiled: Path, tmp_path: Path) -> None:
