@@ -7,8 +7,10 @@ padding, captured passes, fixed caches and their compaction are those of a GPU. 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,29 @@ def test_graphs_are_replayed_and_memory_is_made_once(self_drafting: tuple[Bundle
     assert device.cuda.allocated == allocated
     assert device.cuda.launched > launched + 10
     assert [len(p.profiles) for p in device.plans] == contexts
+
+
+def test_threads_share_an_engine(self_drafting: tuple[Bundle, Opened]) -> None:
+    cpu, device = self_drafting
+    options: dict[str, Any] = {"speculate": "ngram", "draft_length": 4}
+    expected = [list(tokens(cpu, [prompt], **options)) for prompt in PROMPTS]
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [
+            pool.submit(lambda p: list(tokens(device.bundle.with_fresh_schedule(), [p], **options)), prompt)
+            for _ in range(4)
+            for prompt in PROMPTS
+        ]
+        assert [job.result() for job in jobs] == expected * 4
+
+
+def test_memory_goes_back_with_its_bundle(self_drafting: tuple[Bundle, Opened]) -> None:
+    folder = self_drafting[1].bundle.files.root.parent
+    other = Opened(folder / "bundle", folder / "freed")
+    list(tokens(other.bundle, PROMPTS, speculate="ngram"))
+    cuda, before = other.cuda, len(other.cuda._memory)
+    del other
+    gc.collect()
+    assert len(cuda._memory) <= before - 2 * 3  # key and value of every layer, and more
 
 
 def test_trees_move_rows_on_the_device(opened: Opened, pairs: Pairs) -> None:

@@ -7,6 +7,7 @@ host waits in :meth:`Cuda.synchronize` and nowhere else.
 from __future__ import annotations
 
 import ctypes
+import threading
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -113,12 +114,20 @@ class CudaBindings:
         self._cuda: Any = import_module("cuda.bindings.runtime")
         self._pinned: list[Any] = []
         self._kernel: Any = None
-        code, *_ = self._cuda.cudaSetDevice(number)
-        if int(code):
-            raise EngineWithoutDevice(f"GPU {number} cannot be used ({code.name}); see `dspark-export doctor`")
+        self._number, self._thread = number, threading.local()
+        self._choose()
         self._copy = self._cuda.cudaMemcpyKind
 
+    def _choose(self) -> None:
+        """Every thread chooses the GPU for itself."""
+        code, *_ = self._cuda.cudaSetDevice(self._number)
+        if int(code):
+            raise EngineWithoutDevice(f"GPU {self._number} cannot be used ({code.name}); see `dspark-export doctor`")
+        self._thread.chosen = True
+
     def _call(self, name: str, *arguments: Any) -> Any:
+        if not getattr(self._thread, "chosen", False):
+            self._choose()
         code, *results = getattr(self._cuda, name)(*arguments)
         if int(code):
             text = self._cuda.cudaGetErrorString(code)[1]
@@ -181,6 +190,8 @@ class CudaBindings:
     ) -> None:
         """See :class:`Cuda`."""
         driver: Any = import_module("cuda.bindings.driver")
+        if not getattr(self._thread, "chosen", False):
+            self._choose()
         if self._kernel is None:
             self._kernel = _compiled_kernel(driver)
         pointers = (*tables, sources)

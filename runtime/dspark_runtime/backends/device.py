@@ -10,6 +10,7 @@ No GPU has run this yet: what is tested is the order of the calls, see docs/engi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -96,6 +97,7 @@ class DeviceEngine:
         self.plan = plan
         self.kernels = kernels
         self._free: list[DeviceCache] = []
+        self._stream, self._lock = plan.stream, threading.RLock()
         self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
 
     @property
@@ -119,8 +121,11 @@ class DeviceEngine:
         return memory
 
     def _new_cache(self) -> DeviceCache:
-        most, stream = self.largest["batch"], self.plan.stream
-        return DeviceCache(self.cuda, self.cache, most, self.entry.capacity, self.entry.dtype, stream)
+        with self._lock:  # contexts of a plan share scratch memory: all its passes are on one stream
+            if self._stream is None:
+                self._stream = self.cuda.stream()
+        most, entry = self.largest["batch"], self.entry
+        return DeviceCache(self.cuda, self.cache, most, entry.capacity, entry.dtype, self._stream, self._lock)
 
     def open(self, memory: CacheMemory) -> DeviceRunner:
         """See :class:`dspark_runtime.backends.engine.Engine`."""
@@ -212,13 +217,14 @@ class DeviceRunner:
         if shape is None or buffers is None:
             raise BackendError(f"{self._engine.name} was run before its pass was prepared")
         key = (shape, self._first, verified)
-        if key in self._graphs or (key in self._seen and len(self._graphs) < _GRAPHS and self._capture(key)):
-            self._cuda.launch(self._graphs[key][0], stream)
-        else:
-            if shape.replayed and self._engine.replay:
-                self._seen.add(key)
-            self._enqueue(self._context(shape.profile), key)
-        self._cuda.record(self._done, stream)
+        with self._memory.lock:
+            if key in self._graphs or (key in self._seen and len(self._graphs) < _GRAPHS and self._capture(key)):
+                self._cuda.launch(self._graphs[key][0], stream)
+            else:
+                if shape.replayed and self._engine.replay:
+                    self._seen.add(key)
+                self._enqueue(self._context(shape.profile), key)
+            self._cuda.record(self._done, stream)
         self._cuda.synchronize(self._done)
         if buffers.taps is not None and self._taps is not None:
             buffers.taps[:] = widened(self._taps.host, self._engine.entry.dtype, shape, buffers.taps.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,13 +24,22 @@ class DeviceCache:
 
     See :class:`dspark_runtime.backends.engine.CacheMemory`. One stream orders passes and moves, whatever engine runs
     them, so that nothing has to wait for the host. ``limit`` is the engines' capacity: the memory never grows.
-    ``dtype`` is the element type of the caches, ``stream`` the one to use, None for a new one. ``runners`` keeps what
-    engines opened over it, by their name: staging memory, contexts and captured graphs are for its addresses.
+    ``dtype`` is the element type of the caches, ``stream`` the one to use, None for a new one, and ``lock`` that of
+    whoever enqueues on it: a pass or a capture goes there as a whole. ``runners`` keeps what engines opened over it, by
+    their name: staging memory, contexts and captured graphs are for its addresses.
     """
 
     def __init__(
-        self, cuda: Cuda, layers: Sequence[CacheLayer], batch: int, limit: int, dtype: str, stream: int | None = None
+        self,
+        cuda: Cuda,
+        layers: Sequence[CacheLayer],
+        batch: int,
+        limit: int,
+        dtype: str,
+        stream: int | None = None,
+        lock: threading.RLock | None = None,
     ) -> None:
+        self.lock = lock or threading.RLock()
         self.batch, self.capacity, self._element = batch, limit, ELEMENT_BYTES[dtype]
         self.cuda, self.stream = cuda, cuda.stream() if stream is None else stream
         self._shapes = {
@@ -45,6 +55,8 @@ class DeviceCache:
         self._rows = [_RowList(cuda) for _ in range(_SLOTS)]
         self._next = 0
         self.runners: dict[str, Any] = {}
+        memory = [*self._tensors.values(), *self._tables]
+        weakref.finalize(self, _free, cuda, memory).atexit = False  # a process that ends gives it back anyway
 
     def tensor(self, layer: int, part: str, first: int) -> int:
         """Device memory of one cache tensor from sequence ``first`` on."""
@@ -65,17 +77,19 @@ class DeviceCache:
             raise ValueError(f"rows {list(sources)} do not rise from {to} on")
         rows = self._rows[self._next]
         self._next = (self._next + 1) % _SLOTS
-        device = rows.send(sources, self.stream)
         columns = max(heads * width for heads, width in self._shapes.values()) * self._element // 2
         numbers = np.array([len(sources), to, sequence, self.capacity], np.int32)
-        self.cuda.compact(self._tables, len(self._shapes), columns, device, numbers, self.stream)
+        with self.lock:
+            device = rows.send(sources, self.stream)
+            self.cuda.compact(self._tables, len(self._shapes), columns, device, numbers, self.stream)
 
     def move(self, source: int, target: int, length: int) -> None:
         """See :class:`CacheMemory`."""
         for (layer, part), (heads, width) in self._shapes.items():
             row = width * self._element
             to, origin = self.tensor(layer, part, target), self.tensor(layer, part, source)
-            self.cuda.copy_rows(to, origin, length * row, self.capacity * row, heads, self.stream)
+            with self.lock:
+                self.cuda.copy_rows(to, origin, length * row, self.capacity * row, heads, self.stream)
 
     def _upload_tables(self) -> tuple[int, int, int]:
         arrays: tuple[npt.NDArray[np.generic], ...] = (
@@ -90,6 +104,11 @@ class DeviceCache:
             pointers.append(self.cuda.allocate(array.nbytes))
             self.cuda.copy_in(pointers[-1], host, self.stream)
         return pointers[0], pointers[1], pointers[2]
+
+
+def _free(cuda: Cuda, memory: Sequence[int]) -> None:
+    for address in memory:
+        cuda.free(address)
 
 
 class LentCache:

@@ -5,6 +5,7 @@ No GPU has run this yet, see docs/engines.md.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,7 @@ class DeviceGraphEngine:
         self.slots: int | None = entry.capacity
         self.most_rows: int | None = min(most[name] for name in ("features", "tokens") if name in most)
         self._free: list[DeviceCache] = []
+        self._stream, self._lock = plan.stream, threading.RLock()
         self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
         caches = {name(i, part) for i in range(len(self.cache)) for part in PARTS for name in (past_name, present_name)}
         self.inputs = tuple(spec for spec in graph.inputs if spec.name not in caches)
@@ -61,8 +63,11 @@ class DeviceGraphEngine:
         return memory
 
     def _new_cache(self) -> DeviceCache:
-        most, stream = _sizes(self.entry, 2)["batch"], self.plan.stream
-        return DeviceCache(self.cuda, self.cache, most, self.entry.capacity, self.entry.dtype, stream)
+        with self._lock:  # contexts of a plan share scratch memory: all its passes are on one stream
+            if self._stream is None:
+                self._stream = self.cuda.stream()
+        most, entry = _sizes(self.entry, 2)["batch"], self.entry
+        return DeviceCache(self.cuda, self.cache, most, entry.capacity, entry.dtype, self._stream, self._lock)
 
     def open(self, memory: CacheMemory) -> DeviceGraphRunner:
         """See :class:`dspark_runtime.backends.engine.GraphEngine`."""
@@ -95,8 +100,14 @@ class DeviceGraphRunner:
 
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """See :class:`dspark_runtime.backends.engine.GraphRunner`; one wait of the host, at the end."""
-        engine, stream = self._engine, self._memory.stream
         sizes = self._measured(inputs)
+        with self._memory.lock:
+            self._enqueue(inputs, sizes)
+        self._cuda.synchronize(self._done)
+        return {spec.name: self._result(spec, sizes, inputs) for spec in self._engine.outputs}
+
+    def _enqueue(self, inputs: Mapping[str, AnyArray], sizes: dict[str, int]) -> None:
+        engine, stream = self._engine, self._memory.stream
         profile = profile_for(engine.entry, sizes)
         if profile not in self._contexts:
             self._contexts[profile] = engine.plan.context(profile, stream)
@@ -115,8 +126,6 @@ class DeviceGraphRunner:
         for spec in engine.outputs:
             self._cuda.copy_out(self._part(spec, _dims(spec, sizes)), self._device + self._places[spec.name], stream)
         self._cuda.record(self._done, stream)
-        self._cuda.synchronize(self._done)
-        return {spec.name: self._result(spec, sizes, inputs) for spec in engine.outputs}
 
     def _measured(self, inputs: Mapping[str, AnyArray]) -> dict[str, int]:
         """Size of every symbolic dimension of the call; BackendError if the inputs do not fit the graph."""
