@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 
 from dspark_export.engines.aot_plugins import compile_ptx
 from dspark_export.engines.options import CompileOptions
 from dspark_export.engines.plugin_forms import INLINED, Plugins
+from dspark_runtime.backends.plugin_launches import MAX_BATCH, MAX_ROWS, MAX_VOCAB
 from dspark_runtime.errors import UsageError
 from dspark_runtime.plugins import (
     FOLDER_VARIABLE,
@@ -21,7 +23,7 @@ from dspark_runtime.plugins import (
 SORT_LIMIT = 3840
 """Numbers TensorRT sorts at most: an inlined ``VerifyTree`` compiles for vocabularies up to this."""
 
-LIMITS = {"batch": 256, "rows": 128, "vocab": 262_144}
+LIMITS = {"batch": MAX_BATCH, "rows": MAX_ROWS, "vocab": MAX_VOCAB}
 """Largest sizes ``VerifyTree`` and ``VerifyChain`` take: kMaxBatch, kMaxVerifyRows, kMaxVocab of the kernels."""
 
 _SOURCES = Path(__file__).resolve().parents[2] / "plugins"
@@ -60,7 +62,13 @@ def _embedded() -> Plugins | None:
     nvcc = shutil.which("nvcc")
     if nvcc is None or not (_SOURCES / "kernels" / "walk.cu").is_file():
         return None
-    return Plugins("aot", ptx=compile_ptx(_SOURCES, nvcc))
+    return Plugins("aot", ptx=_compiled(nvcc))
+
+
+@cache
+def _compiled(nvcc: str) -> str:
+    """Some 20 seconds of work, which a build asks for before it begins and once more when it compiles."""
+    return compile_ptx(_SOURCES, nvcc)
 
 
 def require_limits(options: CompileOptions, vocab: int) -> None:

@@ -1,7 +1,7 @@
 """What ``--precision`` does to a graph.
 
 ``fp32``, ``fp16`` and ``bf16`` are the type the model is loaded and traced in; nothing is left to do here. ``int8`` and
-``int4`` quantize the weights of a float32 graph by blocks and check that it really happened.
+``int4`` quantize the weights of a graph by blocks and check that it really happened.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWei
 from dspark_runtime.errors import ExportError, UsageError
 
 Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-TRACED_DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32", "int4": "float32"}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 _WORTH_NAMING = 1 << 14
 

@@ -124,8 +124,9 @@ class Bundle:
         other.schedule = other._new_schedule()
         return other
 
-    def _new_schedule(self, fixed: int | None = None) -> Schedule:
-        return Schedule(self._costs(), fixed, self._min_rows, self._chains, self._backend.limits.rows)
+    def _new_schedule(self, costs: PassCosts | None = None, fixed: int | None = None) -> Schedule:
+        rows = self._backend.limits.rows
+        return Schedule(costs or self._costs(), fixed, self._min_rows, self._chains, rows)
 
     @property
     def manifest(self) -> Manifest:
@@ -232,8 +233,7 @@ class Bundle:
         )
         schedule = self.schedule
         if draft_length is not None:
-            rows = self._backend.limits.rows
-            schedule = Schedule(schedule.costs, draft_length, self._min_rows, self._chains, rows)
+            schedule = self._new_schedule(schedule.costs, draft_length)
         result = Stream(self._loops(requests, self.engine("target", batched), drafters, schedule, batch_size))
         if stream:
             return result

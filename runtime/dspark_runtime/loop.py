@@ -242,7 +242,9 @@ class DecodingLoop:
 
     def _pass(self, proposals: Sequence[Proposal], trees: Sequence[TokenTree]) -> list[Verdict | None]:
         """Run the target; a backend that verifies gives verdicts, else they follow from the logits."""
-        if not self.runner.verifies or any(map(_drawn, self.active, proposals)):
+        if not self.runner.verifies or any(
+            drawn_from(*each) is not None for each in zip(self.active, proposals, strict=True)
+        ):
             self.runner.run()
             return [None] * len(trees)
         return read_verdicts(self.runner.verify(tree_check(trees, self.active)))
@@ -271,9 +273,9 @@ class DecodingLoop:
 
     def _verdict(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, logits: FloatArray) -> Verdict:
         start = len(sequence.tokens) - 1
-        sampled = proposal.sampled
-        if _drawn(sequence, proposal) and sampled is not None and sampled.probs is not None:
-            return verify_chain(tree.tokens[1:], sampled.probs, logits, sequence.sampler, start)
+        probs = drawn_from(sequence, proposal)
+        if probs is not None:
+            return verify_chain(tree.tokens[1:], probs, logits, sequence.sampler, start)
         return verify_tree(tree, logits, sequence.sampler.draw, start)
 
     def _count(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, kept: int, verdict: Verdict) -> None:
@@ -326,10 +328,10 @@ class DecodingLoop:
             drafter.end(sequence.index)
 
 
-def _drawn(sequence: SequenceState, proposal: Proposal) -> bool:
-    """Whether the draft was drawn at random, so that rejection sampling verifies it."""
+def drawn_from(sequence: SequenceState, proposal: Proposal) -> FloatArray | None:
+    """What a draft that rejection sampling verifies was drawn from; None for all others."""
     sampled = proposal.sampled
-    return sampled is not None and sampled.probs is not None and not sequence.request.params.greedy
+    return None if sampled is None or sequence.request.params.greedy else sampled.probs
 
 
 def tap_columns(engine: Engine, drafter: Drafter) -> IntArray | slice:

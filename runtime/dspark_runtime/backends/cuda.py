@@ -119,15 +119,16 @@ class CudaBindings:
         self._copy = self._cuda.cudaMemcpyKind
 
     def _choose(self) -> None:
-        """Every thread chooses the GPU for itself."""
+        """Every thread chooses the GPU for itself, once."""
+        if getattr(self._thread, "chosen", False):
+            return
         code, *_ = self._cuda.cudaSetDevice(self._number)
         if int(code):
             raise EngineWithoutDevice(f"GPU {self._number} cannot be used ({code.name}); see `dspark-export doctor`")
         self._thread.chosen = True
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        if not getattr(self._thread, "chosen", False):
-            self._choose()
+        self._choose()
         code, *results = getattr(self._cuda, name)(*arguments)
         if int(code):
             text = self._cuda.cudaGetErrorString(code)[1]
@@ -190,8 +191,7 @@ class CudaBindings:
     ) -> None:
         """See :class:`Cuda`."""
         driver: Any = import_module("cuda.bindings.driver")
-        if not getattr(self._thread, "chosen", False):
-            self._choose()
+        self._choose()
         if self._kernel is None:
             self._kernel = _compiled_kernel(driver)
         pointers = (*tables, sources)

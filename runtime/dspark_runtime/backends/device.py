@@ -10,7 +10,6 @@ No GPU has run this yet: what is tested is the order of the calls, see docs/engi
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -18,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_runtime.backends.cuda import Bytes, Cuda
-from dspark_runtime.backends.device_cache import ELEMENT_BYTES, DeviceCache, LentCache
-from dspark_runtime.backends.device_shapes import PassRanges, PassShape, pass_shape
+from dspark_runtime.backends.device_cache import ELEMENT_BYTES, CachePool, DeviceCache, LentCache
+from dspark_runtime.backends.device_shapes import PassRanges, PassShape, largest_sizes, pass_shape
 from dspark_runtime.backends.device_verify import Kernels, Staging, Verifier
 from dspark_runtime.backends.engine import CacheMemory, StepBuffers, TreeCheck, TreeVerdicts
 from dspark_runtime.backends.plugin_launches import DeviceTensor
@@ -96,18 +95,13 @@ class DeviceEngine:
         self.taps_width = int(shapes[HIDDEN_TAPS][-1]) if HIDDEN_TAPS in shapes else 0
         self.plan = plan
         self.kernels = kernels
-        self._free: list[DeviceCache] = []
-        self._stream, self._lock = plan.stream, threading.RLock()
+        self._pool = CachePool(cuda, self.cache, entry, plan.stream)
         self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
 
     @property
     def largest(self) -> dict[str, int]:
         """Largest size of every dimension over all profiles."""
-        most: dict[str, int] = {}
-        for profile in self.entry.profiles:
-            for name, (_, _, high) in profile.dims.items():
-                most[name] = max(high, most.get(name, 0))
-        return most
+        return largest_sizes(self.entry)
 
     def allocate(self, batch: int, capacity: int) -> LentCache:
         """See :class:`dspark_runtime.backends.engine.Engine`; always of the engine's own capacity."""
@@ -116,22 +110,12 @@ class DeviceEngine:
                 f"{batch} sequences together, and the engine of {self.name} takes {self.largest['batch']}; lower "
                 "batch_size, or compile the bundle again with a larger --batch"
             )
-        memory = LentCache.of(self._free, batch, self._new_cache)
-        memory.resize(capacity, 0)
-        return memory
-
-    def _new_cache(self) -> DeviceCache:
-        with self._lock:  # contexts of a plan share scratch memory: all its passes are on one stream
-            if self._stream is None:
-                self._stream = self.cuda.stream()
-        most, entry = self.largest["batch"], self.entry
-        return DeviceCache(self.cuda, self.cache, most, entry.capacity, entry.dtype, self._stream, self._lock)
+        return self._pool.lend(batch, capacity)
 
     def open(self, memory: CacheMemory) -> DeviceRunner:
         """See :class:`dspark_runtime.backends.engine.Engine`."""
         cache = device_cache(self.name, self.entry, memory)
-        runner: DeviceRunner = cache.runners.get(self.name) or DeviceRunner(self, cache)
-        cache.runners[self.name] = runner
+        runner = cache.runner(self.name, lambda: DeviceRunner(self, cache))
         runner.select(0, memory.batch)
         return runner
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dspark_runtime.backends.cuda import Bytes, Cuda
+from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes
 from dspark_runtime.contract import CacheLayer
 from dspark_runtime.errors import CapacityError
 
+R = TypeVar("R")
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _SLOTS = 4  # lists of rows on their way to the GPU at once
 _MOST_ROWS = 1024
@@ -57,6 +59,12 @@ class DeviceCache:
         self.runners: dict[str, Any] = {}
         memory = [*self._tensors.values(), *self._tables]
         weakref.finalize(self, _free, cuda, memory).atexit = False  # a process that ends gives it back anyway
+
+    def runner(self, name: str, make: Callable[[], R]) -> R:
+        """What the engine ``name`` opened over this memory before, or else ``make`` now."""
+        found: R = self.runners.get(name) or make()
+        self.runners[name] = found
+        return found
 
     def tensor(self, layer: int, part: str, first: int) -> int:
         """Device memory of one cache tensor from sequence ``first`` on."""
@@ -122,10 +130,27 @@ class LentCache:
         self.resize, self.gather, self.move = cache.resize, cache.gather, cache.move
         weakref.finalize(self, pool.append, cache)
 
-    @classmethod
-    def of(cls, pool: list[DeviceCache], batch: int, make: Callable[[], DeviceCache]) -> LentCache:
-        """A cache of ``pool``, or a new one if all are lent."""
-        return cls(pool.pop() if pool else make(), batch, pool)
+
+class CachePool:
+    """Caches of one plan, each as large as the plan takes. Contexts of a plan share scratch memory, so that all its
+    passes are on one stream: ``stream``, or a new one where that is None."""
+
+    def __init__(self, cuda: Cuda, layers: Sequence[CacheLayer], ranges: PassRanges, stream: int | None) -> None:
+        self._cuda, self._layers, self._ranges, self._stream = cuda, layers, ranges, stream
+        self._lock, self._free = threading.RLock(), list[DeviceCache]()
+
+    def lend(self, batch: int, capacity: int) -> LentCache:
+        """A cache that nobody uses, or a new one; CapacityError if it has less than ``capacity`` slots."""
+        memory = LentCache(self._free.pop() if self._free else self._new(), batch, self._free)
+        memory.resize(capacity, 0)
+        return memory
+
+    def _new(self) -> DeviceCache:
+        with self._lock:
+            if self._stream is None:
+                self._stream = self._cuda.stream()
+        most, ranges = largest_sizes(self._ranges)["batch"], self._ranges
+        return DeviceCache(self._cuda, self._layers, most, ranges.capacity, ranges.dtype, self._stream, self._lock)
 
 
 class _RowList:

@@ -5,7 +5,6 @@ No GPU has run this yet, see docs/engines.md.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +13,8 @@ import numpy.typing as npt
 
 from dspark_runtime.backends.cuda import Bytes, Cuda
 from dspark_runtime.backends.device import PARTS, Plan, device_cache, to_float32
-from dspark_runtime.backends.device_cache import DeviceCache, LentCache
-from dspark_runtime.backends.device_shapes import PassRanges, profile_for
+from dspark_runtime.backends.device_cache import CachePool, DeviceCache, LentCache
+from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes, profile_for
 from dspark_runtime.backends.engine import AnyArray, CacheMemory
 from dspark_runtime.bundle import BundleFiles, GraphEntry
 from dspark_runtime.contract import TensorSpec, past_name, present_name
@@ -45,11 +44,10 @@ class DeviceGraphEngine:
         self.name, self.entry, self.cuda = graph.name, entry, cuda
         self.cache = graph.cache or ()
         self.plan = plan
-        most = _sizes(entry, 2)
+        most = largest_sizes(entry)
         self.slots: int | None = entry.capacity
         self.most_rows: int | None = min(most[name] for name in ("features", "tokens") if name in most)
-        self._free: list[DeviceCache] = []
-        self._stream, self._lock = plan.stream, threading.RLock()
+        self._pool = CachePool(cuda, self.cache, entry, plan.stream)
         self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
         caches = {name(i, part) for i in range(len(self.cache)) for part in PARTS for name in (past_name, present_name)}
         self.inputs = tuple(spec for spec in graph.inputs if spec.name not in caches)
@@ -58,22 +56,12 @@ class DeviceGraphEngine:
     def allocate(self, batch: int, capacity: int) -> LentCache:
         """See :class:`dspark_runtime.backends.engine.GraphEngine`; always of the engine's own capacity."""
         profile_for(self.entry, {"batch": batch})
-        memory = LentCache.of(self._free, batch, self._new_cache)
-        memory.resize(capacity, 0)
-        return memory
-
-    def _new_cache(self) -> DeviceCache:
-        with self._lock:  # contexts of a plan share scratch memory: all its passes are on one stream
-            if self._stream is None:
-                self._stream = self.cuda.stream()
-        most, entry = _sizes(self.entry, 2)["batch"], self.entry
-        return DeviceCache(self.cuda, self.cache, most, entry.capacity, entry.dtype, self._stream, self._lock)
+        return self._pool.lend(batch, capacity)
 
     def open(self, memory: CacheMemory) -> DeviceGraphRunner:
         """See :class:`dspark_runtime.backends.engine.GraphEngine`."""
         cache = device_cache(self.name, self.entry, memory)
-        runner: DeviceGraphRunner = cache.runners.get(self.name) or DeviceGraphRunner(self, cache)
-        cache.runners[self.name] = runner
+        runner = cache.runner(self.name, lambda: DeviceGraphRunner(self, cache))
         runner.select(0, memory.batch)
         return runner
 
@@ -86,7 +74,7 @@ class DeviceGraphRunner:
         self._first, self._count = 0, memory.batch
         self._contexts: dict[int, Any] = {}
         self._done = self._cuda.event()
-        most = _sizes(engine.entry, 2)
+        most = largest_sizes(engine.entry)
         self._places, end = {}, 0
         for spec in (*engine.inputs, *engine.outputs):
             self._places[spec.name] = end
@@ -165,14 +153,6 @@ class DeviceGraphRunner:
         if spec.shape[0] == _DRAWN:  # the engine draws for all sequences, greedy ones too
             found = found[inputs[TEMPERATURE] > 0]
         return found.copy()
-
-
-def _sizes(entry: PassRanges, which: int) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for profile in entry.profiles:
-        for name, bounds in profile.dims.items():
-            sizes[name] = max(bounds[which], sizes.get(name, 0))
-    return sizes
 
 
 def _dims(spec: TensorSpec, sizes: dict[str, int]) -> tuple[int, ...]:

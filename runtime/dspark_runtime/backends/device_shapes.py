@@ -69,6 +69,15 @@ def pass_shape(engine: PassRanges, batch: int, tokens: int, rows: int, kv_len: i
     return PassShape(number, batch, padded, min(logits, most["rows"]), _kv_bucket(slots, engine.capacity), True)
 
 
+def largest_sizes(ranges: PassRanges) -> dict[str, int]:
+    """Largest size of every dimension over all profiles."""
+    most: dict[str, int] = {}
+    for profile in ranges.profiles:
+        for name, (_, _, high) in profile.dims.items():
+            most[name] = max(high, most.get(name, 0))
+    return most
+
+
 def profile_for(engine: PassRanges, sizes: dict[str, int]) -> int:
     """The first profile that takes dimensions of these ``sizes``; EngineRangeExceeded if none does."""
     for number, profile in enumerate(engine.profiles):

@@ -9,7 +9,7 @@ from typing import Literal, Protocol, cast, get_args
 from dspark_runtime.backends.cuda import Cuda, CudaBindings
 from dspark_runtime.backends.device import DeviceEngine, Plan
 from dspark_runtime.backends.device_graph import DeviceGraphEngine
-from dspark_runtime.backends.device_shapes import PassRanges
+from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes
 from dspark_runtime.backends.device_verify import Kernels
 from dspark_runtime.backends.engine import Engine, EngineOptions, GraphEngine
 from dspark_runtime.backends.plugin_kernels import PluginKernels
@@ -144,11 +144,8 @@ class DeviceBackend:
         self._stream = 0
         self._engines: dict[str, DeviceEngine] = {}
         self._graphs: dict[str, DeviceGraphEngine] = {}
-        most: dict[str, int] = {}
         target = self._ranges(self._standard("target"))
-        for profile in target.profiles:
-            for dim, (_, _, high) in profile.dims.items():
-                most[dim] = max(high, most.get(dim, 0))
+        most = largest_sizes(target)
         rows, chunk = min(most["rows"], MOST_ROWS), min(most["tokens"], CHUNK)
         self.limits = BackendLimits(target.capacity, most["batch"], rows, chunk)
 
