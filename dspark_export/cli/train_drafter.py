@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dspark_export.train.pipeline import OnProgress, TrainedDrafter
 
 _DESCRIPTIONS = {
+    "prompts": "letting the model ask",
     "responses": "letting the model answer",
     "features": "computing features",
     "training": "training",
@@ -63,18 +64,21 @@ def train_drafter(
     ] = None,
     count: Annotated[int, typer.Option(help="Responses to make.")] = 2000,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 256,
-    temperatures: Annotated[
-        str, typer.Option(help="Temperatures that batches of responses take turns with.")
-    ] = "0,0.7",
+    temperatures: Annotated[str, typer.Option(help="Temperatures that prompts are answered at, in turns.")] = "0,0.7",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
     batch: Annotated[int, typer.Option(help="Responses in a pass.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Passes of a step.")] = 1,
     anchors: Annotated[int, typer.Option(help="Blocks in a response.")] = 32,
     max_length: Annotated[int, typer.Option(help="Tokens of prompt and response that are used.")] = 512,
+    init: Annotated[
+        Path | None, typer.Option(help="Drafter for MODEL to begin with, of the same shape (default: random weights).")
+    ] = None,
     optimizer: Annotated[
         OptimizerName, typer.Option(help="muon steps matrices with Muon and the rest with AdamW.")
     ] = OptimizerName.MUON,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate (default: 0.005 with muon, 0.001 with adamw).")
+    ] = None,
     ema: Annotated[float, typer.Option(help="Share the average of weights keeps at every step; 0 for none.")] = 0.998,
     layers: Annotated[int, typer.Option(help="Decoder layers of the drafter.")] = 1,
     block: Annotated[int, typer.Option(help="Tokens drafted at once.")] = 5,
@@ -83,6 +87,12 @@ def train_drafter(
         MarkovName, typer.Option(help="Head that corrects a slot by the token before.")
     ] = MarkovName.VANILLA,
     rank: Annotated[int, typer.Option(help="Rank of that head.")] = 32,
+    intermediate: Annotated[
+        int | None, typer.Option(help="Width of the drafter's feed-forward part (default: the target's).")
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Its key and value heads (default: as many as query heads).")
+    ] = None,
     draft_vocab: Annotated[
         int | None, typer.Option(help="Draft only so many of the most frequent tokens (default: all).")
     ] = None,
@@ -106,10 +116,10 @@ def train_drafter(
 ) -> None:
     """Train a drafter for MODEL; the same command continues a training that was interrupted."""
     from dspark_export.checkpoints.trust import Trust
+    from dspark_export.train.answering import Plan
     from dspark_export.train.options import DrafterShape, TrainOptions
     from dspark_export.train.pipeline import DrafterJob
     from dspark_export.train.pipeline import train_drafter as run
-    from dspark_export.train.responses import Plan
 
     shape = DrafterShape(
         layers=layers,
@@ -118,6 +128,8 @@ def train_drafter(
         markov=markov.value,
         rank=rank,
         draft_vocab=draft_vocab,
+        intermediate=intermediate,
+        kv_heads=kv_heads,
     )
     options = TrainOptions(
         shape=shape,
@@ -148,6 +160,7 @@ def train_drafter(
         generation=generation,
         prompts=tuple(prompts or ()),
         responses=tuple(responses or ()),
+        init=init,
         held_out=held_out,
         revision=revision,
         device=device,

@@ -67,13 +67,15 @@ def attention(
     ``mask`` is bool [batch or 1, 1, tokens, kv_len], true where a row may attend. ``softcap`` 0 means none; otherwise
     scores become ``softcap * tanh(score / softcap)`` before the mask. Returns [batch, heads, tokens, value_dim].
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    batch, heads, tokens, _ = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * tokens, -1)  # heads that share keys, side by side
+    scores = (torch.matmul(grouped, key.transpose(2, 3)) * scale).view(batch, heads, tokens, -1)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype), value)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
+    return torch.matmul(weights.view(*grouped.shape[:3], -1), value).view(batch, heads, tokens, -1)
 
 
 @attention.register_fake

@@ -65,7 +65,7 @@ def write_card(
         f"{len(learn)} responses of the target itself, {tokens} tokens, at temperatures "
         f"{', '.join(f'{t:g}' for t in temperatures)}.",
         f"{trained.steps} steps of {options.batch * options.accumulate} sequences with up to {options.anchors} blocks "
-        f"each, {options.dtype}, peak rate {options.rate:g}, {hours:.1f} hours on {machine.cpu}, "
+        f"each, {options.dtype}, peak rate {options.peak_rate:g}, {hours:.1f} hours on {machine.cpu}, "
         f"{machine.logical_cores} logical cores.",
         f"Loss: {options.ce:g} cross-entropy, {options.tv:g} distance of distributions, {options.confidence:g} "
         f"confidence; average of the weights with {options.ema:g}.",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dspark_export.train.responses import Response
 
@@ -24,18 +25,27 @@ if TYPE_CHECKING:
 _INDEX = "index.jsonl"
 
 
-class TappedTarget:
-    """The frozen target; gives features [length, taps * hidden] and the likeliest tokens of every row."""
+class Taps:
+    """Catches the raw outputs of target layers ``layers`` (-1: of the embedding) as passes go by."""
 
-    def __init__(self, model: PreTrainedModel, taps: Sequence[int]) -> None:
-        self.model = model
-        self.taps = tuple(taps)
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
+        self.layers = tuple(layers)
         self._caught: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
-        layers = decoder_layers(model)
-        for tap in self.taps:
-            module = model.get_input_embeddings() if tap < 0 else layers[tap]
-            self._hooks.append(module.register_forward_hook(self._catcher(tap)))
+        decoder = decoder_layers(model)
+        for layer in self.layers:
+            module = model.get_input_embeddings() if layer < 0 else decoder[layer]
+            self._hooks.append(module.register_forward_hook(self._catcher(layer)))
+
+    def _catcher(self, layer: int) -> Callable[..., None]:
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            self._caught[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def read(self) -> Tensor:
+        """Features [batch, tokens, taps * hidden] of the last pass, bfloat16."""
+        return torch.cat([self._caught[layer].to(torch.bfloat16) for layer in self.layers], -1)
 
     def release(self) -> None:
         """Leave the model as it was."""
@@ -43,21 +53,48 @@ class TappedTarget:
             hook.remove()
         self._caught.clear()
 
-    def _catcher(self, tap: int) -> Callable[..., None]:
-        def keep(module: Any, inputs: Any, output: Any) -> None:
-            self._caught[tap] = output[0] if isinstance(output, tuple) else output
 
-        return keep
+def likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Ids (int32) and probabilities (float16) [..., top] of the likeliest tokens of ``logits`` [..., vocab]."""
+    values, places = logits.topk(min(top, logits.shape[-1]), -1)
+    probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
+    return places.to(torch.int32), probs.to(torch.float16)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a drafter learns from of one text: ``features`` bfloat16 [length, taps * hidden], ``top_ids`` int32 and
+    ``top_probs`` float16 [length, top] of the token after each row; zeros in rows of the prompt."""
+
+    features: Tensor
+    top_ids: Tensor
+    top_probs: Tensor
+
+    def cut(self, length: int) -> Rows:
+        """The first ``length`` rows."""
+        return Rows(self.features[:length], self.top_ids[:length], self.top_probs[:length])
+
+
+class TappedTarget:
+    """The frozen target, reading whole texts."""
+
+    def __init__(self, model: PreTrainedModel, taps: Sequence[int]) -> None:
+        self._model, self._taps = model, Taps(model, taps)
+
+    def release(self) -> None:
+        """Leave the model as it was."""
+        self._taps.release()
 
     @torch.inference_mode()
-    def __call__(self, ids: Sequence[int], top: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [length, taps * hidden]; ids and probabilities [length, top] of the likeliest next tokens."""
-        device = next(self.model.parameters()).device
-        logits = self.model(torch.tensor([list(ids)], device=device), use_cache=False).logits[0].float()
-        features = torch.cat([self._caught[tap][0] for tap in self.taps], -1)
-        values, places = logits.topk(min(top, logits.shape[-1]), -1)
-        probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
-        return features, places, probs
+    def __call__(self, ids: Sequence[int], start: int, top: int) -> Rows:
+        """The rows of a text whose response begins at ``start``."""
+        device = next(self._model.parameters()).device
+        given = torch.tensor([list(ids)], device=device)
+        taught = max(1, len(ids) - start)
+        logits = self._model(given, use_cache=False, logits_to_keep=taught).logits[0].float()
+        features = self._taps.read()[0]
+        before = len(ids) - len(logits)
+        return Rows(features, *(functional.pad(part, (0, 0, before, 0)) for part in likeliest(logits, top)))
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
@@ -114,14 +151,13 @@ class FeatureStore:
         """Tokens of all samples, prompts included."""
         return self._rows
 
-    def add(self, ids: Sequence[int], start: int, features: Tensor, top_ids: Tensor, top_probs: Tensor) -> None:
-        """Write one sample."""
-        bits = features.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
+    def add(self, ids: Sequence[int], start: int, rows: Rows) -> None:
+        """Write one sample: a text, where its response begins, and its rows."""
         parts = (
             np.asarray(ids, np.int32),
-            bits,
-            top_ids.to(torch.int32).cpu().numpy(),
-            top_probs.to(torch.float16).cpu().numpy(),
+            rows.features.cpu().contiguous().view(torch.int16).numpy(),
+            rows.top_ids.cpu().numpy(),
+            rows.top_probs.cpu().numpy(),
         )
         for path, part in zip(self._sizes(), parts, strict=True):
             with path.open("ab") as file:
@@ -154,10 +190,8 @@ def fill(
 ) -> None:
     """Add the samples of ``responses`` that ``store`` does not have yet; it holds them in the same order."""
     for place in range(len(store), len(responses)):
-        item = responses[place]
-        ids = [*item.prompt, *item.response][:max_length]
-        start = min(len(item.prompt), len(ids))
-        store.add(ids, start, *target(ids, top))
+        ids, start = responses[place].span(max_length)
+        store.add(ids, start, target(ids, start, top))
         on_step(place + 1)
 
 

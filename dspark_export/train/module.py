@@ -18,6 +18,7 @@ from dspark_export.checkpoints.drafts.draft import DraftLayers, Rope
 from dspark_export.draft_modules.layers import inverse_frequencies
 
 _INITIAL = 0.02
+_FIRST_LOGITS = 1.5  # their standard deviation at first: a target's head makes unit rows sure of nonsense
 
 
 @dataclass(frozen=True)
@@ -238,9 +239,15 @@ class TrainableDrafter(nn.Module):
         self.register_buffer("embedding", embedding.detach(), persistent=False)
         self.head: Tensor
         self.register_buffer("head", head.detach()[self.draft_ids], persistent=False)
+        with torch.no_grad():
+            self.norm.weight.fill_(_FIRST_LOGITS / self._logit_scale())
         frequencies, self._turn_factor = inverse_frequencies(g.decoder_layers())
         self.frequencies: Tensor
         self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def _logit_scale(self) -> float:
+        """Standard deviation of the logits of random rows of unit size."""
+        return max(float(self.head.float().pow(2).sum(-1).mean().sqrt()), 1e-6)
 
     def forward(self, features: Tensor, ids: Tensor, anchors: Tensor) -> Tensor:
         """Rows after the last norm [batch, anchors, block, hidden].

@@ -21,15 +21,16 @@ import torch
 
 from dspark_export.checkpoints import resolve
 from dspark_export.checkpoints.trust import Trust
+from dspark_export.train.answering import Plan, PromptFile, make_responses, read_prompts, synthesise_prompts
 from dspark_export.train.calibration import Calibration, calibrate, overall_error
 from dspark_export.train.card import write_card
 from dspark_export.train.curves import draw_curves
 from dspark_export.train.evaluate import Evaluation
-from dspark_export.train.features import FeatureStore, TappedTarget, fill
+from dspark_export.train.features import FeatureStore, Rows, TappedTarget, fill
 from dspark_export.train.module import DraftGeometry, TrainableDrafter
 from dspark_export.train.options import TrainOptions
-from dspark_export.train.responses import Plan, Response, ResponseFile, make_responses, read_prompts, split
-from dspark_export.train.saving import save_drafter
+from dspark_export.train.responses import Response, ResponseFile, split, teaches
+from dspark_export.train.saving import load_drafter_like, save_drafter
 from dspark_export.train.targets import embedding_and_head, frequent_tokens, geometry_for
 from dspark_export.train.trainer import StepReport, Trainer
 from dspark_runtime.errors import BundleBusy, BundleNotWritten, UsageError
@@ -41,10 +42,10 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 OnProgress = Callable[[str, int, int, str], None]
-"""Called with a stage (``responses``, ``features``, ``training``), what of it is done, its whole, and a remark."""
+"""Called with a stage (``prompts``, ``responses``, ``features``, ``training``), how much is done, of what, a remark."""
 
 _FEATURES, _HELD_OUT, _TRAINING, _RESPONSES, _LOCK = "features", "held_out", "training", "responses.jsonl", ".lock"
-_MADE_FOR, _TOKENIZER = "made_for.json", "tokenizer"
+_MADE_FOR, _TOKENIZER, _PROMPTS = "made_for.json", "tokenizer", "prompts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class DrafterJob:
 
     ``model`` is a hub id, folder or GGUF file. ``out``: the drafter's new folder; ``work``: what is kept between runs.
     ``prompts`` are files; ``responses`` are files of token ids that were made before, and then nothing is generated.
+    ``init``: a drafter of the same shape to begin with, whose vocabulary is kept; None for random weights.
     ``held_out``: greedy responses that are kept for evaluation and calibration. ``license_`` goes into the model card.
     """
 
@@ -63,6 +65,7 @@ class DrafterJob:
     generation: Plan = field(default_factory=lambda: Plan(count=2000))
     prompts: tuple[Path, ...] = ()
     responses: tuple[Path, ...] = ()
+    init: Path | None = None
     held_out: int = 64
     revision: str | None = None
     device: str = "cpu"
@@ -175,6 +178,7 @@ class _Run:
             "max_length": options.max_length,
             "target_top": options.target_top,
             "held_out": self._job.held_out,
+            "init": None if self._job.init is None else str(self._job.init),
         }
         path = self._job.work / _MADE_FOR
         if path.exists():
@@ -199,19 +203,7 @@ class _Run:
                 raise UsageError(f"--responses: token {wrong[0]} is outside the vocabulary of {vocab}")
             items = list(dict.fromkeys(given))
         else:
-            file = ResponseFile(job.work / _RESPONSES)
-            plan = job.generation
-            texts = read_prompts(job.prompts)
-            make_responses(
-                self._model,
-                self._codec(),
-                texts,
-                file,
-                plan,
-                self._checkpoint.eos_token_ids,
-                lambda done: self._on_progress("responses", done, plan.count, ""),
-            )
-            items = list(file)
+            items = self._answer(ResponseFile(job.work / _RESPONSES))
         learn, judge = split(items, job.held_out)
         if not learn or len(judge) < 4:
             raise UsageError(
@@ -219,6 +211,30 @@ class _Run:
                 "make more (--count), some of them at temperature 0"
             )
         return learn, judge
+
+    def _answer(self, file: ResponseFile) -> list[Response]:
+        """Let the target answer; what its layers give meanwhile goes into the stores of features."""
+        job, options, ends = self._job, self._job.options, self._checkpoint.eos_token_ids
+        codec, plan = self._codec(), job.generation
+        own = PromptFile(job.work / _PROMPTS)
+        synthesise_prompts(
+            self._model, codec, own, plan, ends, lambda done: self._on_progress("prompts", done, plan.synthesise, "")
+        )
+        items = list(file)
+        learn, judge = self._features(*split(items, job.held_out)) if items else self._stores()
+
+        def keep(item: Response, rows: Rows | None) -> None:
+            items.append(item)
+            self._on_progress("responses", len(items), plan.count, "")
+            if rows is None or (not teaches(item) and (item.temperature or len(judge) >= job.held_out)):
+                return
+            ids, start = item.span(options.max_length)
+            (learn if teaches(item) else judge).add(ids, start, rows.cut(len(ids)))
+
+        texts = [*read_prompts(job.prompts), *own]
+        taps, top = self._geometry.taps, options.target_top
+        make_responses(self._model, codec, texts, file, plan, ends, taps, top, keep)
+        return items
 
     def _codec(self) -> TextCodec:
         from dspark_runtime.text import TextCodec
@@ -234,8 +250,7 @@ class _Run:
 
     def _features(self, learn: Sequence[Response], judge: Sequence[Response]) -> tuple[FeatureStore, FeatureStore]:
         options, work = self._job.options, self._job.work
-        width = len(self._geometry.taps) * self._geometry.hidden
-        stores = [FeatureStore(work / name, width, options.target_top) for name in (_FEATURES, _HELD_OUT)]
+        stores = self._stores()
         target = TappedTarget(self._model, self._geometry.taps)
         whole = len(learn) + len(judge)
         for store, items, before in ((stores[1], judge, 0), (stores[0], learn, len(judge))):
@@ -250,7 +265,12 @@ class _Run:
                 lambda done, before=before: self._on_progress("features", before + done, whole, ""),  # type: ignore[misc]
             )
         target.release()
-        return stores[0], stores[1]
+        return stores
+
+    def _stores(self) -> tuple[FeatureStore, FeatureStore]:
+        width, top = len(self._geometry.taps) * self._geometry.hidden, self._job.options.target_top
+        learn, judge = (FeatureStore(self._job.work / name, width, top) for name in (_FEATURES, _HELD_OUT))
+        return learn, judge
 
     def _trainer(self, samples: FeatureStore, held_out: FeatureStore, learn: Sequence[Response]) -> Trainer:
         options, ends = self._job.options, self._checkpoint.eos_token_ids
@@ -258,7 +278,11 @@ class _Run:
         g = self._geometry
         ids = frequent_tokens(learn, options.shape.draft_vocab, g.vocab, g.mask_token, ends)
         torch.manual_seed(options.seed)
-        model = TrainableDrafter(self._geometry, embedding.cpu(), head.cpu(), ids).to(self._device)
+        if self._job.init is None:
+            model = TrainableDrafter(self._geometry, embedding.cpu(), head.cpu(), ids)
+        else:
+            model = load_drafter_like(self._job.init, self._geometry, embedding.cpu(), head.cpu())
+        model = model.to(self._device)
         return Trainer(model, samples, [held_out[i] for i in range(len(held_out))], options, self._job.work / _TRAINING)
 
     def _train(self, trainer: Trainer) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dspark_export.train.module import DraftGeometry, TrainableDrafter
-from dspark_runtime.errors import InvalidVocabMap
+from dspark_runtime.errors import InvalidVocabMap, UsageError
 
 VOCABULARY = "draft_vocabulary.safetensors"
 """``d2t`` (int64 offsets from draft ids to target ids) and ``t2d`` (membership) of a reduced vocabulary."""
@@ -142,4 +143,23 @@ def load_drafter(folder: Path, embedding: torch.Tensor, head: torch.Tensor) -> T
     )
     model = TrainableDrafter(geometry, embedding, head, stored_vocabulary(folder, geometry.vocab))
     model.load_state_dict({name: t.float() for name, t in load_file(folder / "model.safetensors").items()})
+    return model
+
+
+def load_drafter_like(
+    folder: Path, geometry: DraftGeometry, embedding: torch.Tensor, head: torch.Tensor
+) -> TrainableDrafter:
+    """A drafter that :func:`save_drafter` wrote, to be trained further as one of ``geometry``.
+
+    Raises:
+        UsageError: it is no such drafter, or one of another shape.
+        InvalidVocabMap: its vocabulary map is damaged.
+    """
+    try:
+        model = load_drafter(folder, embedding, head)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"--init {folder} is no drafter that train-drafter wrote for this model ({error})") from error
+    found, wanted = (vars(g) | {"rope": None} for g in (model.geometry, geometry))
+    if wrong := [f"{name} {found[name]} instead of {wanted[name]}" for name in found if found[name] != wanted[name]]:
+        raise UsageError(f"--init {folder} has another shape ({', '.join(wrong)}): ask for its own")
     return model

@@ -24,7 +24,7 @@ def geometry_for(checkpoint: Checkpoint, shape: DrafterShape) -> DraftGeometry:
 
     Raises:
         UnsupportedArchitecture: the target has no rotary embedding a drafter could share.
-        UsageError: taps outside its layers, or no token that could be the mask.
+        UsageError: taps outside its layers, heads that do not go together, or no token that could be the mask.
     """
     config: PretrainedConfig = checkpoint.config.get_text_config()
     rope = getattr(config, "rope_parameters", None)
@@ -39,11 +39,14 @@ def geometry_for(checkpoint: Checkpoint, shape: DrafterShape) -> DraftGeometry:
     taps = shape.taps or default_taps(depth)
     if wrong := [tap for tap in taps if not -1 <= tap <= depth - 2]:
         raise UsageError(f"--taps {wrong[0]}: {checkpoint.id} has layers to tap from -1 (the embedding) to {depth - 2}")
+    kv_heads = shape.kv_heads or heads
+    if heads % kv_heads:
+        raise UsageError(f"--kv-heads {kv_heads}: {checkpoint.id} has {heads} query heads, which it must divide")
     return DraftGeometry(
         hidden=int(config.hidden_size),
         intermediate=shape.intermediate or int(config.intermediate_size),
         heads=heads,
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        kv_heads=kv_heads,
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         vocab=checkpoint.vocab_size,
         layers=shape.layers,

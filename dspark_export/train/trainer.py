@@ -248,9 +248,9 @@ def learning_rate(options: TrainOptions, step: int) -> float:
     """Rate of the step with this number, from 0: linear warm-up, then a cosine to 0."""
     warm = max(1, round(options.warmup * options.steps))
     if step < warm:
-        return options.rate * (step + 1) / warm
+        return options.peak_rate * (step + 1) / warm
     done = (step - warm) / max(1, options.steps - warm)
-    return options.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return options.peak_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def _spans(sample: Sample) -> tuple[int, int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -157,3 +159,16 @@ def test_tokens_outside_the_draft_vocabulary_are_never_drafted() -> None:
     hidden = model(torch.randn(1, 9, TAPS * HIDDEN), torch.randint(0, VOCAB, (1, 9)), torch.tensor([[2, 5]]))
     tokens, _ = model.draft(hidden, torch.tensor([[3, 4]]))
     assert set(tokens.flatten().tolist()) <= set(allowed.tolist())
+
+
+def test_an_untrained_drafter_is_not_sure_of_anything() -> None:
+    """Whatever the size of the target's head, cross-entropy begins near that of a guess."""
+    for size in (0.05, 1.0, 20.0):
+        torch.manual_seed(0)
+        embedding, head = torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN) * size
+        model = TrainableDrafter(geometry("vanilla"), embedding, head)
+        ids = torch.randint(0, VOCAB - 1, (2, 9))
+        hidden = model(torch.randn(2, 9, TAPS * HIDDEN), ids, torch.tensor([[2, 5], [3, 7]]))
+        log_probs = torch.log_softmax(model.logits(hidden, None), -1)
+        assert float(-log_probs.mean()) < math.log(VOCAB) + 3
+        assert float(log_probs.max(-1).values.exp().mean()) < 0.5

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from dspark_export.train.answering import Plan
+from dspark_export.train.features import FeatureStore
 from dspark_export.train.options import DrafterShape, TrainOptions
 from dspark_export.train.pipeline import DrafterJob, train_drafter
-from dspark_export.train.responses import Plan, Response, ResponseFile, split
+from dspark_export.train.responses import Response, ResponseFile, split
 from dspark_runtime import Bundle
 from dspark_runtime.errors import BundleNotWritten, UsageError
 from tests import tiny_models
@@ -83,7 +85,7 @@ def trained(target: Path, prompts: Path, invoke: Invoke, tmp_path_factory: pytes
     assert found.exit_code == 0, found.output
     assert "accepted" in found.stdout and str(out) in found.stdout
     stages = [json.loads(line)["stage"] for line in found.stderr.splitlines() if line.startswith("{")]
-    assert list(dict.fromkeys(stages)) == ["responses", "features", "training"]
+    assert list(dict.fromkeys(stages)) == ["prompts", "responses", "training"]
     return out
 
 
@@ -208,6 +210,43 @@ def test_a_killed_training_goes_on_to_the_same_drafter(
     for line in (*curves[0], *curves[1]):
         line.pop("seconds")
     assert curves[0] == curves[1] and len(curves[0]) == 13
+
+
+def test_training_goes_on_from_a_drafter(target: Path, responses: Path, tmp_path: Path) -> None:
+    first = job(target, tmp_path / "first", responses)
+    before = train_drafter(first)
+    more = train_drafter(job(target, tmp_path / "more", responses, init=first.out))
+    assert more.untrained_length == pytest.approx(before.accepted_length, abs=0.05)  # it was stored in bfloat16
+    for changes, said in (
+        ({"init": tmp_path / "nowhere"}, "nowhere"),
+        ({"init": first.out, "options": TrainOptions(DrafterShape(block=2, rank=8), max_length=48)}, "block 3 instead"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            train_drafter(job(target, tmp_path / said.replace(" ", "_"), responses, **changes))
+
+
+def test_features_kept_while_answering_are_as_good_as_read_ones(
+    target: Path,
+    trained: Path,
+    responses: Path,
+    tmp_path: Path,
+) -> None:
+    """The work folder of a run that made responses, against one that was given them."""
+    train_drafter(
+        job(
+            target, tmp_path, responses, held_out=6, options=TrainOptions(DrafterShape(block=3), steps=1, max_length=64)
+        )
+    )
+    width, top = 2 * 64, 64
+    kept, read = (
+        FeatureStore(work / "features", width, top) for work in (trained.with_name("drafter.work"), tmp_path / "work")
+    )
+    assert len(kept) == len(read) > 100
+    for place in range(0, len(kept), 17):
+        one, other = kept[place], read[place]
+        assert one.start == other.start and np.array_equal(one.ids, other.ids)
+        ours, theirs = (torch.from_numpy(np.array(s.features)).view(torch.bfloat16).float() for s in (one, other))
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2)
 
 
 def test_responses_go_on_behind_a_torn_line(target: Path, prompts: Path, tmp_path: Path, invoke: Invoke) -> None:  # noqa: F811
