@@ -48,6 +48,7 @@ class RecordedCuda:
     races: list[str] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     log: list[str] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)  # bytes of every copy to the host
     lanes: dict[int, str] = field(default_factory=lambda: {HOST: "host"})
 
     def __post_init__(self) -> None:
@@ -90,6 +91,7 @@ class RecordedCuda:
         self._do("copy_in", stream, [*_of(host, False), Access(device, device + host.nbytes, True)])
 
     def copy_out(self, host: Bytes, device: int, stream: int) -> None:
+        self.copied.append(host.nbytes)
         self._do("copy_out", stream, [Access(device, device + host.nbytes, False), *_of(host, True)])
 
     def copy_rows(self, to: Pieces, source: Pieces, width: int, rows: int, stream: int) -> None:

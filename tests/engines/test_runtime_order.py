@@ -79,6 +79,23 @@ def test_a_missing_wait_is_found(files: BundleFiles) -> None:
     assert any("the host (host) does not wait for copy_in (target)" in race for race in cuda.races)
 
 
+def test_lists_of_rows_wait_only_where_no_pass_was_waited_for(files: BundleFiles) -> None:
+    cuda = RecordedCuda()
+    engine = engine_of(files, cuda)
+    memory = engine.allocate(2, 64)
+    runner = engine.open(memory)
+    for _ in range(6):
+        one_pass(runner, cuda, 5, 25)
+        for row in range(2):
+            memory.gather(row, [22, 24], 21)
+    assert cuda.calls["synchronize"] == 6  # those of the passes
+    for _ in range(2):  # with those of the last round there are four lists on their way, and no more
+        memory.gather(0, [22, 24], 21)
+    assert cuda.calls["synchronize"] == 6
+    memory.gather(0, [22, 24], 21)
+    assert cuda.calls["synchronize"] == 7
+
+
 def test_engines_of_one_model_share_a_stream(files: BundleFiles) -> None:
     cuda = RecordedCuda()
     target, draft = engine_of(files, cuda), engine_of(files, cuda, "self_draft")
