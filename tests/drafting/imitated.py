@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from dspark_export.bench.spans import SpannedCuda, SpannedPlan
 from dspark_export.engines.options import Ranges
 from dspark_export.engines.prepare import PROFILES, has_cache
 from dspark_export.passes.draw_for_all import DrawForAll
@@ -67,7 +68,8 @@ class Captured:
 
 
 class Opened:
-    """A bundle on the imitated GPU; ``kernels`` verify there, without any the host does."""
+    """A bundle on the imitated GPU; ``kernels`` verify there, without any the host does. ``watched`` goes around
+    ``cuda`` and takes the time of what is enqueued."""
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class Opened:
         kernels: Imitated | None = None,
         overlap: bool = True,
         cuda: HostCuda | None = None,
+        watched: SpannedCuda | None = None,
     ) -> None:
         shutil.copytree(source, folder)
         files = BundleFiles.open(folder)
@@ -89,9 +92,9 @@ class Opened:
         self.cuda, self.plans = cuda or HostCuda(), list[HostPlan]()
         make = host_plan(files)
 
-        def plan(*args: Any) -> HostPlan:
+        def plan(*args: Any) -> Any:
             self.plans.append(make(*args))
-            return self.plans[-1]
+            return self.plans[-1] if watched is None else SpannedPlan(self.plans[-1], watched)
 
         cpu = Bundle.open(source, threads=1)
         options = dataclasses.replace(cpu.engine_options, overlap=overlap)
@@ -100,7 +103,7 @@ class Opened:
             files,
             "tensorrt",
             options,
-            cuda=lambda number: self.cuda,
+            cuda=lambda number: self.cuda if watched is None else watched,
             plan=plan,
             device=lambda number: ADA,
             kernels=lambda number: self.verifier,
