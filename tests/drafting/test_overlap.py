@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,13 @@ def test_time_of_the_caller_is_not_time_of_decoding(opened: Opened) -> None:
     for _ in stream:
         time.sleep(0.2)
     assert stream.generations[0].stats.seconds.decode < 0.8
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_threads_share_a_bundle(pairs: Pairs, opened: Opened, serial: Opened, overlap: bool) -> None:
+    options: dict[str, Any] = {"speculate": "ngram+dspark", "draft_length": 4, "max_new_tokens": 16}
+    expected = [pairs.bundle.generate(prompt, **options).tokens for prompt in PROMPTS]
+    bundle = (opened if overlap else serial).bundle
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda p: bundle.with_fresh_schedule().generate(p, **options).tokens, PROMPTS * 3)
+        assert list(found) == expected * 3

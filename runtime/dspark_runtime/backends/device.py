@@ -218,7 +218,7 @@ class DeviceRunner:
                 self._enqueue(self._context(shape.profile), key)
             cuda.record(self._ran, memory.stream)
             self._mark = memory.mark()
-        self._fetch(key)
+            self._fetch(key)
         self._flying = key
 
     def finish(self) -> TreeVerdicts | None:
