@@ -42,7 +42,16 @@ import numpy as np
 import onnx
 
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import AnyArray, CacheMemory, FloatArray, GraphEngine, GraphRunner, StepBuffers
+from dspark_runtime.backends.engine import (
+    AnyArray,
+    CacheMemory,
+    Features,
+    FeatureStore,
+    FloatArray,
+    GraphEngine,
+    GraphRunner,
+    StepBuffers,
+)
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
 from dspark_runtime.contract import ATTENTION_MASK, OPSET, WRITE_INDICES
 from dspark_runtime.draft_contract import (
@@ -59,9 +68,10 @@ from dspark_runtime.drafters.hybrid import Proposal
 from dspark_runtime.errors import UsageError
 from dspark_runtime.loop import DecodingLoop, LoopOptions
 from dspark_runtime.request import make_requests
+from dspark_runtime.round import Accepted
 from dspark_runtime.sampling import SamplingParams, distribution
 from dspark_runtime.schedule import Schedule
-from dspark_runtime.sequence import Chunk, SequenceState
+from dspark_runtime.sequence import SequenceState
 from dspark_runtime.tree import TokenTree
 from dspark_runtime.verify import MIN_RESIDUAL, Verdict
 
@@ -174,9 +184,15 @@ class _RecordingRunner:
     def select(self, first: int, count: int) -> None:
         self._runner.select(first, count)
 
-    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def features(self, target: CacheMemory) -> FeatureStore:
+        return self._runner.features(target)
+
+    def feed(self, inputs: Mapping[str, Features]) -> None:
+        self.run(inputs)
+
+    def run(self, inputs: Mapping[str, Features]) -> dict[str, AnyArray]:
         found = self._runner.run(inputs)
-        self._calls.append((self._name, {**inputs, **found}))
+        self._calls.append((self._name, {**{name: np.asarray(value) for name, value in inputs.items()}, **found}))
         return found
 
 
@@ -192,20 +208,20 @@ class _RecordingLoop(DecodingLoop):
         tree: TokenTree,
         verdict: Verdict | None,
         buffers: StepBuffers,
-    ) -> Chunk:
+    ) -> Accepted:
         logits = buffers.logits[sequence.row, : len(tree)].copy()
-        chunk = super()._commit(sequence, proposal, tree, verdict, buffers)
+        accepted = super()._commit(sequence, proposal, tree, verdict, buffers)
         self.verified = {
             "tree_tokens": np.array(tree.tokens),
             "tree_parents": np.array(tree.parents),
             "target_logits": logits,
-            "accepted": np.array(len(chunk.tokens) - 1),
-            "emitted": np.array(chunk.tokens),
+            "accepted": np.array(len(accepted.tokens) - 1),
+            "emitted": np.array(accepted.tokens),
         }
         drawn = proposal.parts[0].draft.probs if proposal.parts else None
         if drawn is not None:
             self.verified |= _of_rejection(tree.tokens[1:], drawn, logits, sequence.request.params)
-        return chunk
+        return accepted
 
 
 def _of_rejection(

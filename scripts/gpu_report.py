@@ -4,9 +4,10 @@
 
 For every backend that can be opened here: are its logits those of the CPU backend, is speculative text equal to plain
 text, how fast is it against one read of the weights, what does a pass cost by its rows, what does the host do in a
-round, what do CUDA graphs bring, and a picture of some rounds. With a GPU, also the tests of tests/gpu and the
-bandwidth of the plugins' kernels. Writes report.json, report.md and pictures to --out. ``--backends onnxruntime`` runs
-the same on the CPU.
+round, what do CUDA graphs bring, what does working beside a pass bring against waiting at once, and pictures of some
+rounds: host, target, draft and copies on one line of time. With a GPU, also the tests of tests/gpu and the bandwidth of
+the plugins' kernels. Writes report.json, report.md and pictures to --out. ``--backends onnxruntime`` runs the same on
+the CPU.
 
 Exit codes: 0; 1 if a test failed, a token of the logits differs, or a text of an exact bundle; 8 if no backend can be
 opened.
@@ -19,39 +20,36 @@ import json
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from typing import Any, cast
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
 from dspark_export.bench.machine import this_machine
 from dspark_export.bench.prompts import load_sets
 from dspark_export.bench.runner import encode, run
+from dspark_export.bench.spans import Span, SpannedCuda, SpannedPlan, host_spans
+from dspark_export.bench.timeline import draw_timeline, host_microseconds, last_rounds
 from dspark_export.measure import row_logits
 from dspark_runtime import Bundle
-from dspark_runtime.backends.device import DeviceEngine
+from dspark_runtime.backends.cuda import CudaBindings
+from dspark_runtime.backends.device import DeviceEngine, Plan
+from dspark_runtime.backends.opening import BackendName, DeviceBackend
 from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.costs import measure_pass_ms
 from dspark_runtime.errors import BackendError, DsparkError
-from dspark_runtime.loop import DecodingLoop
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("tensorrt-rtx", "tensorrt", "onnxruntime-cuda")
 ROWS = (1, 2, 4, 8)
-PICTURED = 24  # rounds
+PICTURED = 6  # rounds
 CONTEXT = 128
 NEW_TOKENS = 96
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "cuda-core", "cuda-bindings", "torch")
-Round = tuple[float, float, float, float, float]
 
 
 def main() -> int:
@@ -121,11 +119,9 @@ def of_backend(name: str, options: argparse.Namespace) -> dict[str, Any]:
     result = run(bundle, prompts, modes, max_new_tokens=options.tokens, repeats=2)
     found = [s for s in result.summaries if s.set == "all"]
     read = bytes_per_token(bundle.files)
-    rounds: list[Round] = []
-    with recorded(rounds):
-        bundle.with_fresh_schedule().generate(ids[0], max_new_tokens=options.tokens, draft_length=4, ignore_eos=True)
-    picture(rounds[-PICTURED:], name, options.out / f"timeline-{name}.png")
-    host = np.median([(passed - drafted) + (done - ran) for _, drafted, passed, ran, done in rounds])
+    with host_spans() as spans:
+        bundle.with_fresh_schedule().generate(ids[0], speculate="ngram", **generated(options))
+    work, beside = host_microseconds(spans)
     figures: dict[str, Any] = {
         "logits": logits,
         "exact": bundle.exact,
@@ -133,9 +129,14 @@ def of_backend(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "modes": [asdict(summary) for summary in found],
         "weight_bytes_per_token": read,
         "pass_ms": measure_pass_ms(target, ROWS, context=CONTEXT),
-        "host_us_per_round": float(host) * 1e6,
+        "host_us_per_round": work,
+        "host_us_beside_a_pass": beside,
         "verifies_on_device": target.open(target.allocate(1, 256)).verifies,
     }
+    if isinstance(target, DeviceEngine):
+        figures |= overlapped_and_serial(name, options, ids[0])
+    else:
+        draw_timeline(last_rounds(spans, PICTURED), options.out / f"timeline-{name}.png", f"{name}: n-gram drafts")
     if isinstance(target, DeviceEngine) and target.replay:
         target.replay = False
         fresh = bundle.with_fresh_schedule().generate(ids[0], max_new_tokens=options.tokens, speculate="off")
@@ -162,35 +163,54 @@ def agreement(engine: Any, reference: Any, prompts: list[list[int]]) -> dict[str
     return {"largest_difference": largest, "rows": rows, "differing_tokens": differing}
 
 
-@contextmanager
-def recorded(rounds: list[Round]) -> Iterator[None]:
-    """Keep when the phases of every round began, in seconds."""
-    original = DecodingLoop._account
-
-    def account(self: DecodingLoop, began: float, drafted: float, passed: float, verified: float, *rest: Any) -> None:
-        rounds.append((began, drafted, passed, verified, time.perf_counter()))
-        original(self, began, drafted, passed, verified, *rest)
-
-    with patch.object(DecodingLoop, "_account", account):
-        yield
+def generated(options: argparse.Namespace) -> dict[str, Any]:
+    """How the texts are generated whose rounds are looked at."""
+    return {"max_new_tokens": options.tokens, "draft_length": 4, "ignore_eos": True}
 
 
-def picture(rounds: list[Round], name: str, to: Path) -> None:
-    """Draft, host and pass of each round on one line of time."""
-    figure = Figure(figsize=(11, 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    start = rounds[0][0]
-    lanes = {"draft": (0, 1), "fill": (1, 2), "pass": (2, 3), "commit": (3, 4)}
-    colours = {"draft": "#4c72b0", "fill": "#8c8c8c", "pass": "#dd8452", "commit": "#55a868"}
-    for lane, (label, (a, b)) in enumerate(lanes.items()):
-        bars = [((times[a] - start) * 1e3, max(times[b] - times[a], 0) * 1e3) for times in rounds]
-        axes.broken_barh(bars, (lane - 0.4, 0.8), color=colours[label])
-    axes.set_yticks(range(len(lanes)), list(lanes))
-    axes.invert_yaxis()
-    axes.set_xlabel("milliseconds")
-    axes.set_title(f"{name}: the last {len(rounds)} rounds")
-    figure.savefig(to, dpi=130)
+class WatchedBackend(DeviceBackend):
+    """A device backend whose streams are taken the time of."""
+
+    def _plan(self, *args: Any) -> Plan:
+        return cast(Plan, SpannedPlan(super()._plan(*args), args[-1]))
+
+
+def overlapped_and_serial(name: str, options: argparse.Namespace, ids: Sequence[int]) -> dict[str, Any]:
+    """Speed with work beside passes and with waiting at once, and a picture of both, where time is taken by events."""
+    figures: dict[str, Any] = {}
+    for overlap, label in ((True, "overlapped"), (False, "serial")):
+        bundle, _ = on_device(name, options, overlap, watched=False)
+        for mode in ("ngram", "auto"):
+            for _ in range(2):  # the first one captures graphs
+                found = bundle.with_fresh_schedule().generate(ids, speculate=mode, **generated(options))
+            figures[f"tokens_per_second_{label}_{mode}"] = found.stats.tokens_per_second
+        watched, cuda = on_device(name, options, overlap, watched=True)
+        spans = spans_of(watched, cuda, ids, options)
+        draw_timeline(
+            last_rounds(spans, PICTURED),
+            options.out / f"timeline-{name}{'' if overlap else '-serial'}.png",
+            f"{name}: the last {PICTURED} rounds, {label}",
+        )
+    return figures
+
+
+def spans_of(bundle: Bundle, cuda: SpannedCuda, ids: Sequence[int], options: argparse.Namespace) -> list[Span]:
+    """Spans of the host and of all streams for one text, after one that captures graphs."""
+    bundle.with_fresh_schedule().generate(ids, speculate="auto", **generated(options))
+    cuda.spans()
+    with host_spans() as spans:
+        bundle.with_fresh_schedule().generate(ids, speculate="auto", **generated(options))
+    return [*spans, *cuda.spans()]
+
+
+def on_device(name: str, options: argparse.Namespace, overlap: bool, watched: bool) -> tuple[Bundle, SpannedCuda]:
+    """The bundle on a device backend of its own; ``watched``: time is taken of all it enqueues."""
+    plain = Bundle.open(options.bundle, verify_digests=False)
+    settings = replace(plain.engine_options, overlap=overlap)
+    cuda = SpannedCuda(CudaBindings(options.device))
+    kind, given = (WatchedBackend, {"cuda": lambda number: cuda}) if watched else (DeviceBackend, {})
+    backend = kind(plain.files, cast(BackendName, name), settings, options.device, **cast(Any, given))
+    return Bundle(plain.files, settings, plain.exact, None, backend), cuda
 
 
 def command(line: list[str]) -> dict[str, Any]:
@@ -234,8 +254,10 @@ def written(report: dict[str, Any]) -> str:
             "* a pass takes "
             + ", ".join(f"{ms:.3f} ms for {rows} rows" for rows, ms in passes.items())
             + f"; 8 rows are {passes[8] / passes[1]:.2f}x of one",
-            f"* the host works {found['host_us_per_round']:.0f} us in a round, trees are verified on "
-            f"{'the device' if found['verifies_on_device'] else 'the host'}",
+            f"* the host works {found['host_us_per_round']:.0f} us in a round, "
+            f"{found['host_us_beside_a_pass']:.0f} of them on text and chunks",
+            f"* trees are verified on {'the device' if found['verifies_on_device'] else 'the host'}",
+            *overlap_lines(found),
         ]
         if "tokens_per_second_with_graphs" in found:
             lines.append(
@@ -243,6 +265,8 @@ def written(report: dict[str, Any]) -> str:
                 f"{found['tokens_per_second_without_graphs']:.1f} without"
             )
         lines += ["", f"![rounds](timeline-{name}.png)", ""]
+        if "tokens_per_second_serial_ngram" in found:
+            lines += [f"![rounds, waiting at once](timeline-{name}-serial.png)", ""]
     for name, why in report["refused"].items():
         lines += [f"## {name}", "", why, ""]
     if isinstance(kernels, dict):
@@ -255,6 +279,16 @@ def written(report: dict[str, Any]) -> str:
     if "tests" in report:
         lines += ["", "## Tests", "", "```", str(report["tests"]["said"]).strip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def overlap_lines(found: dict[str, Any]) -> list[str]:
+    """Working beside a pass against waiting at once."""
+    return [
+        f"* {mode}: {found[f'tokens_per_second_overlapped_{mode}']:.1f} tokens/s with work beside passes, "
+        f"{found[f'tokens_per_second_serial_{mode}']:.1f} waiting at once"
+        for mode in ("ngram", "auto")
+        if f"tokens_per_second_serial_{mode}" in found
+    ]
 
 
 if __name__ == "__main__":

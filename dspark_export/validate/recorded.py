@@ -6,9 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dspark_export.draft_trace import engine_with_inner_outputs
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import AnyArray, CacheMemory, GraphEngine, GraphRunner, StepBuffers
+from dspark_runtime.backends.engine import (
+    AnyArray,
+    CacheMemory,
+    Features,
+    FeatureStore,
+    GraphEngine,
+    GraphRunner,
+    StepBuffers,
+)
 from dspark_runtime.drafter_choice import DrafterChoice, DraftOptions
 from dspark_runtime.loop import DecodingLoop, LoopOptions
 from dspark_runtime.request import make_requests
@@ -54,10 +64,16 @@ class _RecordingRunner:
         self._rows = slice(first, first + count)
         self._runner.select(first, count)
 
-    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def features(self, target: CacheMemory) -> FeatureStore:
+        return self._runner.features(target)
+
+    def feed(self, inputs: Mapping[str, Features]) -> None:
+        self.run(inputs)
+
+    def run(self, inputs: Mapping[str, Features]) -> dict[str, AnyArray]:
         tensors = self._memory.tensors()  # type: ignore[attr-defined]
         cache = {f"{_PAST}{layer}.{part}": array[self._rows].copy() for (layer, part), array in tensors.items()}
-        kept = {name: array.copy() for name, array in inputs.items()}
+        kept = {name: np.array(value) for name, value in inputs.items()}
         found = self._runner.run(inputs)
         self._calls.append(Call(self._name, kept, found, cache))
         return found

@@ -11,32 +11,40 @@ phase    does                                                 leaves
 ======== ==================================================== ========================================================
 prefill  runs the prompt in chunks, draws the first token     the invariant above, one token emitted
 propose  drafters give trees, the schedule cuts them          a tree per sequence, its anchor at row 0
-verify   one pass over all trees behind the committed text    logits of every row; scratch rows in the cache
-commit   follows the target's draws, keeps the accepted rows  1 to accepted + 1 tokens emitted; the invariant
+verify   one pass over all trees behind the committed text    verdicts or logits; scratch rows in the cache
+commit   follows the target's draws, keeps the accepted rows  1 to accepted + 1 tokens committed; the invariant
 retire   drops finished sequences, moves the last row down    the invariant for the others
+settle   makes text and statistics of what was committed      a chunk per sequence, given to the caller
 ======== ==================================================== ========================================================
 
-A pass that fails or is cancelled leaves only scratch rows behind. A loop is used once; its cache goes with it.
+Settling, and what the caller does with the chunks, is all that the next pass does not depend on. Where passes run
+beside the host, it comes between the start of the next pass and the wait for it; elsewhere right after the commit,
+before retiring. Nothing else differs: a pass on its way when the text is cancelled is waited for and dropped.
+
+A pass that fails or is dropped leaves only scratch rows behind. A loop is used once; its cache goes with it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from dspark_runtime.backends.engine import AnyArray, Engine, FloatArray, IntArray, StepBuffers
+from dspark_runtime.backends.engine import AnyArray, Engine, FloatArray, StepBuffers, TreeVerdicts
 from dspark_runtime.drafters.base import Drafter, DraftRequest
 from dspark_runtime.drafters.hybrid import Proposal
-from dspark_runtime.errors import IncompatibleBundle
+from dspark_runtime.errors import BackendError
 from dspark_runtime.kv_cache import KvCache, round_up
 from dspark_runtime.request import Request
+from dspark_runtime.round import Accepted, Flight
 from dspark_runtime.schedule import MOST_ROWS, Schedule
 from dspark_runtime.sequence import Chunk, Generation, SequenceState
-from dspark_runtime.statistics import DrafterCounts, Seconds
+from dspark_runtime.statistics import Seconds
+from dspark_runtime.taps import TapReader
 from dspark_runtime.tree import TokenTree
 from dspark_runtime.tree_check import read_verdicts, tree_check
 from dspark_runtime.verify import Verdict, verify_chain, verify_tree
@@ -83,11 +91,13 @@ class DecodingLoop:
         self.cache = KvCache(engine.allocate(len(requests), min(most, round_up(prompt + _FIRST_SLOTS))), most)
         self.runner = engine.open(self.cache.memory)
         self._drawing = not all(request.params.greedy for request in requests)
-        self._observers = [(drafter, tap_columns(engine, drafter)) for drafter in self.drafters if drafter.taps]
+        self._readers = [TapReader.of(engine, drafter) for drafter in self.drafters if drafter.taps]
+        self._flight: Flight | None = None
+        self._unsettled: list[Accepted] = []
         self._cancelled = False
 
     def cancel(self) -> None:
-        """End all sequences before the next round; may be called from another thread."""
+        """End all sequences before the next round is committed; may be called from another thread."""
         self._cancelled = True
 
     def generations(self) -> list[Generation]:
@@ -98,36 +108,72 @@ class DecodingLoop:
         try:
             for drafter in self.drafters:
                 drafter.attach(self.cache)
+            self.runner.taps_wanted = not all(reader.drafter.resident for reader in self._readers)
             for sequence in self.sequences:
                 if not self._cancelled:
                     yield self._prefill(sequence)
             self._retire()
             while self.active and not self._cancelled:
-                yield from self._round()
+                try:
+                    self._begin()
+                finally:  # what is committed is given out also where the next pass cannot begin
+                    yield from self._given(self._settle())
+                if not (self._cancelled and self.runner.overlaps):
+                    yield from self._end()
+            yield from self._settle()
             for sequence in self.active:
                 yield sequence.cancel()
         finally:
+            self._drop()
             for sequence in self.active:
                 self._forget(sequence)
 
-    def _round(self) -> list[Chunk]:
+    # A round -------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Propose, fill and start the pass."""
         began = _clock()
         proposals = self._propose()
         trees = self.schedule.choose(proposals, len(self.active))
         drafted = _clock()
         buffers = self._fill(trees)
+        check = tree_check(trees, self.active) if self._verified_there(proposals) else None
         passed = _clock()
-        verdicts = self._pass(proposals, trees)
+        self.runner.start(check)
+        self._flight = Flight(proposals, trees, buffers, began, drafted, passed)
+
+    def _end(self) -> list[Chunk]:
+        """Wait for the pass and commit; chunks, unless they are better made beside the next pass."""
+        flight, self._flight = self._flight, None
+        assert flight is not None
+        found = self.runner.finish()
         verified = _clock()
-        chunks = [self._commit(*each, buffers) for each in zip(self.active, proposals, trees, verdicts, strict=True)]
-        emitted, finished = 0, False
-        for chunk in chunks:
-            emitted += len(chunk.tokens)
-            finished = finished or chunk.finish_reason is not None
-        self._account(began, drafted, passed, verified, buffers.input_ids.shape, emitted)
-        if finished:
+        parts = self._unsettled = self._commit_all(flight, found)
+        chunks = [] if self.runner.overlaps else self._settle()
+        self._account(flight, verified, sum(len(part.tokens) for part in parts))
+        if any(sequence.finished for sequence in self.active):
             self._retire()
         return chunks
+
+    def _settle(self) -> list[Chunk]:
+        """Text and statistics of what was committed last."""
+        parts, self._unsettled = self._unsettled, []
+        return [part.settle() for part in parts]
+
+    def _given(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+        """Chunks, and how long the caller has them while a pass runs."""
+        for chunk in chunks:
+            left = _clock()
+            yield chunk
+            if self._flight is not None:
+                self._flight.away += _clock() - left
+
+    def _drop(self) -> None:
+        """Wait for a pass whose results nobody wants: its buffers must not be used while it runs."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            with suppress(BackendError):
+                self.runner.finish()
 
     # Prefill -------------------------------------------------------------------------------------------------------
 
@@ -139,11 +185,14 @@ class DecodingLoop:
         self.runner.select(row, 1)
         for start in range(0, len(prompt), self.options.prefill_chunk):
             part = prompt[start : start + self.options.prefill_chunk]
-            buffers = self._prompt_pass(row, start, part)
-            self.cache.commit(row, range(len(part)))
-            self._show(sequence, buffers.taps, 0, range(len(part)))
+            buffers, rows = self._fill_prompt(row, start, part), range(len(part))
+            self.runner.start()
+            self.cache.commit(row, rows)
+            self._collect(sequence, 0, rows)
+            self.runner.finish()
+            self._show(sequence, buffers.taps, 0, rows)
         first = sequence.sampler.draw(buffers.logits[0, 0], len(prompt))
-        chunk = sequence.append([first])
+        chunk = sequence.chunk(sequence.append([first]))
         for drafter in self.drafters:
             drafter.commit(sequence.index, chunk.tokens)
         took = _clock() - began
@@ -152,12 +201,21 @@ class DecodingLoop:
         return chunk
 
     def _show(self, sequence: SequenceState, taps: AnyArray | None, batch_row: int, rows: Sequence[int]) -> None:
-        """Hand the features of rows that became context to the drafters that read them."""
-        for drafter, columns in self._observers:
-            assert taps is not None  # tap_columns made sure
-            drafter.observe(sequence.index, sequence.row, taps[batch_row][rows][:, columns])
+        """Hand the features of rows that became context to the drafters that read them in host memory."""
+        for reader in self._readers:
+            if not reader.drafter.resident:
+                assert taps is not None  # they are wanted
+                reader.drafter.observe(sequence.index, sequence.row, taps[batch_row][rows][:, reader.columns])
 
-    def _prompt_pass(self, row: int, start: int, part: Sequence[int]) -> StepBuffers:
+    def _collect(self, sequence: SequenceState, batch_row: int, rows: Sequence[int]) -> None:
+        """The same for drafters that take them from the device; the pass may still be on its way."""
+        for reader in self._readers:
+            if reader.drafter.resident:
+                assert self.runner.resident is not None  # the drafter has seen the cache it comes with
+                taps = self.runner.resident
+                reader.drafter.collect(sequence.index, sequence.row, taps, batch_row, rows, reader.runs)
+
+    def _fill_prompt(self, row: int, start: int, part: Sequence[int]) -> StepBuffers:
         count = len(part)
         rows = max(count, self.options.min_rows)  # padding rows stand behind the real ones and are overwritten later
         self.cache.reserve(start + rows)
@@ -171,7 +229,6 @@ class DecodingLoop:
         mask = buffers.attention_mask
         mask[..., :start] = True
         mask[0, 0, :, start:] = np.tri(rows, dtype=np.bool_)
-        self.runner.run()
         return buffers
 
     # Propose -------------------------------------------------------------------------------------------------------
@@ -192,8 +249,6 @@ class DecodingLoop:
             for proposal, draft in zip(proposals, drafter.propose(requests), strict=True):
                 if draft is not None:
                     proposal.add(drafter, draft)
-        for sequence, proposal in zip(self.active, proposals, strict=True):
-            sequence.stats.drafted += len(proposal.tree.tokens) - 1
         return proposals
 
     def _weigh(self, drafter: Drafter, requests: Sequence[DraftRequest], proposals: Sequence[Proposal]) -> None:
@@ -240,16 +295,18 @@ class DecodingLoop:
                 mask[i, 0, padding, start + padding] = True
         return buffers
 
-    def _pass(self, proposals: Sequence[Proposal], trees: Sequence[TokenTree]) -> list[Verdict | None]:
-        """Run the target; a backend that verifies gives verdicts, else they follow from the logits."""
-        if not self.runner.verifies or any(
-            drawn_from(*each) is not None for each in zip(self.active, proposals, strict=True)
-        ):
-            self.runner.run()
-            return [None] * len(trees)
-        return read_verdicts(self.runner.verify(tree_check(trees, self.active)))
+    def _verified_there(self, proposals: Sequence[Proposal]) -> bool:
+        """Whether the backend verifies this round; else verdicts follow from the logits."""
+        return self.runner.verifies and all(
+            drawn_from(*each) is None for each in zip(self.active, proposals, strict=True)
+        )
 
     # Commit --------------------------------------------------------------------------------------------------------
+
+    def _commit_all(self, flight: Flight, found: TreeVerdicts | None) -> list[Accepted]:
+        verdicts = [None] * len(self.active) if found is None else read_verdicts(found)
+        each = zip(self.active, flight.proposals, flight.trees, verdicts, strict=True)
+        return [self._commit(*parts, flight.buffers) for parts in each]
 
     def _commit(
         self,
@@ -258,18 +315,18 @@ class DecodingLoop:
         tree: TokenTree,
         verdict: Verdict | None,
         buffers: StepBuffers,
-    ) -> Chunk:
+    ) -> Accepted:
         if verdict is None:
             verdict = self._verdict(sequence, proposal, tree, buffers.logits[sequence.row])
         self.cache.commit(sequence.row, verdict.path)
+        self._collect(sequence, sequence.row, verdict.path)
         self._show(sequence, buffers.taps, sequence.row, verdict.path)
-        chunk = sequence.append(verdict.tokens)
-        for part in proposal.parts:
-            self.schedule.acceptance.learn(part.drafter, part.draft, chunk.tokens, sequence.index)
-        self._count(sequence, proposal, tree, len(chunk.tokens), verdict)
+        tokens = sequence.append(verdict.tokens)
+        for part in proposal.parts:  # what is verified next depends on it
+            self.schedule.acceptance.learn(part.drafter, part.draft, tokens, sequence.index)
         for drafter in self.drafters:
-            drafter.commit(sequence.index, chunk.tokens)
-        return chunk
+            drafter.commit(sequence.index, tokens)
+        return Accepted(sequence, proposal, tree, verdict, tokens)
 
     def _verdict(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, logits: FloatArray) -> Verdict:
         start = len(sequence.tokens) - 1
@@ -278,30 +335,17 @@ class DecodingLoop:
             return verify_chain(tree.tokens[1:], probs, logits, sequence.sampler, start)
         return verify_tree(tree, logits, sequence.sampler.draw, start)
 
-    def _count(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, kept: int, verdict: Verdict) -> None:
-        stats = sequence.stats
-        stats.rounds += 1
-        if len(tree) == 1:
-            return
-        accepted = min(len(verdict.path) - 1, kept)
-        stats.verified += len(tree) - 1
-        stats.accepted += accepted
-        # Every drafter is credited for what it proposed of the verified rows, shared ones included.
-        for part in proposal.parts:
-            counts = stats.per_drafter.setdefault(part.drafter.name, DrafterCounts())
-            drafted, hits = proposal.credit(part, tree, verdict.tokens[:accepted])
-            counts.drafted += drafted
-            counts.accepted += hits
-            counts.count_chain(*proposal.main_chain(part, tree, verdict.tokens[:accepted]), part.draft.confidences)
-
-    def _account(
-        self, began: float, drafted: float, passed: float, verified: float, shape: tuple[int, ...], emitted: int
-    ) -> None:
+    def _account(self, flight: Flight, verified: float, emitted: int) -> None:
         done = _clock()
-        self.seconds.draft += drafted - began
-        self.seconds.verify += verified - passed
-        self.seconds.host += (passed - drafted) + (done - verified)
-        self.schedule.observe(shape[0], shape[1], emitted, (verified - passed) * 1e3, (done - began) * 1e3)
+        pass_s = self.runner.pass_ms / 1e3 or verified - flight.passed
+        drafting = flight.drafted - flight.began
+        passing = max(pass_s, verified - flight.passed - flight.away)
+        host = (flight.passed - flight.drafted) + (done - verified)
+        self.seconds.draft += drafting
+        self.seconds.verify += passing
+        self.seconds.host += host
+        batch, rows = flight.buffers.input_ids.shape
+        self.schedule.observe(batch, rows, emitted, pass_s * 1e3, (drafting + passing + host) * 1e3)
 
     # Retire --------------------------------------------------------------------------------------------------------
 
@@ -332,17 +376,3 @@ def drawn_from(sequence: SequenceState, proposal: Proposal) -> FloatArray | None
     """What a draft that rejection sampling verifies was drawn from; None for all others."""
     sampled = proposal.sampled
     return None if sampled is None or sequence.request.params.greedy else sampled.probs
-
-
-def tap_columns(engine: Engine, drafter: Drafter) -> IntArray | slice:
-    """Columns of the target's ``hidden_taps`` that ``drafter`` reads; IncompatibleBundle if the target lacks a tap."""
-    if missing := [tap for tap in drafter.taps if tap not in engine.taps]:
-        raise IncompatibleBundle(
-            f"drafter {drafter.name} reads the target's layers {list(drafter.taps)}, but this target graph returns "
-            f"{list(engine.taps)}, without {missing}; build the bundle again with this draft"
-        )
-    if drafter.taps == engine.taps:
-        return slice(None)
-    width = engine.taps_width // len(engine.taps)
-    starts = [engine.taps.index(tap) * width for tap in drafter.taps]
-    return np.concatenate([np.arange(start, start + width) for start in starts])

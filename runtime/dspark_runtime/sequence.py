@@ -42,10 +42,13 @@ class SequenceState:
     """One sequence between its request and its :class:`Generation`.
 
     ``tokens`` is the committed text, prompt included; its last token is the anchor, which no pass has seen yet. A block
-    of accepted tokens is committed one token at a time, so that it ends where plain decoding would have ended.
+    of accepted tokens is committed one token at a time, so that it ends where plain decoding would have ended. Tokens
+    come before their text: the next pass needs the ones and not the other.
     """
 
-    __slots__ = ("_finish", "_stream", "_text", "index", "request", "row", "sampler", "stats", "tokens")
+    __slots__ = (
+        "_finish", "_ready", "_stops", "_stream", "_text", "index", "request", "row", "sampler", "stats", "tokens",
+    )  # fmt: skip
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
         self.index = index
@@ -55,6 +58,8 @@ class SequenceState:
         self.sampler = Sampler(request.params, request.seed, request.key)
         self.stats = Statistics()
         self._stream = TextStream(tokenizer, request.prompt, request.stops) if tokenizer is not None else None
+        self._stops = self._stream if request.stops else None
+        self._ready = ""
         self._text: list[str] = []
         self._finish: FinishReason | None = None
 
@@ -73,42 +78,54 @@ class SequenceState:
         """Whether the text has ended."""
         return self._finish is not None
 
-    def append(self, tokens: Sequence[int]) -> Chunk:
-        """Commit verified tokens up to the end of the text; the chunk's ``tokens`` are those that were kept."""
-        kept, text = [], ""
+    def append(self, tokens: Sequence[int]) -> list[int]:
+        """Commit verified tokens up to the end of the text; those that were kept. :meth:`chunk` has their text.
+
+        Only stop strings need the text to tell whether it ends, so that only for them it is made here.
+        """
+        kept: list[int] = []
         for token in tokens:
             kept.append(token)
             self.tokens.append(token)
             if token in self.request.eos:
                 self._finish = "eos"
-            elif self._stream is not None:
-                text += self._stream.push(token)
-                if self._stream.stopped:
+            elif self._stops is not None:
+                self._ready += self._stops.push(token)
+                if self._stops.stopped:
                     self._finish = "stop"
             if self._finish is None and self.remaining == 0:
                 self._finish = "length"
             if self._finish is not None:
                 break
-        if self._finish is not None:
-            text += self._rest()
-        self._text.append(text)
+        if self._stops is not None and self._finish is not None:
+            self._ready += self._stops.finish()
+            if self._stops.stopped:
+                self._finish = "stop"
         self.stats.emitted = self.emitted
+        return kept
+
+    def chunk(self, kept: list[int]) -> Chunk:
+        """What :meth:`append` committed last, with its text; once for every call of it, before the next one."""
+        if self._stops is not None:
+            text, self._ready = self._ready, ""
+        else:
+            text = self._decoded(kept)
+        self._text.append(text)
         return Chunk(self.index, text, kept, self._finish)
 
     def cancel(self) -> Chunk:
         """End the text where it stands."""
         self._finish = "cancelled"
-        text = self._rest()
+        text = "" if self._stream is None else self._stream.finish()
         self._text.append(text)
         return Chunk(self.index, text, [], "cancelled")
 
-    def _rest(self) -> str:
+    def _decoded(self, kept: Sequence[int]) -> str:
         if self._stream is None:
             return ""
-        rest = self._stream.finish()
-        if self._stream.stopped and self._finish != "cancelled":
-            self._finish = "stop"
-        return rest
+        ended = self._finish == "eos"
+        text = "".join([self._stream.push(token) for token in (kept[:-1] if ended else kept)])
+        return text if self._finish is None else text + self._stream.finish()
 
     def generation(self) -> Generation:
         """The result; only once finished."""

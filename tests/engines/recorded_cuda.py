@@ -2,6 +2,8 @@
 
 Every stream, and the host, is a line of events with a vector clock. An access must happen after the last write of the
 same bytes, and a write after their last reads as well; an event that was recorded and waited for orders two lines.
+``forget`` names waits that are left out, ``host`` or the lane of the stream that waits: a check that finds no race then
+would never find one.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspark_runtime.backends.cuda import Bytes
+from dspark_runtime.backends.cuda import Bytes, Pieces
+from dspark_runtime.backends.plugin_launches import Launch
 
 HOST = 0
 Clock = dict[int, int]
@@ -41,13 +44,16 @@ class _Past:
 class RecordedCuda:
     """See the module's text. ``races`` lists what nothing ordered; ``calls`` counts calls by name."""
 
-    forget_waits: bool = False
+    forget: frozenset[str] = frozenset()
     races: list[str] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
-    enqueued: list[dict[str, Any]] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)  # bytes of every copy to the host
+    lanes: dict[int, str] = field(default_factory=lambda: {HOST: "host"})
 
     def __post_init__(self) -> None:
         self._clocks: dict[int, Clock] = {HOST: {}}
+        self._contents: dict[int, Bytes] = {}
         self._events: dict[int, Clock] = {}
         self._history: list[_Past] = []
         self._end, self._handles = 4096, 0
@@ -57,12 +63,13 @@ class RecordedCuda:
 
     # What the backend calls
 
-    def stream(self) -> int:
+    def stream(self, lane: str) -> int:
         self._handles += 1
         self._clocks[self._handles] = {}
+        self.lanes[self._handles] = lane
         return self._handles
 
-    def event(self) -> int:
+    def event(self, timed: bool = False) -> int:
         self._handles += 1
         self._events[self._handles] = {}
         return self._handles
@@ -80,14 +87,19 @@ class RecordedCuda:
         return np.zeros(size, np.uint8)
 
     def copy_in(self, device: int, host: Bytes, stream: int) -> None:
+        self._contents[device] = host.copy()
         self._do("copy_in", stream, [*_of(host, False), Access(device, device + host.nbytes, True)])
 
     def copy_out(self, host: Bytes, device: int, stream: int) -> None:
+        self.copied.append(host.nbytes)
         self._do("copy_out", stream, [Access(device, device + host.nbytes, False), *_of(host, True)])
 
-    def copy_rows(self, to: int, source: int, width: int, pitch: int, rows: int, stream: int) -> None:
-        span = pitch * (rows - 1) + width
-        self._do("copy_rows", stream, [Access(source, source + span, False), Access(to, to + span, True)])
+    def copy_rows(self, to: Pieces, source: Pieces, width: int, rows: int, stream: int) -> None:
+        accesses = []
+        for row in range(rows):
+            start, end = source[0] + row * source[1], to[0] + row * to[1]
+            accesses += [Access(start, start + width, False), Access(end, end + width, True)]
+        self._do("copy_rows", stream, accesses)
 
     def compact(
         self,
@@ -99,21 +111,27 @@ class RecordedCuda:
         stream: int,
     ) -> None:
         reads = [Access(memory, memory + self.memory[memory], False) for memory in (*tables, sources)]
-        caches = [Access(start, start + size, True) for start, size in self.memory.items() if size > 1 << 12]
+        pointers = self._contents[tables[0]].view(np.uint64).tolist()
+        caches = [Access(start, start + self.memory[start], True) for start in pointers]
         self._do("compact", stream, [*reads, *caches])
 
     def record(self, event: int, stream: int) -> None:
-        self.calls["record"] += 1
+        self._say("record", stream)
         self._events[event] = dict(self._clocks[stream])
 
     def wait(self, stream: int, event: int) -> None:
-        self.calls["wait"] += 1
-        _merge(self._clocks[stream], self._events[event])
+        self._say("wait", stream)
+        if self.lanes[stream] not in self.forget:
+            _merge(self._clocks[stream], self._events[event])
 
     def synchronize(self, event: int) -> None:
-        self.calls["synchronize"] += 1
-        if not self.forget_waits:
+        self._say("synchronize", HOST)
+        if "host" not in self.forget:
             _merge(self._clocks[HOST], self._events[event])
+
+    def elapsed(self, since: int, until: int) -> float:
+        assert all(self._events[event] for event in (since, until)), "time between events that were never recorded"
+        return 1.0
 
     def begin_capture(self, stream: int) -> None:
         self._capturing[stream] = []
@@ -124,7 +142,7 @@ class RecordedCuda:
         return self._handles
 
     def launch(self, graph: int, stream: int) -> None:
-        self.calls["launch"] += 1
+        self._say("launch", stream)
         self._follow_host(stream)
         for what, accesses in self._graphs[graph]:
             self._happen(what, stream, accesses)
@@ -139,8 +157,12 @@ class RecordedCuda:
         """The host reads or writes ``array`` now."""
         self._happen("the host", HOST, _of(array, writes))
 
-    def _do(self, what: str, stream: int, accesses: list[Access]) -> None:
+    def _say(self, what: str, line: int) -> None:
         self.calls[what] += 1
+        self.log.append(f"{what} {self.lanes[line]}")
+
+    def _do(self, what: str, stream: int, accesses: list[Access]) -> None:
+        self._say(what, stream)
         if stream in self._capturing:
             self._capturing[stream].append((what, accesses))
             return
@@ -160,7 +182,9 @@ class RecordedCuda:
                 if not overlap or not (past.access.writes or access.writes):
                     continue
                 if past.line != line and clock.get(past.line, 0) < past.time:
-                    self.races.append(f"{what} ({line}) does not wait for {past.what} ({past.line})")
+                    self.races.append(
+                        f"{what} ({self.lanes[line]}) does not wait for {past.what} ({self.lanes[past.line]})"
+                    )
             self._history.append(_Past(access, line, clock[line], what))
 
 
@@ -218,3 +242,18 @@ class RecordedPlan:
             Access(context.addresses[n], context.addresses[n] + size, True) for n, size in self._outputs.items()
         ]
         self._cuda.kernel("pass", stream, accesses)
+
+
+class RecordedKernels:
+    """Kernels that verify: each is taken to read and write all memory that it is given."""
+
+    processors = 2
+
+    def __init__(self, cuda: RecordedCuda) -> None:
+        self._cuda = cuda
+
+    def run(self, launches: Iterable[Launch], stream: int) -> None:
+        for launch in launches:
+            given = [value for value in launch.arguments if isinstance(value, int)]
+            inside = [(m, size) for m, size in self._cuda.memory.items() if any(m <= g < m + size for g in given)]
+            self._cuda.kernel(launch.kernel, stream, [Access(m, m + size, True) for m, size in inside])

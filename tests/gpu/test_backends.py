@@ -6,6 +6,7 @@ TensorRT-RTX needs a GPU of a family it is for; ONNX Runtime's CUDA provider nee
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dspark_export.engines.compile import compile_bundle
 from dspark_export.engines.options import CompileOptions, Ranges
 from dspark_export.measure import row_logits
 from dspark_runtime import Bundle
+from dspark_runtime.backends.opening import DeviceBackend
 from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.engine_check import RTX_DEFAULT_TARGETS
 from tests import tiny_models
@@ -79,3 +81,18 @@ def test_speculative_text_is_plain_text(
     plain = gpu.generate(PROMPTS, speculate="off", batch_size=batch_size, **options)
     drafted = gpu.generate(PROMPTS, speculate=mode, batch_size=batch_size, draft_length=4, **options)
     assert [g.tokens for g in drafted] == [g.tokens for g in plain]
+
+
+@pytest.mark.parametrize("mode", ["off", "ngram+self-draft"])
+def test_work_beside_passes_changes_nothing(opened: tuple[Bundle, Bundle], mode: str) -> None:
+    gpu, cpu = opened
+    settings = replace(gpu.engine_options, overlap=False)
+    assert isinstance(gpu._backend, DeviceBackend)
+    name = gpu._backend._name
+    serial = Bundle(cpu.files, settings, gpu.exact, None, DeviceBackend(cpu.files, name, settings))
+    drafts: dict[str, Any] = {} if mode == "off" else {"draft_length": 4}
+    options = {"max_new_tokens": 48, "ignore_eos": True, "speculate": mode, **drafts}
+    found, expected = (bundle.generate(PROMPTS, **options) for bundle in (gpu, serial))
+    assert [(g.tokens, g.text) for g in found] == [(g.tokens, g.text) for g in expected]
+    assert gpu.target.open(gpu.target.allocate(1, 64)).overlaps
+    assert not serial.target.open(serial.target.allocate(1, 64)).overlaps

@@ -1,7 +1,7 @@
 """The few CUDA calls the TensorRT backend makes, behind a protocol that names what each reads and writes.
 
-Streams, events, graphs and device memory are plain integers. Everything is ordered by the stream it is enqueued on; the
-host waits in :meth:`Cuda.synchronize` and nowhere else.
+Streams, events, graphs and device memory are plain integers. Everything is ordered by the stream it is enqueued on, and
+by events between streams; while texts are generated the host waits in :meth:`Cuda.synchronize` and nowhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy.typing as npt
 from dspark_runtime.errors import BackendError, CapacityError, EngineWithoutDevice
 
 Bytes = npt.NDArray[np.uint8]
+Pieces = tuple[int, int]
+"""Device memory of the first of several pieces, and bytes from one to the next."""
 THREADS = 128
 
 COMPACT_NAME = "dspark_compact"
@@ -40,11 +42,11 @@ extern "C" __global__ void dspark_compact(const unsigned long long* tensors, con
 class Cuda(Protocol):
     """CUDA as the backend needs it. Sizes are bytes; every failure is a BackendError."""
 
-    def stream(self) -> int:
-        """A new stream that does not wait for the default stream."""
+    def stream(self, lane: str) -> int:
+        """A new stream that does not wait for the default stream; ``lane`` says what it is for."""
 
-    def event(self) -> int:
-        """A new event without timing."""
+    def event(self, timed: bool = False) -> int:
+        """A new event; only between ``timed`` ones is time measured."""
 
     def allocate(self, size: int) -> int:
         """Device memory, aligned to 256, zero-filled; CapacityError if there is not enough."""
@@ -61,8 +63,8 @@ class Cuda(Protocol):
     def copy_out(self, host: Bytes, device: int, stream: int) -> None:
         """Copy from device memory to all of ``host``."""
 
-    def copy_rows(self, to: int, source: int, width: int, pitch: int, rows: int, stream: int) -> None:
-        """Copy ``rows`` pieces of ``width`` bytes that lie ``pitch`` bytes apart on both sides."""
+    def copy_rows(self, to: Pieces, source: Pieces, width: int, rows: int, stream: int) -> None:
+        """Copy ``rows`` pieces of ``width`` bytes on the device."""
 
     def compact(
         self,
@@ -87,6 +89,9 @@ class Cuda(Protocol):
 
     def synchronize(self, event: int) -> None:
         """The host waits for the event."""
+
+    def elapsed(self, since: int, until: int) -> float:
+        """Milliseconds between two timed events that have happened."""
 
     def begin_capture(self, stream: int) -> None:
         """What is enqueued on ``stream`` from now on becomes a graph instead of running."""
@@ -138,18 +143,20 @@ class CudaBindings:
             raise BackendError(f"{message}; the engine is not usable any more, open the bundle again")
         return results[0] if results else None
 
-    def stream(self) -> int:
+    def stream(self, lane: str) -> int:
         """See :class:`Cuda`."""
         return int(self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
 
-    def event(self) -> int:
+    def event(self, timed: bool = False) -> int:
         """See :class:`Cuda`."""
-        return int(self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming))
+        flags = self._cuda.cudaEventDefault if timed else self._cuda.cudaEventDisableTiming
+        return int(self._call("cudaEventCreateWithFlags", flags))
 
     def allocate(self, size: int) -> int:
         """See :class:`Cuda`."""
         memory = int(self._call("cudaMalloc", max(size, 1)))
         self._call("cudaMemset", memory, 0, max(size, 1))
+        self._call("cudaStreamSynchronize", 0)  # the other streams do not wait for the default one, which fills it
         return memory
 
     def free(self, memory: int) -> None:
@@ -175,10 +182,10 @@ class CudaBindings:
         kind = self._copy.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", host.ctypes.data, device, host.nbytes, kind, stream)
 
-    def copy_rows(self, to: int, source: int, width: int, pitch: int, rows: int, stream: int) -> None:
+    def copy_rows(self, to: Pieces, source: Pieces, width: int, rows: int, stream: int) -> None:
         """See :class:`Cuda`."""
         kind = self._copy.cudaMemcpyDeviceToDevice
-        self._call("cudaMemcpy2DAsync", to, pitch, source, pitch, width, rows, kind, stream)
+        self._call("cudaMemcpy2DAsync", *to, *source, width, rows, kind, stream)
 
     def compact(
         self,
@@ -213,6 +220,10 @@ class CudaBindings:
     def synchronize(self, event: int) -> None:
         """See :class:`Cuda`."""
         self._call("cudaEventSynchronize", event)
+
+    def elapsed(self, since: int, until: int) -> float:
+        """See :class:`Cuda`."""
+        return float(self._call("cudaEventElapsedTime", since, until))
 
     def begin_capture(self, stream: int) -> None:
         """See :class:`Cuda`."""

@@ -1,43 +1,40 @@
 """Decoders on the GPU behind the Engine protocol, whatever runs their passes: TensorRT, TensorRT-RTX or ONNX Runtime.
 
-A pass is: fill page-locked arrays, one copy in, the engine, one copy out, and one wait of the host. With the plugins'
-kernels at hand, trees are verified where the logits are, and what comes out are accepted rows and their tokens.
-Everything is enqueued on the stream of the cache memory. Inputs and outputs have fixed addresses, so that a pass of a
-shape that was seen before is the launch of one CUDA graph.
+A pass is: fill page-locked arrays, one copy in, the engine, one copy out, and one wait of the host, when it wants the
+results. With the plugins' kernels at hand, trees are verified where the logits are, and what comes out are accepted
+rows and their tokens. Passes go to the stream of the cache memory, copies out to another one that waits for the pass by
+an event. Inputs and outputs have fixed addresses, so that a pass of a shape that was seen before is the launch of one
+CUDA graph.
 
 No GPU has run this yet: what is tested is the order of the calls, see docs/engines.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from dspark_runtime.backends.cuda import Bytes, Cuda
+from dspark_runtime.backends.cuda import Cuda
 from dspark_runtime.backends.device_cache import ELEMENT_BYTES, CachePool, DeviceCache, LentCache
+from dspark_runtime.backends.device_features import DeviceTaps
+from dspark_runtime.backends.device_layout import ALIGNMENT, INPUTS, layout, widened
 from dspark_runtime.backends.device_shapes import PassRanges, PassShape, largest_sizes, pass_shape
 from dspark_runtime.backends.device_verify import Kernels, Staging, Verifier
-from dspark_runtime.backends.engine import CacheMemory, StepBuffers, TreeCheck, TreeVerdicts
+from dspark_runtime.backends.engine import CacheMemory, ResidentTaps, StepBuffers, TreeCheck, TreeVerdicts
 from dspark_runtime.backends.plugin_launches import DeviceTensor
 from dspark_runtime.bundle import BundleFiles, GraphEntry
 from dspark_runtime.contract import (
     ATTENTION_MASK,
     HIDDEN_TAPS,
-    INPUT_IDS,
-    LOGIT_ROWS,
     LOGITS,
-    POSITION_IDS,
-    WRITE_INDICES,
     past_name,
     present_name,
 )
 from dspark_runtime.errors import BackendError, EngineRangeExceeded
 
 PARTS = ("key", "value")
-_ALIGNMENT = 256
 _GRAPHS = 512  # of one runner; beyond that passes are enqueued one by one
 
 
@@ -69,6 +66,7 @@ class DeviceEngine:
         cuda: the GPU.
         plan: what runs them.
         replay: capture CUDA graphs.
+        overlap: passes run beside the host; False: the host waits for each at once, and one stream has everything.
         kernels: what verifies on the GPU; None: logits are copied out.
 
     Raises:
@@ -84,6 +82,7 @@ class DeviceEngine:
         plan: Plan,
         *,
         replay: bool = True,
+        overlap: bool = True,
         kernels: Kernels | None = None,
     ) -> None:
         self.name, self.entry, self.cuda, self.replay = graph.name, entry, cuda, replay
@@ -95,7 +94,7 @@ class DeviceEngine:
         self.taps_width = int(shapes[HIDDEN_TAPS][-1]) if HIDDEN_TAPS in shapes else 0
         self.plan = plan
         self.kernels = kernels
-        self._pool = CachePool(cuda, self.cache, entry, plan.stream)
+        self._pool = CachePool(cuda, self.cache, entry, plan.stream, "target", overlap)
         self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
 
     @property
@@ -142,20 +141,31 @@ class DeviceRunner:
         self._first, self._count, self._element = 0, memory.batch, ELEMENT_BYTES[engine.entry.dtype]
         most = engine.largest
         batch, tokens, rows = (most[name] for name in ("batch", "tokens", "rows"))
-        self._inputs = Staging(self._cuda, _layout(batch, tokens, rows, engine.entry.capacity)[1])
-        self._outputs = Staging(self._cuda, 4 * batch * rows * engine.vocab_size + _ALIGNMENT)
+        self._inputs = Staging(self._cuda, layout(batch, tokens, rows, engine.entry.capacity)[1])
+        self._outputs = Staging(self._cuda, 4 * batch * rows * engine.vocab_size + ALIGNMENT)
         self._taps = (
             Staging(self._cuda, self._element * batch * tokens * engine.taps_width) if engine.taps_width else None
         )
         self._verifier = None if engine.kernels is None else Verifier(self._cuda, engine.kernels, batch, rows)
-        self.verifies = self._verifier is not None
+        self.verifies, self.overlaps = self._verifier is not None, memory.overlap
+        self.taps_wanted, self.pass_ms = False, 0.0
         self._contexts: dict[int, Any] = {}
         self._graphs: dict[_Key, tuple[int, Any]] = {}
         self._seen: set[_Key] = set()
         self._views: dict[PassShape, tuple[npt.NDArray[Any], ...]] = {}
         self._shape: PassShape | None = None
         self._buffers: StepBuffers | None = None
-        self._done = self._cuda.event()
+        self._began, self._ran = self._cuda.event(timed=True), self._cuda.event(timed=True)
+        self._copied = self._cuda.event()
+        self._flying: _Key | None = None
+        self._mark = 0
+        self._checked = 0  # rows of the trees that were given
+        self._resident = (
+            None
+            if self._taps is None
+            else DeviceTaps(self._taps.device, engine.entry.dtype, engine.taps_width, self._ran)
+        )
+        self.resident: ResidentTaps | None = self._resident
 
     def select(self, first: int, count: int) -> None:
         """See :class:`dspark_runtime.backends.engine.Runner`."""
@@ -163,6 +173,7 @@ class DeviceRunner:
 
     def prepare(self, tokens: int, rows: int, kv_len: int) -> StepBuffers:
         """See :class:`dspark_runtime.backends.engine.Runner`; raises EngineRangeExceeded."""
+        self.finish()  # of a pass that nobody waited for: its arrays are still read
         engine = self._engine
         shape = self._shape = pass_shape(engine.entry, self._count, tokens, rows, kv_len)
         ids, positions, write, logit_rows, mask, logits = self._views.get(shape) or self._new_views(shape)
@@ -179,39 +190,75 @@ class DeviceRunner:
             write_indices=write,
             logit_rows=logit_rows[:, :rows],
             logits=logits[:, :rows],
-            taps=np.zeros((shape.batch, tokens, engine.taps_width), np.float32) if engine.taps_width else None,
+            taps=np.zeros((shape.batch, tokens, engine.taps_width), np.float32) if self._shown else None,
         )
         return self._buffers
 
-    def run(self) -> None:
-        """See :class:`dspark_runtime.backends.engine.Runner`."""
-        self._run(False)
-
-    def verify(self, check: TreeCheck) -> TreeVerdicts:
-        """See :class:`dspark_runtime.backends.engine.Runner`: what comes back are a few integers."""
-        if self._verifier is None or self._shape is None:
-            raise BackendError(f"{self._engine.name} verifies nothing on the GPU; build plugins/ for its kernels")
-        self._verifier.fill(check, self._shape.batch, self._shape.rows)
-        self._run(True)
-        return self._verifier.verdicts(check.tokens.shape[1])
-
-    def _run(self, verified: bool) -> None:
-        """The only wait of the host is the one at the end."""
-        shape, buffers, stream = self._shape, self._buffers, self._memory.stream
-        if shape is None or buffers is None:
+    def start(self, check: TreeCheck | None = None) -> None:
+        """See :class:`dspark_runtime.backends.engine.Runner`: everything is enqueued, nothing waits."""
+        shape, memory, cuda = self._shape, self._memory, self._cuda
+        if shape is None or self._buffers is None:
             raise BackendError(f"{self._engine.name} was run before its pass was prepared")
-        key = (shape, self._first, verified)
-        with self._memory.lock:
+        if check is not None:
+            if self._verifier is None:
+                raise BackendError(f"{self._engine.name} verifies nothing on the GPU; build plugins/ for its kernels")
+            self._verifier.fill(check, shape.batch, shape.rows)
+            self._checked = check.tokens.shape[1]
+        key = (shape, self._first, check is not None)
+        with memory.lock:
+            if self._resident is not None:
+                self._resident.tokens = shape.tokens
+                self._resident.release(cuda, memory.stream)
+            cuda.record(self._began, memory.stream)
             if key in self._graphs or (key in self._seen and len(self._graphs) < _GRAPHS and self._capture(key)):
-                self._cuda.launch(self._graphs[key][0], stream)
+                cuda.launch(self._graphs[key][0], memory.stream)
             else:
                 if shape.replayed and self._engine.replay:
                     self._seen.add(key)
                 self._enqueue(self._context(shape.profile), key)
-            self._cuda.record(self._done, stream)
-        self._cuda.synchronize(self._done)
-        if buffers.taps is not None and self._taps is not None:
-            buffers.taps[:] = widened(self._taps.host, self._engine.entry.dtype, shape, buffers.taps.shape)
+            cuda.record(self._ran, memory.stream)
+            self._mark = memory.mark()
+            self._fetch(key)
+        self._flying = key
+
+    def finish(self) -> TreeVerdicts | None:
+        """See :class:`dspark_runtime.backends.engine.Runner`; the only wait of the host."""
+        key, self._flying = self._flying, None
+        if key is None:
+            return None
+        self._cuda.synchronize(self._copied)
+        self._memory.reached(self._mark)
+        self.pass_ms = self._cuda.elapsed(self._began, self._ran)
+        taps = None if self._buffers is None else self._buffers.taps
+        if taps is not None and self._taps is not None:
+            taps[:] = widened(self._taps.host, self._engine.entry.dtype, key[0], taps.shape)
+        return self._verifier.verdicts(self._checked) if key[2] and self._verifier is not None else None
+
+    def run(self) -> None:
+        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        self.start()
+        self.finish()
+
+    @property
+    def _shown(self) -> bool:
+        """Whether taps are copied to the host."""
+        return self.taps_wanted and self._taps is not None
+
+    def _fetch(self, key: _Key) -> None:
+        """Copy out what the host wants. Nothing overwrites it meanwhile: the host waits before it starts a pass."""
+        shape, _, verified = key
+        cuda, stream = self._cuda, self._memory.copies
+        if self._memory.overlap:
+            cuda.wait(stream, self._ran)
+        if verified and self._verifier is not None:
+            self._verifier.fetch(stream)
+        else:
+            wanted = 4 * shape.batch * shape.rows * self._engine.vocab_size
+            cuda.copy_out(self._outputs.host[:wanted], self._outputs.device, stream)
+        if self._shown and self._taps is not None:
+            wanted = self._element * shape.batch * shape.tokens * self._engine.taps_width
+            cuda.copy_out(self._taps.host[:wanted], self._taps.device, stream)
+        cuda.record(self._copied, stream)
 
     def _capture(self, key: _Key) -> bool:
         """Turn the pass into a graph. It gets a context of its own: a context must not change under a graph.
@@ -239,23 +286,17 @@ class DeviceRunner:
         stream = self._memory.stream
         if not bound:
             self._bind(context, shape)
-        _, size = _layout(shape.batch, shape.tokens, shape.rows, shape.kv_len)
+        _, size = layout(shape.batch, shape.tokens, shape.rows, shape.kv_len)
         self._cuda.copy_in(self._inputs.device, self._inputs.host[:size], stream)
         self._engine.plan.enqueue(context, stream)
         if verified and self._verifier is not None:
             logits = DeviceTensor(self._outputs.device, (shape.batch, shape.rows, self._engine.vocab_size), "float32")
             self._verifier.enqueue(logits, stream)
-        else:
-            wanted = 4 * shape.batch * shape.rows * self._engine.vocab_size
-            self._cuda.copy_out(self._outputs.host[:wanted], self._outputs.device, stream)
-        if self._taps is not None:
-            wanted = self._element * shape.batch * shape.tokens * self._engine.taps_width
-            self._cuda.copy_out(self._taps.host[:wanted], self._taps.device, stream)
 
     def _bind(self, context: Any, shape: PassShape) -> None:
         """Addresses and shapes of everything; past and present of a cache are one address."""
         engine, memory = self._engine, self._memory
-        places, _ = _layout(shape.batch, shape.tokens, shape.rows, shape.kv_len)
+        places, _ = layout(shape.batch, shape.tokens, shape.rows, shape.kv_len)
         for name, (offset, dims) in places.items():
             context.set_input_shape(name, dims)
             context.set_tensor_address(name, self._inputs.device + offset)
@@ -279,9 +320,9 @@ class DeviceRunner:
 
     def _new_views(self, shape: PassShape) -> tuple[npt.NDArray[Any], ...]:
         """Inputs and logits of a shape in page-locked memory; kept for shapes that come again."""
-        places, _ = _layout(shape.batch, shape.tokens, shape.rows, shape.kv_len)
+        places, _ = layout(shape.batch, shape.tokens, shape.rows, shape.kv_len)
         views: list[npt.NDArray[Any]] = []
-        for name in _INPUTS:
+        for name in INPUTS:
             offset, dims = places[name]
             kind = np.bool_ if name == ATTENTION_MASK else np.int64
             size = int(np.prod(dims)) * np.dtype(kind).itemsize
@@ -294,36 +335,3 @@ class DeviceRunner:
 
 
 _Key = tuple[PassShape, int, bool]  # of a pass: its shape, its first sequence, whether it is verified on the GPU
-_INPUTS = (INPUT_IDS, POSITION_IDS, WRITE_INDICES, LOGIT_ROWS, ATTENTION_MASK)
-
-
-def _layout(batch: int, tokens: int, rows: int, kv_len: int) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
-    """Offset and dims of every input in its staging memory, and the bytes of all."""
-
-    def sizes() -> Iterator[tuple[str, tuple[int, ...], int]]:
-        yield INPUT_IDS, (batch, tokens), 8
-        yield POSITION_IDS, (batch, tokens), 8
-        yield WRITE_INDICES, (batch,), 8
-        yield LOGIT_ROWS, (batch, rows), 8
-        yield ATTENTION_MASK, (batch, 1, tokens, kv_len), 1
-
-    places, end = {}, 0
-    for name, dims, width in sizes():
-        places[name] = end, dims
-        end += -(-int(np.prod(dims)) * width // _ALIGNMENT) * _ALIGNMENT
-    return places, end
-
-
-def widened(raw: Bytes, dtype: str, shape: PassShape, wanted: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Rows [batch, tokens, width] of ``dtype`` at the start of ``raw`` as float32, without padding rows."""
-    batch, tokens, width = wanted
-    size = ELEMENT_BYTES[dtype] * shape.batch * shape.tokens * width
-    numbers = raw[:size].view(np.float32) if dtype == "float32" else to_float32(raw[:size].view(np.uint16), dtype)
-    return numbers.reshape(shape.batch, shape.tokens, width)[:batch, :tokens]
-
-
-def to_float32(stored: npt.NDArray[np.uint16], dtype: str) -> npt.NDArray[np.float32]:
-    """Numbers of ``dtype`` float16 or bfloat16, given as their bits."""
-    if dtype == "float16":
-        return stored.view(np.float16).astype(np.float32)
-    return (stored.astype(np.uint32) << 16).view(np.float32)

@@ -17,7 +17,7 @@ from dspark_runtime.errors import CapacityError
 
 R = TypeVar("R")
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_SLOTS = 4  # lists of rows on their way to the GPU at once
+_SLOTS = 4  # lists of rows on their way to the GPU at once, one for every sequence of a pass at least
 _MOST_ROWS = 1024
 
 
@@ -25,7 +25,8 @@ class DeviceCache:
     """Key and value memory of all layers, and the stream that every pass over it is enqueued on.
 
     See :class:`dspark_runtime.backends.engine.CacheMemory`. One stream orders passes and moves, whatever engine runs
-    them, so that nothing has to wait for the host. ``limit`` is the engines' capacity: the memory never grows.
+    them, so that nothing has to wait for the host. ``copies`` is the stream on which their results leave the device:
+    one of its own, or the same without ``overlap``. ``limit`` is the engines' capacity: the memory never grows.
     ``dtype`` is the element type of the caches, ``stream`` the one to use, None for a new one, and ``lock`` that of
     whoever enqueues on it: a pass or a capture goes there as a whole. ``runners`` keeps what engines opened over it, by
     their name: staging memory, contexts and captured graphs are for its addresses.
@@ -40,10 +41,12 @@ class DeviceCache:
         dtype: str,
         stream: int | None = None,
         lock: threading.RLock | None = None,
+        overlap: bool = True,
     ) -> None:
         self.lock = lock or threading.RLock()
-        self.batch, self.capacity, self._element = batch, limit, ELEMENT_BYTES[dtype]
-        self.cuda, self.stream = cuda, cuda.stream() if stream is None else stream
+        self.batch, self.capacity, self.dtype, self._element = batch, limit, dtype, ELEMENT_BYTES[dtype]
+        self.cuda, self.stream = cuda, cuda.stream("target") if stream is None else stream
+        self.overlap, self.copies = overlap, cuda.stream("copy") if overlap else self.stream
         self._shapes = {
             (i, part): (layer.kv_heads, width)
             for i, layer in enumerate(layers)
@@ -54,8 +57,8 @@ class DeviceCache:
             for key, (heads, width) in self._shapes.items()
         }
         self._tables = self._upload_tables()
-        self._rows = [_RowList(cuda) for _ in range(_SLOTS)]
-        self._next = 0
+        self._rows = [_RowList(cuda) for _ in range(max(_SLOTS, batch))]
+        self._sent = self._arrived = 0
         self.runners: dict[str, Any] = {}
         memory = [*self._tensors.values(), *self._tables]
         weakref.finalize(self, _free, cuda, memory).atexit = False  # a process that ends gives it back anyway
@@ -83,13 +86,21 @@ class DeviceCache:
         """See :class:`CacheMemory`; ``sources`` rise and none lies before the place it moves to."""
         if any(source < to + j for j, source in enumerate(sources)) or sorted(set(sources)) != list(sources):
             raise ValueError(f"rows {list(sources)} do not rise from {to} on")
-        rows = self._rows[self._next]
-        self._next = (self._next + 1) % _SLOTS
         columns = max(heads * width for heads, width in self._shapes.values()) * self._element // 2
         numbers = np.array([len(sources), to, sequence, self.capacity], np.int32)
+        rows = self._rows[self._sent % len(self._rows)]
         with self.lock:
-            device = rows.send(sources, self.stream)
+            device = rows.send(sources, self.stream, self._sent, self._arrived)
+            self._sent += 1
             self.cuda.compact(self._tables, len(self._shapes), columns, device, numbers, self.stream)
+
+    def mark(self) -> int:
+        """A point on the stream, for :meth:`reached`."""
+        return self._sent
+
+    def reached(self, mark: int) -> None:
+        """The host has waited for something behind ``mark``: whatever was sent before it has been read."""
+        self._arrived = max(self._arrived, mark)
 
     def move(self, source: int, target: int, length: int) -> None:
         """See :class:`CacheMemory`."""
@@ -97,7 +108,8 @@ class DeviceCache:
             row = width * self._element
             to, origin = self.tensor(layer, part, target), self.tensor(layer, part, source)
             with self.lock:
-                self.cuda.copy_rows(to, origin, length * row, self.capacity * row, heads, self.stream)
+                pitch = self.capacity * row
+                self.cuda.copy_rows((to, pitch), (origin, pitch), length * row, heads, self.stream)
 
     def _upload_tables(self) -> tuple[int, int, int]:
         arrays: tuple[npt.NDArray[np.generic], ...] = (
@@ -133,10 +145,19 @@ class LentCache:
 
 class CachePool:
     """Caches of one plan, each as large as the plan takes. Contexts of a plan share scratch memory, so that all its
-    passes are on one stream: ``stream``, or a new one where that is None."""
+    passes are on one stream: ``stream``, or a new one for ``lane`` where that is None."""
 
-    def __init__(self, cuda: Cuda, layers: Sequence[CacheLayer], ranges: PassRanges, stream: int | None) -> None:
+    def __init__(
+        self,
+        cuda: Cuda,
+        layers: Sequence[CacheLayer],
+        ranges: PassRanges,
+        stream: int | None,
+        lane: str,
+        overlap: bool,
+    ) -> None:
         self._cuda, self._layers, self._ranges, self._stream = cuda, layers, ranges, stream
+        self._lane, self._overlap = lane, overlap
         self._lock, self._free = threading.RLock(), list[DeviceCache]()
 
     def lend(self, batch: int, capacity: int) -> LentCache:
@@ -148,9 +169,11 @@ class CachePool:
     def _new(self) -> DeviceCache:
         with self._lock:
             if self._stream is None:
-                self._stream = self._cuda.stream()
+                self._stream = self._cuda.stream(self._lane)
         most, ranges = largest_sizes(self._ranges)["batch"], self._ranges
-        return DeviceCache(self._cuda, self._layers, most, ranges.capacity, ranges.dtype, self._stream, self._lock)
+        return DeviceCache(
+            self._cuda, self._layers, most, ranges.capacity, ranges.dtype, self._stream, self._lock, self._overlap
+        )
 
 
 class _RowList:
@@ -158,14 +181,15 @@ class _RowList:
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda, self._host = cuda, cuda.pinned(_MOST_ROWS * 8)
-        self._device, self._read, self._used = cuda.allocate(_MOST_ROWS * 8), cuda.event(), False
+        self._device, self._read, self._number = cuda.allocate(_MOST_ROWS * 8), cuda.event(), -1
 
-    def send(self, rows: Sequence[int], stream: int) -> int:
-        if self._used:
+    def send(self, rows: Sequence[int], stream: int, number: int, arrived: int) -> int:
+        """Enqueue copy ``number`` to the GPU; those before ``arrived`` are known to be done."""
+        if self._number >= arrived:
             self._cuda.synchronize(self._read)
         part: Bytes = self._host[: 8 * len(rows)]
         part.view(np.int64)[:] = rows
         self._cuda.copy_in(self._device, part, stream)
         self._cuda.record(self._read, stream)
-        self._used = True
+        self._number = number
         return self._device

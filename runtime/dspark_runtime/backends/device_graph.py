@@ -12,13 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_runtime.backends.cuda import Bytes, Cuda
-from dspark_runtime.backends.device import PARTS, Plan, device_cache, to_float32
+from dspark_runtime.backends.device import PARTS, Plan, device_cache
 from dspark_runtime.backends.device_cache import CachePool, DeviceCache, LentCache
+from dspark_runtime.backends.device_features import DeviceFeatures, TakenRows, takes_resident
+from dspark_runtime.backends.device_layout import to_float32
 from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes, profile_for
-from dspark_runtime.backends.engine import AnyArray, CacheMemory
+from dspark_runtime.backends.engine import AnyArray, CacheMemory, Features, FeatureStore
+from dspark_runtime.backends.host_features import HostFeatures
 from dspark_runtime.bundle import BundleFiles, GraphEntry
 from dspark_runtime.contract import TensorSpec, past_name, present_name
-from dspark_runtime.draft_contract import TEMPERATURE
+from dspark_runtime.draft_contract import TARGET_FEATURES, TEMPERATURE
 from dspark_runtime.errors import BackendError
 
 _DRAWN = "drawn"
@@ -40,6 +43,8 @@ class DeviceGraphEngine:
         entry: PassRanges,
         cuda: Cuda,
         plan: Plan,
+        *,
+        overlap: bool = True,
     ) -> None:
         self.name, self.entry, self.cuda = graph.name, entry, cuda
         self.cache = graph.cache or ()
@@ -47,7 +52,7 @@ class DeviceGraphEngine:
         most = largest_sizes(entry)
         self.slots: int | None = entry.capacity
         self.most_rows: int | None = min(most[name] for name in ("features", "tokens") if name in most)
-        self._pool = CachePool(cuda, self.cache, entry, plan.stream)
+        self._pool = CachePool(cuda, self.cache, entry, plan.stream, "draft", overlap)
         self.plan.require_tensors({s.name for s in graph.inputs}, {s.name for s in graph.outputs})
         caches = {name(i, part) for i in range(len(self.cache)) for part in PARTS for name in (past_name, present_name)}
         self.inputs = tuple(spec for spec in graph.inputs if spec.name not in caches)
@@ -73,7 +78,9 @@ class DeviceGraphRunner:
         self._engine, self._memory, self._cuda = engine, memory, engine.cuda
         self._first, self._count = 0, memory.batch
         self._contexts: dict[int, Any] = {}
-        self._done = self._cuda.event()
+        self._read, self._ran, self._copied = (self._cuda.event() for _ in range(3))
+        self._feeding = False  # the page-locked inputs may not be read yet
+        self._features: DeviceFeatures | None = None
         most = largest_sizes(engine.entry)
         self._places, end = {}, 0
         for spec in (*engine.inputs, *engine.outputs):
@@ -86,36 +93,70 @@ class DeviceGraphRunner:
         """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
         self._first, self._count = first, count
 
-    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def features(self, target: CacheMemory) -> FeatureStore:
+        """See :class:`dspark_runtime.backends.engine.GraphRunner`; on the GPU if the target's are, of the same type."""
+        spec = next((spec for spec in self._engine.inputs if spec.name == TARGET_FEATURES), None)
+        if spec is None or not takes_resident(self._memory, target, spec):
+            return HostFeatures()
+        if self._features is None:
+            self._features = DeviceFeatures(self._memory, spec)
+        self._features.clear()
+        return self._features
+
+    def feed(self, inputs: Mapping[str, Features]) -> None:
+        """See :class:`dspark_runtime.backends.engine.GraphRunner`; nothing is copied out and nothing waits."""
+        self._start(inputs, self._measured(inputs))
+        if not self._memory.overlap:
+            self._cuda.synchronize(self._ran)
+
+    def run(self, inputs: Mapping[str, Features]) -> dict[str, AnyArray]:
         """See :class:`dspark_runtime.backends.engine.GraphRunner`; one wait of the host, at the end."""
-        sizes = self._measured(inputs)
-        with self._memory.lock:
-            self._enqueue(inputs, sizes)
-        self._cuda.synchronize(self._done)
+        sizes, cuda, stream = self._measured(inputs), self._cuda, self._memory.copies
+        mark = self._start(inputs, sizes)
+        if self._memory.overlap:
+            cuda.wait(stream, self._ran)
+        for spec in self._engine.outputs:
+            cuda.copy_out(self._part(spec, _dims(spec, sizes)), self._device + self._places[spec.name], stream)
+        cuda.record(self._copied, stream)
+        cuda.synchronize(self._copied)
+        self._memory.reached(mark)
+        self._feeding = False
         return {spec.name: self._result(spec, sizes, inputs) for spec in self._engine.outputs}
 
-    def _enqueue(self, inputs: Mapping[str, AnyArray], sizes: dict[str, int]) -> None:
-        engine, stream = self._engine, self._memory.stream
+    def _start(self, inputs: Mapping[str, Features], sizes: dict[str, int]) -> int:
+        """Enqueue a pass; the point behind it on the cache's stream."""
+        engine, memory, cuda = self._engine, self._memory, self._cuda
+        if self._feeding:
+            cuda.synchronize(self._read)
         profile = profile_for(engine.entry, sizes)
-        if profile not in self._contexts:
-            self._contexts[profile] = engine.plan.context(profile, stream)
-        context = self._contexts[profile]
-        for spec in engine.inputs:
-            dims = _dims(spec, sizes)
-            part = self._part(spec, dims)
-            part[:] = _stored(inputs[spec.name], spec.dtype).reshape(-1).view(np.uint8)
-            self._cuda.copy_in(self._device + self._places[spec.name], part, stream)
-            context.set_input_shape(spec.name, dims)
-            context.set_tensor_address(spec.name, self._device + self._places[spec.name])
-        self._bind_cache(context, sizes["batch"])
-        for spec in engine.outputs:
-            context.set_tensor_address(spec.name, self._device + self._places[spec.name])
-        engine.plan.enqueue(context, stream)
-        for spec in engine.outputs:
-            self._cuda.copy_out(self._part(spec, _dims(spec, sizes)), self._device + self._places[spec.name], stream)
-        self._cuda.record(self._done, stream)
+        with memory.lock:
+            if profile not in self._contexts:
+                self._contexts[profile] = engine.plan.context(profile, memory.stream)
+            context = self._contexts[profile]
+            for spec in engine.inputs:
+                dims, place = _dims(spec, sizes), self._device + self._places[spec.name]
+                self._fill(spec, dims, inputs[spec.name])
+                context.set_input_shape(spec.name, dims)
+                context.set_tensor_address(spec.name, place)
+            cuda.record(self._read, memory.stream)
+            self._feeding = True
+            self._bind_cache(context, sizes["batch"])
+            for spec in engine.outputs:
+                context.set_tensor_address(spec.name, self._device + self._places[spec.name])
+            engine.plan.enqueue(context, memory.stream)
+            cuda.record(self._ran, memory.stream)
+            return memory.mark()
 
-    def _measured(self, inputs: Mapping[str, AnyArray]) -> dict[str, int]:
+    def _fill(self, spec: TensorSpec, dims: tuple[int, ...], given: Features) -> None:
+        place, stream = self._device + self._places[spec.name], self._memory.stream
+        if isinstance(given, TakenRows):
+            given.write(self._cuda, place, stream)
+            return
+        part = self._part(spec, dims)
+        part[:] = _stored(np.asarray(given), spec.dtype).reshape(-1).view(np.uint8)
+        self._cuda.copy_in(place, part, stream)
+
+    def _measured(self, inputs: Mapping[str, Features]) -> dict[str, int]:
         """Size of every symbolic dimension of the call; BackendError if the inputs do not fit the graph."""
         names = {spec.name for spec in self._engine.inputs}
         if inputs.keys() != names:
@@ -144,14 +185,14 @@ class DeviceGraphRunner:
         start = self._places[spec.name]
         return self._host[start : start + _bytes(spec, dims)]
 
-    def _result(self, spec: TensorSpec, sizes: dict[str, int], inputs: Mapping[str, AnyArray]) -> AnyArray:
+    def _result(self, spec: TensorSpec, sizes: dict[str, int], inputs: Mapping[str, Features]) -> AnyArray:
         dims = _dims(spec, sizes)
         part = self._part(spec, dims)
         if spec.dtype in ("float16", "bfloat16"):
             return to_float32(part.view(np.uint16), spec.dtype).reshape(dims)
         found: AnyArray = part.view(spec.dtype).reshape(dims)
         if spec.shape[0] == _DRAWN:  # the engine draws for all sequences, greedy ones too
-            found = found[inputs[TEMPERATURE] > 0]
+            found = found[np.asarray(inputs[TEMPERATURE]) > 0]
         return found.copy()
 
 

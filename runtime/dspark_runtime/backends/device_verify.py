@@ -77,7 +77,7 @@ class Verifier:
         """Verify ``logits`` float32 [batch, rows, vocab] against what was filled in."""
         batch, rows, _ = logits.shape
         inputs, size = _layout(True, batch, rows)
-        outputs, returned = _layout(False, batch, rows)
+        outputs, _ = _layout(False, batch, rows)
         self._cuda.copy_in(self._inputs.device, self._inputs.host[:size], stream)
         launches = verify_tree(
             {"logits": logits, **_tensors(self._inputs.device, inputs)},
@@ -86,6 +86,10 @@ class Verifier:
             self._kernels.processors,
         )
         self._kernels.run(launches, stream)
+
+    def fetch(self, stream: int) -> None:
+        """Copy the verdicts to the host."""
+        returned = _layout(False, *self._sizes)[1]
         self._cuda.copy_out(self._outputs.host[:returned], self._outputs.device, stream)
 
     def verdicts(self, rows: int) -> TreeVerdicts:

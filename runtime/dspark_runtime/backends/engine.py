@@ -1,8 +1,10 @@
 """What the runtime asks of an inference backend: engines, cache memory, and passes over fixed buffers.
 
 An :class:`Engine` is one loaded graph. ``open`` joins it to a :class:`CacheMemory` and gives a :class:`Runner`, which
-owns the buffers of a pass. The caller fills the arrays of :meth:`Runner.prepare` and calls :meth:`Runner.run`; nothing
-is copied on the way to a backend that computes in host memory. Engines may be shared by threads, runners may not.
+owns the buffers of a pass. The caller fills the arrays of :meth:`Runner.prepare`, calls :meth:`Runner.start` and, when
+it wants the results, :meth:`Runner.finish`. A backend on a GPU computes in between, while the caller does something
+else; one in host memory does the work in ``start``, and nothing is copied. Engines may be shared by threads, runners
+may not.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
 AnyArray = npt.NDArray[Any]
+Runs = Sequence[tuple[int, int]]
+"""(first, count) of neighbouring rows or columns, ascending."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,14 @@ class EngineOptions:
 
     ``threads``: threads inside one operator (None: one per physical core). ``spinning``: threads wait busily between
     operators, faster and hotter. ``accuracy_level``: arithmetic of block-quantized matrix products (0: the graph's own,
-    1: float32, 4: int8), the dial between speed and logits that do not depend on the number of rows.
+    1: float32, 4: int8), the dial between speed and logits that do not depend on the number of rows. ``overlap``: on a
+    GPU, work beside a pass that is on its way; False waits at once, for measurements.
     """
 
     threads: int | None = None
     spinning: bool = True
     accuracy_level: int = 0
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 1024:
@@ -44,11 +50,12 @@ class EngineOptions:
 
 @dataclass(slots=True)
 class StepBuffers:
-    """The arrays of one pass, filled in place by the caller; ``logits`` and ``taps`` are valid after the run.
+    """The arrays of one pass, filled in place by the caller; ``logits`` and ``taps`` are valid once it is finished.
 
     ``input_ids``, ``position_ids`` int64 [batch, tokens]; ``attention_mask`` bool [batch, 1, tokens, kv_len];
     ``write_indices`` int64 [batch]; ``logit_rows`` int64 [batch, rows]; ``logits`` float32 [batch, rows, vocab];
-    ``taps`` [batch, tokens, width] where the graph has ``hidden_taps``. Contents do not survive the next ``prepare``.
+    ``taps`` [batch, tokens, width] where the graph has ``hidden_taps`` and they are wanted in host memory. Contents do
+    not survive the next ``prepare``.
     """
 
     input_ids: IntArray
@@ -87,6 +94,18 @@ class TreeVerdicts:
     accepted: IntArray
 
 
+class DeviceRows(Protocol):
+    """An input whose numbers lie on the device already; only a runner of that device can read it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+
+
+Features = AnyArray | DeviceRows
+"""An input of a drafter's graph."""
+
+
 class CacheMemory(Protocol):
     """Key and value memory of all layers: [batch, kv_heads, capacity, width] each, zero where never written."""
 
@@ -108,10 +127,23 @@ class CacheMemory(Protocol):
         """Copy the first ``length`` slots of sequence ``source`` over sequence ``target``."""
 
 
+class ResidentTaps(Protocol):
+    """Taps of a runner's last pass, on the device that ran it; a :class:`FeatureStore` of that device reads them."""
+
+
 class Runner(Protocol):
-    """Passes of one engine over one cache memory. ``verifies``: :meth:`verify` may be called instead of :meth:`run`."""
+    """Passes of one engine over one cache memory, one at a time.
+
+    ``verifies``: :meth:`start` may be given trees. ``overlaps``: it returns before the pass is done. ``resident``: the
+    taps on a device, None in host memory; ``taps_wanted``: copy them to ``StepBuffers.taps``. ``pass_ms``: what the
+    last finished pass took on its device, 0 where only the caller's clock can say.
+    """
 
     verifies: bool
+    overlaps: bool
+    resident: ResidentTaps | None
+    taps_wanted: bool
+    pass_ms: float
 
     def select(self, first: int, count: int) -> None:
         """Run the following passes over the sequences ``first`` to ``first + count - 1``."""
@@ -119,11 +151,17 @@ class Runner(Protocol):
     def prepare(self, tokens: int, rows: int, kv_len: int) -> StepBuffers:
         """Buffers of the next pass; ``kv_len`` must not exceed the memory's capacity."""
 
-    def run(self) -> None:
-        """Run the pass over the prepared buffers; raises BackendError."""
+    def start(self, check: TreeCheck | None = None) -> None:
+        """Begin the pass over the prepared buffers; raises BackendError.
 
-    def verify(self, check: TreeCheck) -> TreeVerdicts:
-        """Run the pass and verify its trees where it ran: logits stay there, ``StepBuffers.logits`` is not filled."""
+        With ``check`` its trees are verified where it runs: logits stay there, ``StepBuffers.logits`` is not filled.
+        """
+
+    def finish(self) -> TreeVerdicts | None:
+        """Wait for the pass that was started; verdicts if it was given trees. Raises BackendError."""
+
+    def run(self) -> None:
+        """Start and finish."""
 
 
 class Engine(Protocol):
@@ -143,17 +181,50 @@ class Engine(Protocol):
         """A runner over ``memory``, which may be shared with runners of other engines of the same model."""
 
 
+class FeatureStore(Protocol):
+    """Features of context rows that a drafter has not taken in yet, by row of its cache, where its engine reads them.
+
+    ``resident``: it takes them from :class:`ResidentTaps` (:meth:`collect`), else from host memory (:meth:`add`).
+    """
+
+    resident: bool
+
+    def add(self, row: int, features: AnyArray) -> None:
+        """Copy features [rows, width] of new context rows."""
+
+    def collect(self, row: int, taps: ResidentTaps, batch_row: int, rows: Sequence[int], columns: Runs) -> None:
+        """The same from ``rows`` (ascending) and ``columns`` of one sequence of the target's last pass."""
+
+    def waiting(self, row: int) -> int:
+        """Rows that wait."""
+
+    def move(self, source: int, target: int) -> None:
+        """What waits for row ``source`` waits for ``target`` now, whose own is dropped."""
+
+    def take(self, first: int, counts: Sequence[int], rows: int) -> Features:
+        """Input [len(counts), rows, width] of the next pass: the oldest ``counts[i]`` rows of ``first + i``.
+
+        Rows behind them are padding, finite numbers that nothing may look at. What is taken waits no longer.
+        """
+
+
 class GraphRunner(Protocol):
     """Passes of a graph with inputs of its own over one cache memory."""
 
     def select(self, first: int, count: int) -> None:
         """Run the following passes over the sequences ``first`` to ``first + count - 1``."""
 
-    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def run(self, inputs: Mapping[str, Features]) -> dict[str, AnyArray]:
         """One pass: every input by name but the cache, every output by name but the cache; raises BackendError.
 
         The arrays are read while the call lasts; the results belong to the caller.
         """
+
+    def feed(self, inputs: Mapping[str, Features]) -> None:
+        """A pass of which only the cache is wanted: nothing waits for it."""
+
+    def features(self, target: CacheMemory) -> FeatureStore:
+        """A store for the features of a target with this cache memory."""
 
 
 class GraphEngine(Protocol):

@@ -109,7 +109,7 @@ class DeviceBackend:
     Args:
         files: the bundle.
         name: the backend.
-        options: of what runs on the CPU.
+        options: of what runs on the CPU, and whether passes run beside the host.
         number: of the GPU.
         length: cache slots of a sequence, for ONNX Runtime; None for the model's positions, at most 4096.
         cuda: makes the GPU's interface.
@@ -137,7 +137,7 @@ class DeviceBackend:
         self._files, self._name, self._number = files, name, number
         self._make_cuda, self._make_plan, self._device = cuda, plan, device
         self._make_kernels = kernels or found_kernels
-        self._host = HostBackend(files, options)
+        self._host, self._overlap = HostBackend(files, options), options.overlap
         positions = files.manifest.model.max_positions
         self._length = -(-min(length or _CUDA_LENGTH, positions) // 64) * 64 + MOST_ROWS
         self._cuda: Cuda | None = None
@@ -158,7 +158,9 @@ class DeviceBackend:
             # ONNX Runtime waits for the device inside a pass, which cannot be captured.
             plan, replay = self._plan(graph, ranges, cuda), isinstance(ranges, EngineEntry)
             kernels = self._make_kernels(self._number) if name == "target" else None
-            self._engines[name] = DeviceEngine(self._files, graph, ranges, cuda, plan, replay=replay, kernels=kernels)
+            self._engines[name] = DeviceEngine(
+                self._files, graph, ranges, cuda, plan, replay=replay, overlap=self._overlap, kernels=kernels
+            )
         return self._engines[name]
 
     def graph_engine(self, name: str, batched: bool) -> GraphEngine:
@@ -169,7 +171,8 @@ class DeviceBackend:
             graph = self._standard(name)
             ranges = self._ranges(graph)
             cuda = self._opened(ranges)
-            self._graphs[name] = DeviceGraphEngine(self._files, graph, ranges, cuda, self._plan(graph, ranges, cuda))
+            plan = self._plan(graph, ranges, cuda)
+            self._graphs[name] = DeviceGraphEngine(self._files, graph, ranges, cuda, plan, overlap=self._overlap)
         return self._graphs[name]
 
     def _standard(self, name: str) -> GraphEntry:
@@ -200,7 +203,7 @@ class DeviceBackend:
                     "leave out --backend"
                 )
             self._cuda = self._make_cuda(self._number)
-            self._stream = self._cuda.stream()
+            self._stream = self._cuda.stream("target")
         return self._cuda
 
     def _plan(self, graph: GraphEntry, ranges: PassRanges, cuda: Cuda) -> Plan:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspark_runtime.backends.engine import CacheMemory, EngineOptions, StepBuffers, TreeCheck, TreeVerdicts
+from dspark_runtime.backends.engine import CacheMemory, EngineOptions, ResidentTaps, StepBuffers, TreeCheck
 from dspark_runtime.contract import (
     ATTENTION_MASK,
     HIDDEN_TAPS,
@@ -167,6 +167,9 @@ class OrtRunner:
     """One IOBinding over one cache memory. A call rebinds what changed since the last one, nothing else."""
 
     verifies = False  # logits are in host memory anyway
+    overlaps = False
+    resident: ResidentTaps | None = None
+    pass_ms = 0.0
 
     def __init__(self, engine: OrtEngine, memory: HostCache) -> None:
         self._engine = engine
@@ -182,6 +185,7 @@ class OrtRunner:
         self._single_masks: dict[tuple[int, int], tuple[npt.NDArray[np.bool_], Any]] = {}
         self._mask: npt.NDArray[np.bool_] | None = None
         self._logit_memory = np.zeros(0, np.float32)
+        self.taps_wanted = True
 
     def select(self, first: int, count: int) -> None:
         """See :class:`dspark_runtime.backends.engine.Runner`."""
@@ -208,16 +212,21 @@ class OrtRunner:
             buffers.attention_mask = self._mask
         return buffers
 
-    def run(self) -> None:
-        """See :class:`dspark_runtime.backends.engine.Runner`."""
+    def start(self, check: TreeCheck | None = None) -> None:
+        """See :class:`dspark_runtime.backends.engine.Runner`; the pass is done when this returns."""
+        if check is not None:
+            raise BackendError(f"{self._engine.name} runs in host memory, where the caller verifies")
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in {self._engine.name}: {error}") from error
 
-    def verify(self, check: TreeCheck) -> TreeVerdicts:
-        """See :class:`dspark_runtime.backends.engine.Runner`; never called, see ``verifies``."""
-        raise BackendError(f"{self._engine.name} runs in host memory, where the caller verifies")
+    def finish(self) -> None:
+        """See :class:`dspark_runtime.backends.engine.Runner`."""
+
+    def run(self) -> None:
+        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        self.start()
 
     def _bind_mask(self, tokens: int, kv_len: int) -> npt.NDArray[np.bool_]:
         if tokens == 1:

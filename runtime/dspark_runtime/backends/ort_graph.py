@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dspark_runtime.backends.engine import AnyArray, CacheMemory, EngineOptions
+import numpy as np
+
+from dspark_runtime.backends.engine import AnyArray, CacheMemory, EngineOptions, Features
+from dspark_runtime.backends.host_features import HostFeatures
 from dspark_runtime.backends.ort import HostCache, load_session, value_over
 from dspark_runtime.contract import CacheLayer, past_name, present_name
 from dspark_runtime.errors import BackendError, CapacityError, IncompatibleBundle
@@ -86,14 +89,22 @@ class OrtGraphRunner:
         """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
         self._first, self._count = first, count
 
-    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    def features(self, target: CacheMemory) -> HostFeatures:
+        """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
+        return HostFeatures()
+
+    def feed(self, inputs: Mapping[str, Features]) -> None:
+        """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
+        self.run(inputs)
+
+    def run(self, inputs: Mapping[str, Features]) -> dict[str, AnyArray]:
         """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
         if inputs.keys() != self._engine.inputs:
             wrong = ", ".join(sorted(inputs.keys() ^ self._engine.inputs))
             raise BackendError(f"{self._engine.name} was called with other inputs than it has (differing: {wrong})")
         if self._bound != (self._first, self._count, self._memory.version):
             self._bind_cache()
-        values = {name: value_over(array) for name, array in inputs.items()}
+        values = {name: value_over(np.asarray(array)) for name, array in inputs.items()}
         for name, value in values.items():
             self._binding.bind_ortvalue_input(name, value)
         for name in self._engine.outputs:

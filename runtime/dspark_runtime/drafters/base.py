@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dspark_runtime.backends.engine import AnyArray, FloatArray
+from dspark_runtime.backends.engine import AnyArray, FloatArray, ResidentTaps, Runs
 from dspark_runtime.sampling import Sampler
 from dspark_runtime.tree import TokenTree
 
@@ -78,6 +78,8 @@ class Drafter(ABC):
     #: Its proposals are drawn at random and verified by rejection sampling: what is drafted and verified must then not
     #: depend on measured times, or the text of a seed would.
     steady: bool = False
+    #: Features come through :meth:`collect`, from the device that computed them; known after :meth:`attach`.
+    resident: bool = False
 
     def draft_ms(self, tokens: int) -> float:
         """Milliseconds it takes to draft so many tokens: one pass each, unless a drafter makes them in one pass."""
@@ -100,6 +102,12 @@ class Drafter(ABC):
 
         ``row`` is the sequence's row in the cache. The array is the caller's: copy what is to be kept.
         """
+        return None
+
+    def collect(
+        self, request: int, row: int, taps: ResidentTaps, batch_row: int, rows: Sequence[int], columns: Runs
+    ) -> None:
+        """:meth:`observe` without the host: ``rows`` and ``columns`` of one sequence of the target's last pass."""
         return None
 
     def move(self, source: int, target: int) -> None:

@@ -17,7 +17,18 @@ from typing import Literal
 
 import numpy as np
 
-from dspark_runtime.backends.engine import AnyArray, FloatArray, GraphEngine, GraphRunner, IntArray
+from dspark_runtime.backends.engine import (
+    AnyArray,
+    CacheMemory,
+    Features,
+    FeatureStore,
+    FloatArray,
+    GraphEngine,
+    GraphRunner,
+    IntArray,
+    ResidentTaps,
+    Runs,
+)
 from dspark_runtime.bundle import BlockFacts
 from dspark_runtime.contract import ATTENTION_MASK, WRITE_INDICES
 from dspark_runtime.draft_contract import (
@@ -96,32 +107,38 @@ class BlockDrafter(CachedDrafter):
         self._branches = min(branches, facts.candidates)
         self._scales = np.array(facts.confidence_temperatures or [1.0] * facts.drafts, np.float32)
         self._runner: GraphRunner | None = None
-        self._pending: dict[int, list[AnyArray]] = {}
-        self._waiting: list[int] = []
+        self._features: FeatureStore | None = None
         self._drawn: list[int] = []  # rows of the last pass whose tokens were drawn at random
-        self._width = 0
-        self._dtype: np.dtype[np.generic] = np.dtype(np.float32)
 
     def draft_ms(self, tokens: int) -> float:
         """One pass, however many tokens."""
         return self.pass_ms
 
-    def _open(self, cache: KvCache) -> None:
+    def _open(self, cache: KvCache, target: CacheMemory) -> None:
         self._runner = self._engine.open(cache.memory)
-        self._pending = {row: [] for row in range(cache.memory.batch)}
-        self._waiting = [0] * cache.memory.batch
+        self._features = self._runner.features(target)
+        self.resident = self._features.resident
+
+    @property
+    def _store(self) -> FeatureStore:
+        if self._features is None:
+            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
+        return self._features
 
     def observe(self, request: int, row: int, features: AnyArray) -> None:
         """Keep features of new context rows for the next pass."""
-        self._pending[row].append(features.copy())
-        self._waiting[row] += len(features)
-        self._width, self._dtype = features.shape[1], features.dtype
+        self._store.add(row, features)
+
+    def collect(
+        self, request: int, row: int, taps: ResidentTaps, batch_row: int, rows: Sequence[int], columns: Runs
+    ) -> None:
+        """The same, on the device."""
+        self._store.collect(row, taps, batch_row, rows, columns)
 
     def move(self, source: int, target: int) -> None:
         """Move context and pending features to another row."""
         super().move(source, target)
-        self._pending[target], self._pending[source] = self._pending[source], []
-        self._waiting[target], self._waiting[source] = self._waiting[source], 0
+        self._store.move(source, target)
 
     def prior(self, kind: Hashable) -> float:
         """The middle of the bucket: the drafter's estimate taken at its word."""
@@ -138,53 +155,48 @@ class BlockDrafter(CachedDrafter):
         wanted = {r.row: r for r in requests if r.limit > 0 and self._fits(r)}
         if not wanted:
             return [None] * len(requests)
-        while late := alone(self._waiting[: self._count], self._catch_up):
+        store, runner = self._store, self._opened()
+        while late := alone([store.waiting(row) for row in range(self._count)], self._catch_up):
             for row in late:
-                self._pass(row, 1, self._catch_up, {})
+                inputs = self._inputs(row, 1, {})
+                runner.select(row, 1)
+                runner.feed(inputs)
         started = time.perf_counter()
-        found = self._pass(0, self._count, self._catch_up, wanted)
+        inputs = self._inputs(0, self._count, wanted)
+        runner.select(0, self._count)
+        found = runner.run(inputs)
         self._took(started)
         return [self._result(r, found) if r.row in wanted else None for r in requests]
 
     def _fits(self, request: DraftRequest) -> bool:
-        known = self.cache.lengths[request.row] + self._waiting[request.row]
+        known = self.cache.lengths[request.row] + self._store.waiting(request.row)
         if known != len(request.tokens) - 1:
             raise BackendError(
                 f"drafter {self.name} has features of {known} rows, the text has {len(request.tokens) - 1} context rows"
             )
         return len(request.tokens) + self._facts.block <= self._positions
 
-    def _take(self, row: int, most: int) -> AnyArray:
-        """Up to ``most`` pending rows [rows, width]; what is left stays pending."""
-        parts = self._pending[row]
-        rows = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else self._no_rows()
-        self._pending[row] = [rows[most:]] if len(rows) > most else []
-        self._waiting[row] = max(0, len(rows) - most)
-        return rows[:most]
-
-    def _no_rows(self) -> AnyArray:
-        return np.zeros((0, self._width), self._dtype)
-
-    def _pass(self, first: int, count: int, most: int, wanted: dict[int, DraftRequest]) -> dict[str, AnyArray]:
-        """One pass over the cache rows ``first`` to ``first + count - 1``, taking in their pending features."""
+    def _opened(self) -> GraphRunner:
         if self._runner is None:
             raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
-        cache, block, drafts = self.cache, self._facts.block, self._facts.drafts
-        parts = [self._take(row, most) for row in range(first, first + count)]
-        new = max(1, *(len(part) for part in parts))
+        return self._runner
+
+    def _inputs(self, first: int, count: int, wanted: dict[int, DraftRequest]) -> dict[str, Features]:
+        """Inputs of a pass over the cache rows ``first`` to ``first + count - 1``, which takes their features in."""
+        cache, store, block, drafts = self.cache, self._store, self._facts.block, self._facts.drafts
+        taken = [min(store.waiting(row), self._catch_up) for row in range(first, first + count)]
+        new = max(1, *taken)
         starts = cache.lengths[first : first + count]
         kv_len = max(starts) + new + block
         cache.reserve(kv_len)
-        features = np.zeros((count, new, self._width), self._dtype)
         positions = np.zeros((count, new), np.int64)
         mask = np.zeros((count, 1, block, kv_len), np.bool_)
         anchors = np.zeros(count, np.int64)
         block_positions = np.zeros((count, block), np.int64)
         temperature = np.zeros(count, np.float32)
         uniforms = np.zeros((count, drafts), np.float32)
-        for i, (part, start) in enumerate(zip(parts, starts, strict=True)):
-            context = start + len(part)
-            features[i, : len(part)] = part
+        for i, (part, start) in enumerate(zip(taken, starts, strict=True)):
+            context = start + part
             positions[i] = np.arange(start, start + new)
             block_positions[i] = np.arange(context, context + block)
             mask[i, 0, :, :context] = True
@@ -196,23 +208,18 @@ class BlockDrafter(CachedDrafter):
                     coupled = self.sampling == "coupled"
                     temperature[i] = request.temperature
                     uniforms[i] = request.sampler.draft_uniforms(len(request.tokens), drafts, coupled)
+            cache.lengths[first + i] = context
         self._drawn = [first + i for i in range(count) if temperature[i] > 0]
-        self._runner.select(first, count)
-        found = self._runner.run(
-            {
-                TARGET_FEATURES: features,
-                FEATURE_POSITIONS: positions,
-                ANCHOR_IDS: anchors,
-                BLOCK_POSITIONS: block_positions,
-                ATTENTION_MASK: mask,
-                WRITE_INDICES: np.array(starts, np.int64),
-                TEMPERATURE: temperature,
-                UNIFORMS: uniforms,
-            }
-        )
-        for row, part in enumerate(parts, first):
-            cache.lengths[row] += len(part)
-        return found
+        return {
+            TARGET_FEATURES: store.take(first, taken, new),
+            FEATURE_POSITIONS: positions,
+            ANCHOR_IDS: anchors,
+            BLOCK_POSITIONS: block_positions,
+            ATTENTION_MASK: mask,
+            WRITE_INDICES: np.array(starts, np.int64),
+            TEMPERATURE: temperature,
+            UNIFORMS: uniforms,
+        }
 
     def _result(self, request: DraftRequest, found: dict[str, AnyArray]) -> Draft | None:
         row = request.row

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspark_runtime.backends.engine import AnyArray, FloatArray, GraphEngine, GraphRunner, IntArray
+from dspark_runtime.backends.engine import CacheMemory, Features, FloatArray, GraphEngine, GraphRunner, IntArray
 from dspark_runtime.contract import LOGITS
 from dspark_runtime.drafters.block import DraftSampling
 from dspark_runtime.drafters.stepping import SteppingDrafter
@@ -55,7 +55,7 @@ class DraftModelDrafter(SteppingDrafter):
         )
         self._runner: GraphRunner | None = None
 
-    def _open(self, cache: KvCache) -> None:
+    def _open(self, cache: KvCache, target: CacheMemory) -> None:
         self._runner = self._engine.open(cache.memory)
 
     def commit(self, request: int, tokens: Sequence[int]) -> None:
@@ -71,15 +71,21 @@ class DraftModelDrafter(SteppingDrafter):
     def _token_at(self, row: int, position: int) -> int:
         return self._texts[row][position]
 
-    def _run_extend(self, first: int, counts: Sequence[int], inputs: dict[str, AnyArray]) -> FloatArray:
-        return self._run(first, len(counts), inputs)
+    def _feed(self, row: int, counts: Sequence[int], inputs: dict[str, Features]) -> None:
+        self._selected(row, 1).feed(inputs)
 
-    def _run_step(self, chosen: dict[int, list[int]], inputs: dict[str, AnyArray]) -> FloatArray:
-        return self._run(0, self._count, inputs)
+    def _run_extend(self, counts: Sequence[int], inputs: dict[str, Features]) -> FloatArray:
+        return self._run(inputs)
 
-    def _run(self, first: int, count: int, inputs: dict[str, AnyArray]) -> FloatArray:
+    def _run_step(self, chosen: dict[int, list[int]], inputs: dict[str, Features]) -> FloatArray:
+        return self._run(inputs)
+
+    def _run(self, inputs: dict[str, Features]) -> FloatArray:
+        logits: FloatArray = self._selected(0, self._count).run(inputs)[LOGITS]
+        return logits[:, :, : self._vocab_size]
+
+    def _selected(self, first: int, count: int) -> GraphRunner:
         if self._runner is None:
             raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
         self._runner.select(first, count)
-        logits: FloatArray = self._runner.run(inputs)[LOGITS]
-        return logits[:, :, : self._vocab_size]
+        return self._runner

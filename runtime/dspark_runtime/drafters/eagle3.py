@@ -11,7 +11,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.engine import AnyArray, FloatArray, GraphEngine, GraphRunner, IntArray
+from dspark_runtime.backends.engine import (
+    AnyArray,
+    CacheMemory,
+    Features,
+    FeatureStore,
+    FloatArray,
+    GraphEngine,
+    GraphRunner,
+    IntArray,
+    ResidentTaps,
+    Runs,
+)
 from dspark_runtime.bundle import EagleFacts
 from dspark_runtime.contract import LOGIT_ROWS, LOGITS
 from dspark_runtime.draft_contract import DRAFT_HIDDEN, RECURRENT_HIDDEN, TARGET_FEATURES
@@ -63,27 +74,37 @@ class Eagle3Drafter(SteppingDrafter):
         self.taps = facts.taps
         self._step_engine = step
         self._runners: tuple[GraphRunner, GraphRunner] | None = None
-        self._pending: dict[int, AnyArray] = {}
+        self._features: FeatureStore | None = None
         self._hidden: dict[int, dict[int, AnyArray]] = {}  # by row, then node: what its children are fed
 
-    def _open(self, cache: KvCache) -> None:
+    def _open(self, cache: KvCache, target: CacheMemory) -> None:
         self._runners = (self._engine.open(cache.memory), self._step_engine.open(cache.memory))
-        self._pending = {}
+        self._features = self._runners[0].features(target)
+        self.resident = self._features.resident
+
+    @property
+    def _store(self) -> FeatureStore:
+        if self._features is None:
+            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
+        return self._features
 
     def observe(self, request: int, row: int, features: AnyArray) -> None:
         """Keep features of new context rows for the next pass."""
-        held = self._pending.get(row)
-        self._pending[row] = features.copy() if held is None or not len(held) else np.concatenate([held, features])
+        self._store.add(row, features)
+
+    def collect(
+        self, request: int, row: int, taps: ResidentTaps, batch_row: int, rows: Sequence[int], columns: Runs
+    ) -> None:
+        """The same, on the device."""
+        self._store.collect(row, taps, batch_row, rows, columns)
 
     def move(self, source: int, target: int) -> None:
         """Move context and pending features to another row."""
         super().move(source, target)
-        self._pending.pop(target, None)
-        if source in self._pending:
-            self._pending[target] = self._pending.pop(source)
+        self._store.move(source, target)
 
     def _waiting(self, row: int) -> int:
-        waiting = len(self._pending.get(row, ()))
+        waiting = self._store.waiting(row)
         text = self._texts.get(row)
         if text is not None and self.cache.lengths[row] + waiting != len(text) - 1:
             raise BackendError(
@@ -95,21 +116,18 @@ class Eagle3Drafter(SteppingDrafter):
     def _token_at(self, row: int, position: int) -> int:
         return self._texts[row][position + 1]
 
-    def _run_extend(self, first: int, counts: Sequence[int], inputs: dict[str, AnyArray]) -> FloatArray:
-        width = next(iter(self._pending.values())).shape[1]
-        dtype = next(iter(self._pending.values())).dtype
-        features = np.zeros((len(counts), max(1, *counts), width), dtype)
-        for i, taken in enumerate(counts):
-            if taken:
-                features[i, :taken] = self._pending[first + i][:taken]
-                self._pending[first + i] = self._pending[first + i][taken:]
-        found = self._run(0, first, len(counts), {**inputs, TARGET_FEATURES: features})
-        last = inputs[LOGIT_ROWS][:, 0]
-        self._hidden = {first + i: {0: found[DRAFT_HIDDEN][i, last[i]]} for i in range(len(counts))}
+    def _feed(self, row: int, counts: Sequence[int], inputs: dict[str, Features]) -> None:
+        features = self._store.take(row, counts, max(1, *counts))
+        self._selected(0, row, 1).feed({**inputs, TARGET_FEATURES: features})
+
+    def _run_extend(self, counts: Sequence[int], inputs: dict[str, Features]) -> FloatArray:
+        features = self._store.take(0, counts, max(1, *counts))
+        found = self._selected(0, 0, self._count).run({**inputs, TARGET_FEATURES: features})
+        self._hidden = {i: {0: found[DRAFT_HIDDEN][i, max(taken - 1, 0)]} for i, taken in enumerate(counts)}
         logits: FloatArray = found[LOGITS]
         return logits
 
-    def _run_step(self, chosen: dict[int, list[int]], inputs: dict[str, AnyArray]) -> FloatArray:
+    def _run_step(self, chosen: dict[int, list[int]], inputs: dict[str, Features]) -> FloatArray:
         some = next(iter(self._hidden[next(iter(chosen))].values()))
         rows = inputs[LOGIT_ROWS].shape[1]
         hidden = np.zeros((self._count, rows, some.shape[-1]), some.dtype)
@@ -117,14 +135,14 @@ class Eagle3Drafter(SteppingDrafter):
         for row, nodes in chosen.items():
             for i, node in enumerate(nodes):
                 hidden[row, i] = self._hidden[row][parents[row][node]]
-        found = self._run(1, 0, self._count, {**inputs, RECURRENT_HIDDEN: hidden})
+        found = self._selected(1, 0, self._count).run({**inputs, RECURRENT_HIDDEN: hidden})
         for row, nodes in chosen.items():
             self._hidden[row].update({node: found[DRAFT_HIDDEN][row, i] for i, node in enumerate(nodes)})
         logits: FloatArray = found[LOGITS]
         return logits
 
-    def _run(self, which: int, first: int, count: int, inputs: dict[str, AnyArray]) -> dict[str, AnyArray]:
+    def _selected(self, which: int, first: int, count: int) -> GraphRunner:
         if self._runners is None:
             raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
         self._runners[which].select(first, count)
-        return self._runners[which].run(inputs)
+        return self._runners[which]

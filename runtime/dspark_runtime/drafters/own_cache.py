@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from dspark_runtime.backends.engine import GraphEngine
+from dspark_runtime.backends.engine import CacheMemory, GraphEngine
 from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.errors import BackendError
 from dspark_runtime.kv_cache import KvCache, round_up
@@ -49,7 +49,7 @@ class CachedDrafter(Drafter):
         first = min(most, round_up(min(cache.memory.capacity, _FIRST_SLOTS) + behind))
         self._own = KvCache(self._engine.allocate(cache.memory.batch, first), most)
         self._count = cache.memory.batch
-        self._open(self._own)
+        self._open(self._own, cache.memory)
 
     def select(self, count: int) -> None:
         """Draft for the first ``count`` rows of the cache."""
@@ -67,8 +67,8 @@ class CachedDrafter(Drafter):
             raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
         return self._own
 
-    def _open(self, cache: KvCache) -> None:
-        """Open runners over the allocated cache."""
+    def _open(self, cache: KvCache, target: CacheMemory) -> None:
+        """Open runners over the allocated cache; ``target`` is the memory of the target's."""
         raise BackendError(f"drafter {self.name} opens no engine")
 
     def _took(self, started: float) -> None:

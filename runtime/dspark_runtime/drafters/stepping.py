@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.engine import AnyArray, FloatArray, GraphEngine, IntArray
+from dspark_runtime.backends.engine import AnyArray, Features, FloatArray, GraphEngine, IntArray
 from dspark_runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, POSITION_IDS, WRITE_INDICES
 from dspark_runtime.drafters.base import Draft, DraftRequest
 from dspark_runtime.drafters.block import _CENTRES, DraftSampling
@@ -78,11 +78,12 @@ class SteppingDrafter(CachedDrafter):
         by_row = {g.request.row: g for g in self._growths.values()}
         while late := alone([self._waiting(row) for row in range(self._count)], self._catch_up):
             for row in late:
-                self._extend(row, 1, leave=1)
+                counts, inputs = self._context(row, 1, leave=1)
+                self._feed(row, counts, inputs)
         started = time.perf_counter()
         ahead = max(self.cache.lengths[row] + self._waiting(row) for row in range(self._count))
         self.cache.reserve(ahead + self._scratch)  # a cache that grows later would lose the rows of the first levels
-        logits = self._extend(0, self._count)
+        logits = self._run_extend(*self._context(0, self._count))[:, 0]
         self._took(started)
         for row, growth in by_row.items():
             growth.grow([0], logits[row][None])
@@ -101,38 +102,40 @@ class SteppingDrafter(CachedDrafter):
         """Context rows of a sequence that are not in the drafter's cache yet."""
 
     @abstractmethod
-    def _run_extend(self, first: int, counts: Sequence[int], inputs: dict[str, AnyArray]) -> FloatArray:
-        """Fill in what the kind of drafter adds, run, keep what the steps need; logits [batch, 1, draft vocab]."""
+    def _feed(self, row: int, counts: Sequence[int], inputs: dict[str, Features]) -> None:
+        """Fill in what the kind of drafter adds and take the context of one sequence in; the logits are not wanted."""
 
     @abstractmethod
-    def _run_step(self, chosen: dict[int, list[int]], inputs: dict[str, AnyArray]) -> FloatArray:
+    def _run_extend(self, counts: Sequence[int], inputs: dict[str, Features]) -> FloatArray:
+        """The same for all sequences; keep what the steps need. Logits [batch, 1, draft vocab]."""
+
+    @abstractmethod
+    def _run_step(self, chosen: dict[int, list[int]], inputs: dict[str, Features]) -> FloatArray:
         """The same for a level; ``chosen`` nodes by row. Logits [batch, rows, draft vocab]."""
 
     @abstractmethod
     def _token_at(self, row: int, position: int) -> int:
         """Token of the context row at ``position``."""
 
-    def _extend(self, first: int, count: int, leave: int = 0) -> FloatArray:
-        """Take in waiting context of ``count`` sequences, but for the last ``leave`` rows of each.
+    def _context(self, first: int, count: int, leave: int = 0) -> tuple[list[int], dict[str, Features]]:
+        """Inputs that take in the waiting context of ``count`` sequences, but for the last ``leave`` rows of each.
 
-        Logits [count, draft vocab] of the last row taken in of each.
+        Also how many rows of each; logits are asked for of the last one.
         """
         cache = self.cache
         counts = [min(self._waiting(row) - leave, self._catch_up) for row in range(first, first + count)]
         new = max(1, *counts)
         starts = cache.lengths[first : first + count]
-        kv_len = max(starts) + new
-        inputs = self._inputs(count, new, 1, kv_len, starts)
+        inputs = self._inputs(count, new, 1, max(starts) + new, starts)
         for i, (start, taken) in enumerate(zip(starts, counts, strict=True)):
             inputs[INPUT_IDS][i, :taken] = [self._token_at(first + i, start + k) for k in range(taken)]
             inputs[POSITION_IDS][i] = np.arange(start, start + new)
             inputs[ATTENTION_MASK][i, 0, :, :start] = True
             inputs[ATTENTION_MASK][i, 0, :, start : start + new] = np.tri(new, dtype=np.bool_)
             inputs[LOGIT_ROWS][i, 0] = max(taken - 1, 0)
-        logits = self._run_extend(first, counts, inputs)
         for row, taken in enumerate(counts, first):
             cache.lengths[row] += taken
-        return logits[:, 0]
+        return counts, dict(inputs)
 
     def _step(self, by_row: dict[int, Growth], ran: list[int]) -> None:
         """Run the next level of every growing tree and let it grow."""
@@ -153,7 +156,7 @@ class SteppingDrafter(CachedDrafter):
                 inputs[POSITION_IDS][row, i] = context + growth.level - 1
                 mask[row, 0, i, :context] = True
                 mask[row, 0, i, [context + place for place in growth.row_mask(node)]] = True
-        logits = self._run_step(chosen, inputs)
+        logits = self._run_step(chosen, dict(inputs))
         for row, nodes in chosen.items():
             ran[row] += rows
             by_row[row].grow(nodes, logits[row, : len(nodes)])

@@ -1,0 +1,182 @@
+"""When the host and every stream of a GPU did what, while texts are generated.
+
+    cuda = SpannedCuda(CudaBindings())  # given to a backend whose plans are SpannedPlan
+    with host_spans() as spans:
+        bundle.generate(...)
+    spans += cuda.spans()
+
+On the device, time is taken by events around everything that is enqueued; nothing waits for them before ``spans()``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from dspark_runtime.backends.cuda import Cuda
+from dspark_runtime.backends.device import DeviceRunner, Plan
+from dspark_runtime.loop import DecodingLoop
+from dspark_runtime.round import Flight
+
+HOST = "host"
+BESIDE = "text, chunks"
+_clock = time.perf_counter
+
+
+@dataclass(frozen=True)
+class Span:
+    """``lane`` was busy with ``what`` from ``start`` to ``end``, in seconds of the host's clock."""
+
+    lane: str
+    what: str
+    start: float
+    end: float
+
+
+class SpannedCuda:
+    """A :class:`Cuda` that takes the time of what it enqueues, but for what is captured; all else goes to ``cuda``."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._lanes: dict[int, str] = {}
+        self._capturing: set[int] = set()
+        self._found: list[tuple[int, str, int, int]] = []
+        self._origin: tuple[int, float] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cuda, name)
+
+    def stream(self, lane: str) -> int:
+        """See :class:`Cuda`."""
+        stream = self._cuda.stream(lane)
+        self._lanes[stream] = lane
+        return stream
+
+    def begin_capture(self, stream: int) -> None:
+        """See :class:`Cuda`."""
+        self._capturing.add(stream)
+        self._cuda.begin_capture(stream)
+
+    def end_capture(self, stream: int) -> int:
+        """See :class:`Cuda`."""
+        self._capturing.discard(stream)
+        return self._cuda.end_capture(stream)
+
+    def launch(self, graph: int, stream: int) -> None:
+        """See :class:`Cuda`."""
+        self.take("pass", stream, lambda: self._cuda.launch(graph, stream))
+
+    def copy_in(self, device: int, host: Any, stream: int) -> None:
+        """See :class:`Cuda`."""
+        self.take("copy in", stream, lambda: self._cuda.copy_in(device, host, stream))
+
+    def copy_out(self, host: Any, device: int, stream: int) -> None:
+        """See :class:`Cuda`."""
+        self.take("copy out", stream, lambda: self._cuda.copy_out(host, device, stream))
+
+    def copy_rows(self, to: Any, source: Any, width: int, rows: int, stream: int) -> None:
+        """See :class:`Cuda`."""
+        self.take("move", stream, lambda: self._cuda.copy_rows(to, source, width, rows, stream))
+
+    def compact(self, *rest: Any) -> None:
+        """See :class:`Cuda`; the stream comes last."""
+        self.take("move", rest[-1], lambda: self._cuda.compact(*rest))
+
+    def take(self, what: str, stream: int, enqueue: Callable[[], None]) -> None:
+        """Enqueue something between two events."""
+        if stream in self._capturing:
+            enqueue()
+            return
+        if self._origin is None:
+            event = self._cuda.event(timed=True)
+            self._cuda.record(event, stream)
+            self._cuda.synchronize(event)
+            self._origin = event, _clock()
+        begin, end = self._cuda.event(timed=True), self._cuda.event(timed=True)
+        self._cuda.record(begin, stream)
+        enqueue()
+        self._cuda.record(end, stream)
+        self._found.append((stream, what, begin, end))
+
+    def spans(self) -> list[Span]:
+        """What was enqueued since the last call; waits for it."""
+        found, self._found = self._found, []
+        for _, _, _, end in found:
+            self._cuda.synchronize(end)
+        if self._origin is None:
+            return []
+        origin, at = self._origin
+        return [
+            Span(self._lanes[stream], what, *(at + self._cuda.elapsed(origin, e) / 1e3 for e in (begin, end)))
+            for stream, what, begin, end in found
+        ]
+
+
+class SpannedPlan:
+    """A plan whose passes are taken the time of; all else goes to ``plan``."""
+
+    def __init__(self, plan: Plan, cuda: SpannedCuda) -> None:
+        self._plan, self._watch = plan, cuda
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plan, name)
+
+    def enqueue(self, context: Any, stream: int) -> None:
+        """See :class:`Plan`."""
+        self._watch.take("pass", stream, lambda: self._plan.enqueue(context, stream))
+
+
+@contextmanager
+def host_spans() -> Iterator[list[Span]]:
+    """What the host does in every round of the loops that run meanwhile."""
+    spans: list[Span] = []
+    begin, settle, end, account = (getattr(DecodingLoop, name) for name in ("_begin", "_settle", "_end", "_account"))
+
+    def add(what: str, start: float, until: float) -> None:
+        spans.append(Span(HOST, what, start, until))
+
+    def beginning(self: DecodingLoop) -> None:
+        begin(self)
+        flight, now = self._flight, _clock()
+        assert flight is not None
+        add("propose", flight.began, flight.drafted)
+        add("fill", flight.drafted, flight.passed)
+        add("launch" if isinstance(self.runner, DeviceRunner) else "pass", flight.passed, now)
+
+    def settling(self: DecodingLoop) -> Any:
+        started, some = _clock(), bool(self._unsettled)
+        chunks = settle(self)
+        if some:
+            add(BESIDE, started, _clock())
+        return chunks
+
+    def ending(self: DecodingLoop) -> Any:
+        started, waited = _clock(), list[float]()
+        finish = self.runner.finish
+
+        def finishing() -> Any:
+            found = finish()
+            waited.append(_clock())
+            return found
+
+        with patch.object(self.runner, "finish", finishing):
+            chunks = end(self)
+        add("wait", started, waited[-1])
+        return chunks
+
+    def accounting(self: DecodingLoop, flight: Flight, verified: float, emitted: int) -> None:
+        account(self, flight, verified, emitted)
+        text = next((span for span in reversed(spans) if span.what == BESIDE and span.start >= verified), None)
+        if text is None:
+            add("commit", verified, _clock())
+        else:  # settled at once
+            add("commit", verified, text.start)
+            add("commit", text.end, _clock())
+
+    changed: dict[str, Any] = {"_begin": beginning, "_settle": settling, "_end": ending, "_account": accounting}
+    with patch.multiple(DecodingLoop, **changed):
+        yield spans
