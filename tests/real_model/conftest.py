@@ -38,13 +38,13 @@ def gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def _bundle(gguf: Path, precision: str) -> Bundle:
+def _bundle(gguf: Path, precision: str, self_draft: str = "layers=0-10,19-29") -> Bundle:
     cache = ROOT / ".cache" / "real_model"
     cache.mkdir(parents=True, exist_ok=True)
     out = cache / f"smollm2-{precision}-{_code_digest()}"
     with FileLock(f"{out}.test-lock"):
         if not (out / "manifest.json").is_file():
-            build(BuildOptions(str(gguf), out, precision=precision, self_draft="layers=0-10,19-29", overwrite=True))
+            build(BuildOptions(str(gguf), out, precision=precision, self_draft=self_draft, overwrite=True))
     return Bundle.open(out, threads=2)
 
 
@@ -56,3 +56,8 @@ def fp32(gguf: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def int4(gguf: Path) -> Bundle:
     return _bundle(gguf, "int4")
+
+
+@pytest.fixture(scope="session")
+def fp16(gguf: Path) -> Bundle:
+    return _bundle(gguf, "fp16", self_draft="none")
