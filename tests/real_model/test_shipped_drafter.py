@@ -1,0 +1,54 @@
+"""The drafter that comes with the quickstart: small enough, described, of use, and never changing a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dspark_runtime import Bundle
+
+FOLDER = Path(__file__).parents[2] / "samples" / "quickstart" / "drafter"
+PROMPTS = [
+    "Tom has 12 pencils. He gives 3 to each of his 2 sisters and buys 5 more. How many pencils does he have now?",
+    "Write a Python function that returns the largest even number of a list.",
+    "What are the advantages of learning to play an instrument?",
+]
+FLOOR = 1.4
+"""Accepted length of a fixed draft of the whole block, bonus included, over these prompts; broken features give 1.1."""
+
+
+def test_size_and_card() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 24 * 10**6
+    card, facts = (FOLDER / "README.md").read_text(), json.loads((FOLDER / "training.json").read_text())
+    for said in ("license: apache-2.0", "SmolLM2-135M-Instruct", f"**{facts['accepted_length']:.2f}**", "responses"):
+        assert said in card
+    assert (FOLDER / "curves.png").is_file()
+
+
+@pytest.mark.parametrize("mode", ["dspark", "ngram+dspark", "auto"])
+def test_text_is_that_of_plain_decoding(drafted: Bundle, mode: str) -> None:
+    for options in ({}, {"temperature": 0.8, "seed": 5}):
+        plain, fast = (
+            drafted.generate(PROMPTS, chat=True, max_new_tokens=64, speculate=each, **options) for each in ("off", mode)
+        )
+        assert [g.tokens for g in fast] == [g.tokens for g in plain]
+
+
+def test_it_is_accepted(drafted: Bundle) -> None:
+    """Text stays right whatever a drafter says: only this shows a broken one."""
+    drafts = next(entry.block.drafts for entry in drafted.manifest.drafters if entry.block)
+    found = [
+        drafted.generate(p, chat=True, max_new_tokens=96, speculate="dspark", draft_length=drafts) for p in PROMPTS
+    ]
+    rounds, emitted = (sum(getattr(g.stats, name) for g in found) for name in ("rounds", "emitted"))
+    assert (emitted - len(found)) / rounds > FLOOR
+
+
+def test_its_confidences_mean_what_they_say(drafted: Bundle) -> None:
+    block = next(entry.block for entry in drafted.manifest.drafters if entry.block)
+    assert block.confidence_temperatures is not None and np.all(np.array(block.confidence_temperatures) > 0)
+    facts = json.loads((FOLDER / "training.json").read_text())
+    assert facts["calibration_error"][1] <= facts["calibration_error"][0]
