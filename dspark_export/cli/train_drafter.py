@@ -104,6 +104,10 @@ def train_drafter(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     license_: Annotated[str | None, typer.Option("--license", help="For the model card.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="MODEL's name on a hub, for the card of one that lies in a folder or file.")
+    ] = None,
+    note: Annotated[str | None, typer.Option(help="On what it was trained with, for the model card.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the drafter in --out.")] = False,
     allow_unsafe_checkpoint: Annotated[
         bool,
@@ -117,6 +121,7 @@ def train_drafter(
     """Train a drafter for MODEL; the same command continues a training that was interrupted."""
     from dspark_export.checkpoints.trust import Trust
     from dspark_export.train.answering import Plan
+    from dspark_export.train.card import CardFacts
     from dspark_export.train.options import DrafterShape, TrainOptions
     from dspark_export.train.pipeline import DrafterJob
     from dspark_export.train.pipeline import train_drafter as run
@@ -165,7 +170,7 @@ def train_drafter(
         revision=revision,
         device=device,
         threads=threads,
-        license_=license_,
+        card=CardFacts(license_, base_model, note),
         overwrite=overwrite,
         trust=Trust.opened() if allow_unsafe_checkpoint else Trust.closed(),
     )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dspark_export.train.evaluate import Evaluation
+
 BINS = 20
 _GRID = np.exp(np.linspace(np.log(1 / 8), np.log(8), 193))
 
@@ -37,6 +39,18 @@ def calibrate(logits: np.ndarray, right: np.ndarray) -> Calibration:
     return Calibration(
         tuple(chosen), overall_error(logits, right, ones), overall_error(logits, right, np.array(chosen))
     )
+
+
+def calibrated(found: Evaluation) -> tuple[Calibration, Calibration]:
+    """Temperatures fitted to all rounds, and an honest error: fitted to every other round, measured on the rest."""
+    if found.rounds < 2:
+        nothing = Calibration((1.0,) * found.right.shape[1], 0.0, 0.0)
+        return nothing, nothing
+    half = calibrate(found.logits[::2], found.right[::2])
+    rest = found.logits[1::2], found.right[1::2]
+    before = overall_error(*rest, np.ones(found.logits.shape[1]))
+    after = overall_error(*rest, np.array(half.temperatures))
+    return calibrate(found.logits, found.right), Calibration(half.temperatures, before, after)
 
 
 def overall_error(logits: np.ndarray, right: np.ndarray, temperatures: np.ndarray) -> float:

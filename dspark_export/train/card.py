@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dspark_export.bench.machine import this_machine
 from dspark_export.train.module import DraftGeometry
@@ -16,6 +18,16 @@ if TYPE_CHECKING:
     from dspark_export.train.pipeline import TrainedDrafter
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What only the user knows: ``license`` of the drafter, ``base_model`` as a hub calls the target, and a ``note`` on
+    what it was trained with."""
+
+    license: str | None = None
+    base_model: str | None = None
+    note: str | None = None
+
+
 def write_card(
     path: Path,
     checkpoint: Checkpoint,
@@ -23,10 +35,12 @@ def write_card(
     options: TrainOptions,
     trained: TrainedDrafter,
     responses: tuple[Sequence[Response], Sequence[Response]],
-    license_: str | None,
+    facts: CardFacts,
 ) -> None:
     """Write a README.md in the form model hubs read."""
     g, (learn, judge) = geometry, responses
+    local = checkpoint.source().kind != "hub"
+    name = facts.base_model or (Path(checkpoint.id).name if local else checkpoint.id)
     tokens = sum(len(item.response) for item in learn)
     temperatures = sorted({item.temperature for item in learn})
     machine = this_machine()
@@ -35,19 +49,19 @@ def write_card(
     hours = trained.seconds["training"] / 3600
     lines = [
         "---",
-        *([f"license: {license_}"] if license_ else []),
-        f"base_model: {checkpoint.id}",
+        *([f"license: {facts.license}"] if facts.license else []),
+        f"base_model: {name}",
         "library_name: dspark-export",
         "tags: [speculative-decoding, dspark]",
         "---",
         "",
-        f"# DSpark drafter for {checkpoint.id}",
+        f"# DSpark drafter for {name}",
         "",
-        f"Drafts {g.block} tokens per pass for {checkpoint.id} ({checkpoint.config.model_type}); it is of no use with",
+        f"Drafts {g.block} tokens per pass for {name} ({checkpoint.config.model_type}); it is of no use with",
         "any other model. The text stays the target's own: what it drafts is verified.",
         "",
         "```",
-        f"dspark-export build {checkpoint.id} --draft {trained.out.name} --out bundle",
+        f"dspark-export build {name} --draft {trained.out.name} --out bundle",
         "```",
         "",
         "| | |",
@@ -58,12 +72,13 @@ def write_card(
         f"| Markov head | {head} |",
         f"| confidence head | {'yes' if g.confidence else 'no'} |",
         f"| draft vocabulary | {draftable} of {g.vocab} tokens |",
-        f"| license | {license_ or 'not stated; it was learnt from what the target says, see its licence'} |",
+        f"| license | {facts.license or 'not stated; it was learnt from what the target says, see its licence'} |",
         "",
         "## Training",
         "",
         f"{len(learn)} responses of the target itself, {tokens} tokens, at temperatures "
         f"{', '.join(f'{t:g}' for t in temperatures)}.",
+        *([facts.note] if facts.note else []),
         f"{trained.steps} steps of {options.batch * options.accumulate} sequences with up to {options.anchors} blocks "
         f"each, {options.dtype}, peak rate {options.peak_rate:g}, {hours:.1f} hours on {machine.cpu}, "
         f"{machine.logical_cores} logical cores.",
@@ -91,3 +106,30 @@ def write_card(
             "",
         ]
     path.write_text("\n".join(lines), "utf-8")
+
+
+def record(
+    options: TrainOptions,
+    trained: TrainedDrafter,
+    log: Sequence[Mapping[str, Any]],
+    responses: tuple[Sequence[Response], Sequence[Response]],
+) -> str:
+    """What a script would want to know of a training, as JSON."""
+    evaluations = [line for line in log if "accepted_length" in line]
+    counted = {
+        name: {"count": len(items), "tokens": sum(len(item.response) for item in items)}
+        for name, items in zip(("learn", "judge"), responses, strict=True)
+    }
+    facts = {
+        "accepted_length": trained.accepted_length,
+        "untrained_length": trained.untrained_length,
+        "survival": list(trained.survival),
+        "calibration_error": list(trained.calibration_error),
+        "parameters": trained.parameters,
+        "steps": trained.steps,
+        "seconds": {name: round(value, 1) for name, value in trained.seconds.items()},
+        "options": options.fingerprint(),
+        "responses": counted,
+        "evaluations": evaluations,
+    }
+    return json.dumps(facts, indent=2) + "\n"

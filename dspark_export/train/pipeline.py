@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import filelock
-import numpy as np
 import torch
 
 from dspark_export.checkpoints import resolve
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.train.answering import Plan, PromptFile, make_responses, read_prompts, synthesise_prompts
-from dspark_export.train.calibration import Calibration, calibrate, overall_error
-from dspark_export.train.card import write_card
+from dspark_export.train.calibration import Calibration, calibrated
+from dspark_export.train.card import CardFacts, record, write_card
 from dspark_export.train.curves import draw_curves
 from dspark_export.train.evaluate import Evaluation
 from dspark_export.train.features import FeatureStore, Rows, TappedTarget, fill
@@ -55,7 +54,7 @@ class DrafterJob:
     ``model`` is a hub id, folder or GGUF file. ``out``: the drafter's new folder; ``work``: what is kept between runs.
     ``prompts`` are files; ``responses`` are files of token ids that were made before, and then nothing is generated.
     ``init``: a drafter of the same shape to begin with, whose vocabulary is kept; None for random weights.
-    ``held_out``: greedy responses that are kept for evaluation and calibration. ``license_`` goes into the model card.
+    ``held_out``: greedy responses that are kept for evaluation and calibration. ``card``: more for the model card.
     """
 
     model: str
@@ -70,7 +69,7 @@ class DrafterJob:
     revision: str | None = None
     device: str = "cpu"
     threads: int | None = None
-    license_: str | None = None
+    card: CardFacts = field(default_factory=CardFacts)
     overwrite: bool = False
     trust: Trust = field(default_factory=Trust.closed)
 
@@ -323,10 +322,10 @@ class _Run:
             partial.mkdir()
             with trainer.averaged():
                 save_drafter(partial, trainer.model, target_layers=depth, calibration=facts if found.rounds else None)
-            (partial / "training.json").write_text(_record(job, trained, trainer.log, responses), "utf-8")
+            (partial / "training.json").write_text(record(job.options, trained, trainer.log, responses), "utf-8")
             draw_curves(trainer.log, partial / "curves.png")
             write_card(
-                partial / "README.md", self._checkpoint, self._geometry, job.options, trained, responses, job.license_
+                partial / "README.md", self._checkpoint, self._geometry, job.options, trained, responses, job.card
             )
             if out.exists():
                 shutil.rmtree(out)
@@ -335,45 +334,6 @@ class _Run:
             raise BundleNotWritten(f"cannot write the drafter to {out}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def calibrated(found: Evaluation) -> tuple[Calibration, Calibration]:
-    """Temperatures fitted to all rounds, and an honest error: fitted to every other round, measured on the rest."""
-    if found.rounds < 2:
-        nothing = Calibration((1.0,) * found.right.shape[1], 0.0, 0.0)
-        return nothing, nothing
-    half = calibrate(found.logits[::2], found.right[::2])
-    rest = found.logits[1::2], found.right[1::2]
-    before = overall_error(*rest, np.ones(found.logits.shape[1]))
-    after = overall_error(*rest, np.array(half.temperatures))
-    return calibrate(found.logits, found.right), Calibration(half.temperatures, before, after)
-
-
-def _record(
-    job: DrafterJob,
-    trained: TrainedDrafter,
-    log: Sequence[dict[str, Any]],
-    responses: tuple[Sequence[Response], Sequence[Response]],
-) -> str:
-    """What a script would want to know of a training, as JSON."""
-    evaluations = [line for line in log if "accepted_length" in line]
-    counted = {
-        name: {"count": len(items), "tokens": sum(len(item.response) for item in items)}
-        for name, items in zip(("learn", "judge"), responses, strict=True)
-    }
-    facts = {
-        "accepted_length": trained.accepted_length,
-        "untrained_length": trained.untrained_length,
-        "survival": list(trained.survival),
-        "calibration_error": list(trained.calibration_error),
-        "parameters": trained.parameters,
-        "steps": trained.steps,
-        "seconds": {name: round(value, 1) for name, value in trained.seconds.items()},
-        "options": job.options.fingerprint(),
-        "responses": counted,
-        "evaluations": evaluations,
-    }
-    return json.dumps(facts, indent=2) + "\n"
 
 
 def _check_out(job: DrafterJob) -> None:
