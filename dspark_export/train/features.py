@@ -168,6 +168,18 @@ class FeatureStore:
         self._rows += len(ids)
         self._maps = None
 
+    def cut(self, count: int) -> None:
+        """Drop all samples but the first ``count``."""
+        if count >= len(self):
+            return
+        self._spans, self._maps = self._spans[:count], None
+        self._rows = sum(span[1] for span in self._spans)
+        lines = (json.dumps(list(span)) + "\n" for span in self._spans)
+        (self._folder / _INDEX).write_text("".join(lines), "utf-8")
+        for path, size in self._sizes().items():
+            with path.open("ab") as file:
+                file.truncate(self._rows * size)
+
     def __getitem__(self, place: int) -> Sample:
         if self._maps is None:
             kinds = ((np.int32, ()), (np.int16, (self._width,)), (np.int32, (self._top,)), (np.float16, (self._top,)))

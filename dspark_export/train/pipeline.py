@@ -220,7 +220,10 @@ class _Run:
             self._model, codec, own, plan, ends, lambda done: self._on_progress("prompts", done, plan.synthesise, "")
         )
         items = list(file)
-        learn, judge = self._features(*split(items, job.held_out)) if items else self._stores()
+        kept = split(items, job.held_out)
+        for store, parts in zip(self._stores(), kept, strict=True):
+            store.cut(len(parts))  # responses that were lost from the end of the file are made again
+        learn, judge = self._features(*kept)
 
         def keep(item: Response, rows: Rows | None) -> None:
             items.append(item)
