@@ -82,8 +82,12 @@ def test_modules_stay_small_and_named_for_their_job() -> None:
 
 
 def test_nothing_built_or_downloaded_is_tracked() -> None:
-    assert not [path for path in tracked() if path.suffix in (".onnx", ".data", ".gguf", ".safetensors", ".pyc")]
-    assert max(path.stat().st_size for path in tracked()) < 1_000_000
+    shipped = ROOT / "samples" / "quickstart" / "drafter"  # trained here, at most 24 MB, see tests/real_model
+    made = (".onnx", ".data", ".gguf", ".safetensors", ".pyc")
+    others = [path for path in tracked() if path.parent != shipped]
+    assert not [path for path in others if path.suffix in made]
+    assert max(path.stat().st_size for path in others) < 1_000_000
+    assert sum(path.stat().st_size for path in tracked() if path.parent == shipped) < 24_000_000
 
 
 def test_no_unfinished_code() -> None:
