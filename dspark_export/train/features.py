@@ -130,14 +130,10 @@ class FeatureStore:
         self._spans: list[tuple[int, int, int]] = []  # first row, rows, start of the response
         index = folder / _INDEX
         if index.exists():
-            complete = index.read_text("utf-8").split("\n")[:-1]
-            self._spans = [tuple(json.loads(line)) for line in complete]
-            index.write_text("".join(line + "\n" for line in complete), "utf-8")
-        self._rows = sum(span[1] for span in self._spans)
-        for path, size in self._sizes().items():
-            with path.open("ab") as file:
-                file.truncate(self._rows * size)
+            self._spans = [tuple(json.loads(line)) for line in index.read_text("utf-8").split("\n")[:-1]]
+        self._rows = 0
         self._maps: list[np.ndarray] | None = None
+        self._keep(len(self._spans))
 
     def _sizes(self) -> dict[Path, int]:
         names = (("ids", 4), ("features", 2 * self._width), ("top_ids", 4 * self._top), ("top_probs", 2 * self._top))
@@ -170,11 +166,14 @@ class FeatureStore:
 
     def cut(self, count: int) -> None:
         """Drop all samples but the first ``count``."""
-        if count >= len(self):
-            return
+        if count < len(self):
+            self._keep(count)
+
+    def _keep(self, count: int) -> None:
+        """The first ``count`` samples, and nothing behind them in any file."""
         self._spans, self._maps = self._spans[:count], None
         self._rows = sum(span[1] for span in self._spans)
-        lines = (json.dumps(list(span)) + "\n" for span in self._spans)
+        lines = (json.dumps(span) + "\n" for span in self._spans)
         (self._folder / _INDEX).write_text("".join(lines), "utf-8")
         for path, size in self._sizes().items():
             with path.open("ab") as file:
