@@ -44,4 +44,4 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     names = (*(str(draft.folder) for draft in drafts), str(target))
     out = folder / "all.dspark"
     build(BuildOptions(model=str(target), out=out, drafts=names, self_draft="none"))
-    return Pairs(target, tables, dspark, Bundle.open(out, threads=2))
+    return Pairs(target, tables, dspark, Bundle.open(out, threads=1))

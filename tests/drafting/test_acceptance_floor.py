@@ -67,7 +67,7 @@ def fitted(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
             model=str(pairs.target), out=folder / "b.dspark", drafts=(str(folder / "draft"),), self_draft="none"
         )
     )
-    return Bundle.open(folder / "b.dspark", threads=2)
+    return Bundle.open(folder / "b.dspark", threads=1)
 
 
 def accepted_length(bundle: Bundle) -> float:

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from dspark_export.graphs.decoder import DecoderTrace
 from dspark_export.graphs.save import save_graphs
 from dspark_export.graphs.self_draft import export_self_draft
 from dspark_export.graphs.target import export_target
-from tests import tiny_models
+from tests.traced import traced
 
 DRAFT_LAYERS = (1, 2)
 TAPS = (-1, 0, 2)
@@ -33,8 +32,7 @@ class Exported:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
     @functools.cache
     def export(arch: str) -> Exported:
-        _, model = tiny_models.make(arch)
-        trace = DecoderTrace(model)
+        model, trace = traced(arch)
         graphs = {"target": export_target(trace, taps=TAPS), "self_draft": export_self_draft(trace, DRAFT_LAYERS)}
         paths = save_graphs(graphs, tmp_path_factory.mktemp(arch))
         return Exported(model, paths["target"], paths["self_draft"])

@@ -49,7 +49,7 @@ def _bundle(gguf: Path, precision: str, self_draft: str = "layers=0-10,19-29", d
         if not (out / "manifest.json").is_file():
             options = BuildOptions(str(gguf), out, precision=precision, self_draft=self_draft, drafts=drafts)
             build(replace(options, overwrite=True))
-    return Bundle.open(out, threads=2)
+    return Bundle.open(out, threads=1)
 
 
 @pytest.fixture(scope="session")
