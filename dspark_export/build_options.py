@@ -89,7 +89,7 @@ class BuildOptions:
         if self.backend is None and self.plugins != "auto":
             raise UsageError(f"--plugins {self.plugins} is about engines; add --backend tensorrt or tensorrt-rtx")
         if self.threads is not None and self.threads < 1:
-            raise UsageError(f"--threads {self.threads} is not positive; leave it out to use every core")
+            raise UsageError(f"--threads {self.threads} is not positive; leave it out for one per core")
 
     @property
     def quantized(self) -> bool:

@@ -5,11 +5,9 @@ The graphs are run as the runtime will run them, from the files as they will be 
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,11 +18,12 @@ from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.bundle import BundleFiles, RowNoise, StepCosts
 from dspark_runtime.costs import MEASURED_ROWS, measure_pass_ms
 from dspark_runtime.kv_cache import round_up
+from dspark_runtime.processors import default_threads, described_processors
 
 CONTEXT = 256
 DRAFT_ROWS = 4
 NOISE_ROWS = (2, 3, 5, 8, 16)
-_NOISE_PREFIX = 16
+NOISE_PREFIX = 16
 _NOISE_TOKENS = 144
 
 _TEXT = """A bicycle stays upright while it moves because small corrections never stop. When it leans to the left, the \
@@ -60,12 +59,14 @@ def measure(files: BundleFiles, threads: int | None = None) -> Measurements:
             found = measure_pass_ms(engine, counts, context=context)
             ms[name] = {str(count): round(value, 4) for count, value in found.items()}
             if name == "target":
-                noise = _row_noise(engine, _token_ids(files.tokenizer_dir, manifest.model.vocab_size, room))
+                noise = _row_noise(engine, noise_text(files))
             del engine  # one graph in memory at a time
     for drafter in manifest.drafters:
         if drafter.kind in ("block", "eagle3", "draft_model"):
             ms[drafter.graph or drafter.name] = {"1": round(measure_draft_ms(files, drafter, options, context), 4)}
-    return Measurements(StepCosts(threads=_threads(threads), device=_device(), context=context, ms=ms), noise)
+    return Measurements(
+        StepCosts(threads=threads or default_threads(), device=_device(), context=context, ms=ms), noise
+    )
 
 
 def _open(files: BundleFiles, name: str, options: EngineOptions) -> OrtEngine:
@@ -103,16 +104,16 @@ def row_logits(engine: Engine, ids: Sequence[int], prefix: int, rows: int) -> np
 
 
 def _row_noise(engine: Engine, ids: Sequence[int]) -> RowNoise | None:
-    body = len(ids) - _NOISE_PREFIX
+    body = len(ids) - NOISE_PREFIX
     usable = tuple(n for n in NOISE_ROWS if n <= body)
     if len(usable) < 2:
         return None
-    single = row_logits(engine, ids, _NOISE_PREFIX, 1)
+    single = row_logits(engine, ids, NOISE_PREFIX, 1)
     several = {}
     for count in usable:
         # A last chunk of one row would be a single-row pass again: cut the text to whole chunks.
         whole = body // count * count
-        several[count] = row_logits(engine, ids[: _NOISE_PREFIX + whole], _NOISE_PREFIX, count)
+        several[count] = row_logits(engine, ids[: NOISE_PREFIX + whole], NOISE_PREFIX, count)
     reference = several[usable[0]]
     return RowNoise(
         max_abs_logit_diff=max(_difference(single, logits) for logits in several.values()),
@@ -127,9 +128,11 @@ def _difference(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.abs(left[:shared] - right[:shared]).max())
 
 
-def _token_ids(tokenizer_dir: Path, vocab_size: int, room: int) -> list[int]:
-    """A text of real words, or, without a tokenizer, of arbitrary ids."""
-    path = tokenizer_dir / "tokenizer.json"
+def noise_text(files: BundleFiles) -> list[int]:
+    """The token ids row noise is measured on: real words, or, without a tokenizer, arbitrary ids."""
+    model = files.manifest.model
+    vocab_size, room = model.vocab_size, model.max_positions
+    path = files.tokenizer_dir / "tokenizer.json"
     if path.is_file():
         ids = Tokenizer.from_file(str(path)).encode(_TEXT).ids
     else:
@@ -137,15 +140,6 @@ def _token_ids(tokenizer_dir: Path, vocab_size: int, room: int) -> list[int]:
     return [i for i in ids if i < vocab_size][: min(_NOISE_TOKENS, room)]
 
 
-def _threads(threads: int | None) -> int:
-    available = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return threads or len(available)
-
-
 def _device() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names = [found["model name"] for found in described_processors() if "model name" in found]
     return names[0] if names else platform.processor() or platform.machine()

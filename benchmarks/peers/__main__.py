@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="GGUF file, folder or hub id")
     parser.add_argument("--out", type=Path, required=True, help="folder for models and results")
+    parser.add_argument("--draft", help="a trained drafter of the model, for this project's bundles")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompts", action="append", help=f"set ({', '.join(SHIPPED)}) or file; default: all sets")
     parser.add_argument("--limit", type=int, default=1, help="prompts of each set")
@@ -59,7 +60,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Returns the exit code."""
     given = arguments()
-    model = SharedModel(given.model, given.out)
+    model = SharedModel(given.model, given.out, given.draft)
     try:
         items = load_sets(given.prompts or list(SHIPPED), given.limit)
         sources = (own, transformers_peer, genai_peer, llama_cpp_peer)

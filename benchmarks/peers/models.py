@@ -23,10 +23,11 @@ _GGUF_TYPES = {"F32": 0, "F16": 1}  # llama.cpp's numbers of file types
 
 @dataclass(frozen=True)
 class SharedModel:
-    """``source`` in the formats of all peers, below the folder ``out``."""
+    """``source`` in the formats of all peers, below the folder ``out``; ``draft``: a drafter for this project's own."""
 
     source: str
     out: Path
+    draft: str | None = None
 
     @property
     def is_gguf(self) -> bool:
@@ -38,9 +39,9 @@ class SharedModel:
 
         def build(folder: Path) -> None:
             command = [sys.executable, "-m", "dspark_export.cli.main", "build", self.source, "--out", str(folder)]
-            _run([*command, "--precision", precision])
+            _run([*command, "--precision", precision, *(() if self.draft is None else ("--draft", self.draft))])
 
-        return self._once(f"bundle-{precision}", build)
+        return self._once(f"bundle-{precision}{'' if self.draft is None else '-drafted'}", build)
 
     def weights(self) -> Path:
         """A transformers folder: float32 safetensors, config, tokenizer."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import re
 from dataclasses import dataclass
-from pathlib import Path
+
+from dspark_runtime.processors import allowed_processors, described_processors, physical_cores
 
 _NOTABLE = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 
@@ -22,22 +21,13 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Read from /proc/cpuinfo where there is one, otherwise what Python knows."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    fallback = platform.processor() or platform.machine()
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return Machine(fallback, len(allowed), len(allowed), ())
-    processors = [
-        dict(re.findall(r"^(.*?)\s*:\s*(.*)$", block, re.MULTILINE)) for block in re.split(r"\n\s*\n", text.strip())
-    ]
-    mine = [p for p in processors if int(p.get("processor", -1)) in allowed]
-    cores = {(p.get("physical id"), p["core id"]) for p in mine if "core id" in p}
-    flags = set((mine[0].get("flags") or mine[0].get("Features") or "").split()) if mine else set()
+    """What the operating system says of the processors this process may use."""
+    mine = described_processors()
+    first = mine[0] if mine else {}
+    flags = set((first.get("flags") or first.get("Features") or "").split())
     return Machine(
-        cpu=mine[0].get("model name", fallback) if mine else fallback,
-        physical_cores=len(cores) or len(allowed),
-        logical_cores=len(allowed),
+        cpu=first.get("model name", platform.processor() or platform.machine()),
+        physical_cores=physical_cores(),
+        logical_cores=len(allowed_processors()),
         instructions=tuple(flag for flag in _NOTABLE if flag in flags),
     )

@@ -23,6 +23,7 @@ PROBES = (
     "a\n\n123 4567",
     "  two  spaces\ttab\r\n",
     "naïve café 東京 🙂👩‍👩‍👧",
+    "cafe\u0301 \u00c5ngstro\u0308m \ufb01n \u2460",
     "def f(x):\n    return x['k'] != 0x1F  # it's",
 )
 _MARK = "Qzx7marker"

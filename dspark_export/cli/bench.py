@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from dspark_runtime.errors import UsageError
+from dspark_runtime.processors import default_threads
 
 
 def bench(
@@ -27,7 +28,7 @@ def bench(
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 128,
     repeats: Annotated[int, typer.Option(help="Times every prompt runs in each mode; the median counts.")] = 3,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts taken from each set (default: all).")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads (default: one per physical core).")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads (default: OMP_NUM_THREADS or all cores).")] = None,
     exact: Annotated[
         bool | None,
         typer.Option("--exact/--no-exact", help="Speculative text equals plain text (default: the bundle's setting)."),
@@ -53,7 +54,7 @@ def bench(
     named = [mode.strip() for mode in (modes or "").split(",") if mode.strip()]
     chosen = modes_of(opened) if modes is None else checked_modes(named, opened)
     machine = this_machine()
-    used = threads or machine.physical_cores
+    used = threads or default_threads()
     noise = opened.manifest.precision.row_noise
     conditions = Conditions(
         bundle=str(bundle),

@@ -107,7 +107,9 @@ def build(
     plugins: Annotated[
         PluginsName, typer.Option(help="--backend: how verification runs in engines; see `compile`.")
     ] = PluginsName.AUTO,
-    threads: Annotated[int | None, typer.Option(help="Threads for measuring (default: all cores).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads for measuring (default: OMP_NUM_THREADS or all cores).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in --out.")] = False,
     allow_unsafe_checkpoint: Annotated[
         bool,

@@ -26,7 +26,7 @@ def draft_trace(
     ] = 0.0,
     draft_branches: Annotated[int, typer.Option(help="Candidates per slot, 1 for a chain.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="Threads (default: one per physical core).")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads (default: OMP_NUM_THREADS or all cores).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print names and shapes as JSON.")] = False,
 ) -> None:
     """Write every intermediate of the first rounds of a trained drafter of BUNDLE, by name, to an .npz file.

@@ -50,7 +50,7 @@ def generate(
         Path | None, typer.Option(help="Token ids instead of text: a JSON list, or numbers apart by blanks.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads (default: one per physical core).")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads (default: OMP_NUM_THREADS or all cores).")] = None,
     exact: Annotated[
         bool | None,
         typer.Option("--exact/--no-exact", help="Speculative text equals plain text (default: the bundle's setting)."),

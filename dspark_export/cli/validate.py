@@ -70,7 +70,7 @@ def validate(
     exact: Annotated[
         bool | None, typer.Option("--exact/--no-exact", help="How the bundle is opened (default: its own setting).")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads (default: one per physical core).")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads (default: OMP_NUM_THREADS or all cores).")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the report; the bundle then stays as it is.")
     ] = None,

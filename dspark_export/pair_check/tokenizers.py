@@ -48,7 +48,8 @@ def _tokenizer(target: Checkpoint, draft: DraftCheckpoint | Checkpoint) -> Token
 
 
 def compare(target: TokenizerFiles, draft: TokenizerFiles) -> tuple[list[str], list[str]]:
-    """What differs, and what differs without harm: tokens that only the draft has, behind all of the target's."""
+    """What differs, and what differs without harm: tokens that only the draft has, behind all of the target's, and
+    rules of splitting that are written otherwise and do the same to every probe, as converted files have them."""
     ours, theirs = (files.backend.get_vocab(with_added_tokens=True) for files in (target, draft))
     extra = {text for text in theirs if text not in ours and theirs[text] > max(ours.values(), default=-1)}
     notes = [f"the draft adds {_quoted(sorted(extra, key=theirs.__getitem__))}"] if extra else []
@@ -57,18 +58,18 @@ def compare(target: TokenizerFiles, draft: TokenizerFiles) -> tuple[list[str], l
     if left["model"].get("type") != right["model"].get("type"):
         differences.append(f"types {left['model'].get('type')} and {right['model'].get('type')}")
     differences += _merges(left["model"].get("merges"), right["model"].get("merges"))
-    differences += [f"other {word}" for key, word in _SPLITTING.items() if left.get(key) != right.get(key)]
     differences += _added(left, right, extra)
     for role in _ROLES:
         one, two = target.id_of(role), draft.id_of(role)
         if one != two and two is not None:
             differences.append(f"{role} is {one} for the model and {two} for the draft")
     if not differences:
-        differences += [
-            f"{probe!r} is split differently"
-            for probe in PROBES
-            if target.backend.encode(probe).ids != draft.backend.encode(probe).ids
-        ]
+        rules = " and ".join(word for key, word in _SPLITTING.items() if left.get(key) != right.get(key))
+        moved = [p for p in PROBES if target.backend.encode(p).ids != draft.backend.encode(p).ids]
+        if moved:
+            differences.append(f"{f'other {rules}: ' if rules else ''}{_quoted(moved, 1)} split differently")
+        elif rules:
+            notes.append(f"another spelling of the {rules}, which splits {len(PROBES)} probe texts alike")
     return differences, notes
 
 

@@ -7,7 +7,7 @@ cost the drafter only. Tapped layers are read raw, before the final norm.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dspark_export.graphs.decoder import decoder_layers
 from dspark_export.train.responses import Response
 
 if TYPE_CHECKING:
@@ -97,13 +98,6 @@ class TappedTarget:
         return Rows(features, *(functional.pad(part, (0, 0, before, 0)) for part in likeliest(logits, top)))
 
 
-def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The decoder layers of a causal language model, whatever it calls them."""
-    depth = int(model.config.get_text_config().num_hidden_layers)
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
-    return lists[0]
-
-
 @dataclass(frozen=True)
 class Sample:
     """One text. ``features`` [length, width]; ``top_ids``, ``top_probs`` [length, top]: of the token after each row.
@@ -146,6 +140,14 @@ class FeatureStore:
     def tokens(self) -> int:
         """Tokens of all samples, prompts included."""
         return self._rows
+
+    def begins(self, texts: Iterable[Sequence[int]]) -> bool:
+        """Whether the samples are the first of ``texts``, token ids each."""
+        stored = np.fromfile(next(iter(self._sizes())), np.int32) if self._rows else np.empty(0, np.int32)
+        return all(
+            np.array_equal(stored[first : first + count], np.asarray(ids, np.int32))
+            for (first, count, _), ids in zip(self._spans, texts, strict=False)
+        )
 
     def add(self, ids: Sequence[int], start: int, rows: Rows) -> None:
         """Write one sample: a text, where its response begins, and its rows."""

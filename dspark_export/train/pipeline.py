@@ -256,8 +256,8 @@ class _Run:
         target = TappedTarget(self._model, self._geometry.taps)
         whole = len(learn) + len(judge)
         for store, items, before in ((stores[1], judge, 0), (stores[0], learn, len(judge))):
-            if len(store) > len(items):
-                raise UsageError(f"{work} has features of more responses than there are; name another --work")
+            if len(store) > len(items) or not store.begins(item.span(options.max_length)[0] for item in items):
+                raise UsageError(f"{work} has features of other responses than these; name another --work")
             fill(
                 store,
                 target,
@@ -325,6 +325,7 @@ class _Run:
             partial.mkdir()
             with trainer.averaged():
                 save_drafter(partial, trainer.model, target_layers=depth, calibration=facts if found.rounds else None)
+            self._checkpoint.save_tokenizer(partial)  # for the pair check: token ids mean nothing without it
             (partial / "training.json").write_text(record(job.options, trained, trainer.log, responses), "utf-8")
             draw_curves(trainer.log, partial / "curves.png")
             write_card(

@@ -19,7 +19,7 @@ import numpy as np
 
 from dspark_export.bench.prompts import PromptItem
 from dspark_export.bench.runner import PLAIN, encode, first_difference
-from dspark_export.measure import NOISE_ROWS, row_logits
+from dspark_export.measure import NOISE_PREFIX, NOISE_ROWS, noise_text, row_logits
 from dspark_export.validate.checks import Check
 from dspark_export.validate.probe import one_pass
 from dspark_export.validate.tolerances import AGAINST_MODEL
@@ -234,9 +234,15 @@ def check_mode(bundle: Bundle, texts: Texts, mode: str, began: float) -> Check:
 
 
 def check_noise(bundle: Bundle, ids: Sequence[int]) -> Check:
-    """How far logits move when a pass has several rows instead of one; the histogram is over single logits."""
+    """How far logits move when a pass has several rows instead of one; the histogram is over single logits.
+
+    A largest difference depends on the text, so it is held against the build's figure on the build's text; ``ids`` are
+    for bundles without that figure.
+    """
     began = time.perf_counter()
-    prefix = min(16, len(ids) // 2)
+    recorded = bundle.manifest.precision.row_noise
+    ids = ids if recorded is None else noise_text(bundle.files)
+    prefix = min(NOISE_PREFIX, len(ids) // 2)
     rows = [n for n in NOISE_ROWS if n <= len(ids) - prefix]
     single = row_logits(bundle.target, ids, prefix, 1)
     edges = np.concatenate([[0.0], 10.0 ** np.arange(-8.0, 2.5, 0.5)])
@@ -253,7 +259,6 @@ def check_noise(bundle: Bundle, ids: Sequence[int]) -> Check:
         shared = min(len(first), len(several))
         among = max(among, float(np.abs(first[:shared] - several[:shared]).max()))
     measured = among if bundle.exact else most
-    recorded = bundle.manifest.precision.row_noise
     limit = None
     if recorded is not None:
         limit = 4 * max(recorded.without_single_rows if bundle.exact else recorded.max_abs_logit_diff, 1e-4)

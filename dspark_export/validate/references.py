@@ -24,6 +24,7 @@ from dspark_export.graphs.decoder import EMBEDDING, decoder_layers
 from dspark_export.validate.activations import PRESENT, Pass
 from dspark_runtime.backends.engine import AnyArray
 from dspark_runtime.contract import HIDDEN_TAPS, INPUT_IDS, LOGITS, WRITE_INDICES
+from dspark_runtime.processors import default_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ Outputs = dict[str, AnyArray]
 def session(path: Path, threads: int | None, optimized: bool = True, accuracy_level: int = 0) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or default_threads()
     options.log_severity_level = 3
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

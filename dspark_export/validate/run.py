@@ -26,6 +26,7 @@ from dspark_export.validate.robustness import check_robustness
 from dspark_runtime import Bundle, Generation
 from dspark_runtime.bundle import DrafterEntry
 from dspark_runtime.errors import BackendError, DsparkError, ModelNotFound, UsageError
+from dspark_runtime.processors import default_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -309,7 +310,7 @@ class _Validation:
             )
 
     def _speed(self) -> Iterator[Check]:
-        threads = self.options.threads or this_machine().physical_cores
+        threads = self.options.threads or default_threads()
         check, costs = speed.check_costs(self.bundle, threads)
         yield check
         for mode in self.modes:
@@ -363,7 +364,7 @@ class _Validation:
             exact=self.bundle.exact,
             level=self.options.level,
             against=self.options.against or ("torch" if self.checkpoint is not None else "onnxruntime"),
-            machine=f"{machine.cpu}, {self.options.threads or machine.physical_cores} threads",
+            machine=f"{machine.cpu}, {self.options.threads or default_threads()} threads",
             prompts=len(self.ids),
             seconds=round(time.perf_counter() - self._began, 1),
             passed=all(check.status != "failed" for check in checks),

@@ -96,7 +96,7 @@ class Bundle:
         """Check the bundle at ``path``; its graphs are loaded when they are first needed.
 
         Args:
-            threads: threads of one operator; None for one per physical core.
+            threads: threads of one operator; None for ``OMP_NUM_THREADS``, otherwise one per physical core.
             exact: speculative text must equal plain text whatever the precision: no pass runs a single row alone,
                 whose kernels round differently. None for the bundle's own setting.
             capacity: most tokens of prompt and text together; None for all positions of the model.

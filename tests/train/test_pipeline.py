@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from dspark_export.pair_check import PairWarning
 from dspark_export.train.answering import Plan
 from dspark_export.train.features import FeatureStore
 from dspark_export.train.options import DrafterShape, TrainOptions
@@ -100,16 +102,18 @@ def test_it_learns(trained: Path) -> None:
     assert (trained / "curves.png").stat().st_size > 10_000
 
 
-def test_the_bundle_drafts_as_well_as_training_said(
-    target: Path,
-    trained: Path,
-    tmp_path: Path,
-    invoke: Invoke,  # noqa: F811
-) -> None:
-    out = tmp_path / "bundle"
-    built = invoke("build", target, "--draft", trained, "--out", out, "--self-draft", "none", "--threads", 1)
-    assert built.exit_code == 0, built.output
-    bundle = Bundle.open(out, threads=1)
+@pytest.fixture(scope="module")
+def built(target: Path, trained: Path, invoke: Invoke, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    out = tmp_path_factory.mktemp("built") / "bundle"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PairWarning)  # the drafter comes with what the pair check asks for
+        found = invoke("build", target, "--draft", trained, "--out", out, "--self-draft", "none", "--threads", 1)
+    assert found.exit_code == 0, found.output
+    return out
+
+
+def test_the_bundle_drafts_as_well_as_training_said(trained: Path, built: Path) -> None:
+    out, bundle = built, Bundle.open(built, threads=1)
     facts = next(entry.block for entry in bundle.manifest.drafters if entry.block)
     assert facts.confidence_temperatures is not None and len(facts.confidence_temperatures) == 3
     assert facts.vocab_map is not None and len(np.load(out / facts.vocab_map)) == 300  # none of them the mask
@@ -127,15 +131,15 @@ def test_the_bundle_drafts_as_well_as_training_said(
 def test_the_sweep_of_sizes_counts_what_training_counted(
     target: Path,
     trained: Path,
-    tmp_path: Path,
-    invoke: Invoke,  # noqa: F811
+    built: Path,
 ) -> None:
     """Read back from its files, in bfloat16, the drafter is worth what it was in training; smaller ones less."""
-    out, work = tmp_path / "bundle", trained.with_name("drafter.work")
-    assert invoke("build", target, "--out", out, "--self-draft", "none", "--threads", 1).exit_code == 0
+    work = trained.with_name("drafter.work")
     script = Path(__file__).parents[2] / "benchmarks" / "drafter_sweep.py"
     sizes = ("--vocabularies", "40", "--blocks", "2", "--threads", "1", "--json")
-    done = subprocess.run([sys.executable, script, out, target, work, trained, *sizes], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, built, target, work, trained, *sizes], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     lengths = {(row["vocabulary"], row["block"]): row["accepted_length"] for row in json.loads(done.stdout)}
     assert set(lengths) == {(40, 2), (40, 3), (300, 2), (300, 3)}
@@ -318,6 +322,10 @@ def test_a_work_folder_belongs_to_one_target_and_training(target: Path, response
     with pytest.raises(UsageError, match="taps"):
         changed = TrainOptions(DrafterShape(taps=(-1, 0)), max_length=48)
         train_drafter(job(target, tmp_path, responses, overwrite=True, options=changed))
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(reversed(responses.read_text().splitlines(keepends=True))))
+    with pytest.raises(UsageError, match="other responses"):
+        train_drafter(job(target, tmp_path, others, overwrite=True))
     with pytest.raises(UsageError, match="rate"):
         slower = TrainOptions(**{**vars(first.options), "rate": 0.002})
         train_drafter(job(target, tmp_path, responses, overwrite=True, options=slower))

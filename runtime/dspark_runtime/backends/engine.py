@@ -30,10 +30,10 @@ Runs = Sequence[tuple[int, int]]
 class EngineOptions:
     """How a backend runs.
 
-    ``threads``: threads inside one operator (None: one per physical core). ``spinning``: threads wait busily between
-    operators, faster and hotter. ``accuracy_level``: arithmetic of block-quantized matrix products (0: the graph's own,
-    1: float32, 4: int8), the dial between speed and logits that do not depend on the number of rows. ``overlap``: on a
-    GPU, work beside a pass that is on its way; False waits at once, for measurements.
+    ``threads``: threads inside one operator (None: ``OMP_NUM_THREADS``, otherwise one per physical core). ``spinning``:
+    threads wait busily between operators, faster and hotter. ``accuracy_level``: arithmetic of block-quantized matrix
+    products (0: the graph's own, 1: float32, 4: int8), the dial between speed and logits independent of the number of
+    rows. ``overlap``: on a GPU, work beside a pass that is on its way; False waits at once, for measurements.
     """
 
     threads: int | None = None

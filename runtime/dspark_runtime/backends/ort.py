@@ -24,6 +24,7 @@ from dspark_runtime.contract import (
     present_name,
 )
 from dspark_runtime.errors import BackendError, CapacityError, IncompatibleBundle
+from dspark_runtime.processors import default_threads
 
 try:
     import onnxruntime as ort
@@ -309,7 +310,7 @@ def load_session(path: Path, name: str, options: EngineOptions, graph: bytes | N
     """A session of the graph at ``path``; ``graph`` is run in its place, with the external data beside ``path``."""
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
-    settings.intra_op_num_threads = options.threads or 0
+    settings.intra_op_num_threads = options.threads or default_threads()
     settings.inter_op_num_threads = 1
     # kv_len changes with every pass: a memory plan per shape would be made once and never used again.
     settings.enable_mem_pattern = False

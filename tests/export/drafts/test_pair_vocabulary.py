@@ -60,6 +60,21 @@ def test_tokenizers_of_equal_size_that_differ(tmp_path: Path, target: Target, ca
     assert says in finding.found
 
 
+def test_rules_written_otherwise_that_split_alike_are_a_note(tmp_path: Path, target: Target) -> None:
+    """Converted tokenizer files spell their rules in other ways than the originals."""
+    written = write_zlab(tmp_path / "draft")
+    give_tokenizer(
+        written.folder,
+        lambda content: content.update(
+            pre_tokenizer={"type": "Sequence", "pretokenizers": [content["pre_tokenizer"]]},
+            normalizer={"type": "Sequence", "normalizers": []},
+        ),
+    )
+    found = report(target, written)
+    assert found.ok
+    assert "another spelling of the normalizer and pre-tokenizer" in of(found, "tokenizer").found
+
+
 def test_another_end_of_text(tmp_path: Path, target: Target) -> None:
     written = write_zlab(tmp_path / "draft")
     give_tokenizer(written.folder)

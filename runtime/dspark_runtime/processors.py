@@ -1,0 +1,37 @@
+"""The processors this process may use, and how many threads run one operator on them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+
+def allowed_processors() -> set[int]:
+    """Numbers of the logical processors that the operating system gives to this process."""
+    return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def described_processors() -> list[dict[str, str]]:
+    """What /proc/cpuinfo says of every allowed processor; nothing where there is no such file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    allowed = allowed_processors()
+    blocks = [
+        dict(re.findall(r"^(.*?)\s*:\s*(.*)$", block, re.MULTILINE)) for block in re.split(r"\n\s*\n", text.strip())
+    ]
+    return [block for block in blocks if int(block.get("processor", -1)) in allowed]
+
+
+def physical_cores() -> int:
+    """Cores this process may use; logical processors where the operating system does not tell them apart."""
+    cores = {(p.get("physical id"), p["core id"]) for p in described_processors() if "core id" in p}
+    return len(cores) or len(allowed_processors())
+
+
+def default_threads() -> int:
+    """Threads of one operator where nobody asked for a number: ``OMP_NUM_THREADS``, otherwise one per physical core."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number per level of nesting
+    return min(int(wanted), 1024) if wanted.isdecimal() and int(wanted) > 0 else physical_cores()
