@@ -12,4 +12,4 @@ mypy
 
 # Two workers with one thread each: the tests are many small graphs, not few large ones.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadgroup --no-loadscope-reorder -m "not slow" "$@"
+exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadscope --no-loadscope-reorder -m "not slow" "$@"

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent
 SHARING = ("real_model", "validate", "drafting", "engines", "plugins", "cli", "runtime")
 """Folders whose files share such things. They come first, the slowest of them before the others, for an even end."""
+BY_ARCHITECTURE = ("parity", "passes")
 
 
-def _group(item: pytest.Item) -> str:
-    path = item.path.relative_to(ROOT)
-    if path.parts[0] in SHARING:
-        return path.parts[0]
-    arch = getattr(item, "callspec", None) and item.callspec.params.get("arch")  # type: ignore[attr-defined]
-    return f"{arch}" if isinstance(arch, str) else path.with_suffix("").as_posix()
+def group(nodeid: str) -> str:
+    """Name of the tests that run in the worker of this one: a folder, an architecture or a file."""
+    from tests.tiny_models import ARCHITECTURES
+
+    file = nodeid.partition("::")[0]
+    folder = file.removeprefix("tests/").partition("/")[0]
+    if folder in SHARING:
+        return folder
+    arguments = re.split(r"[\[\]-]", nodeid.partition("[")[2])
+    named = [arch for arch in ARCHITECTURES if arch in arguments]
+    return named[0] if folder in BY_ARCHITECTURE and named else file
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(SHARING)}
-    items.sort(key=lambda item: places.get(item.path.relative_to(ROOT).parts[0], len(SHARING)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: places.get(group(item.nodeid), len(SHARING)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadscope``, scopes are the groups; xdist 3.8's own ``loadgroup`` does nothing under pytest 9.2."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return ByGroup(config, log)

@@ -1,4 +1,4 @@
-"""One trace per architecture, for all tests of a worker; with head widths that the fused kernels accept."""
+"""One trace per architecture and head width, for all tests of a worker."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from transformers import PreTrainedModel
 from dspark_export.graphs.decoder import DecoderTrace
 from tests import tiny_models
 
-HEAD_DIM = 16
-_WITH_HEAD_DIM = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "mixtral", "smollm3")
-
 
 @functools.cache
-def traced(arch: str) -> tuple[PreTrainedModel, DecoderTrace]:
-    """The untouched model and its trace, from which graphs are cut."""
-    overrides: dict[str, Any] = {"head_dim": HEAD_DIM} if arch in _WITH_HEAD_DIM else {}
+def traced(arch: str, head_dim: int | None = None) -> tuple[PreTrainedModel, DecoderTrace]:
+    """The untouched model and its trace, from which graphs are cut; ``head_dim`` None: its own width of heads."""
+    overrides: dict[str, Any] = {} if head_dim is None else {"head_dim": head_dim}
     _, model = tiny_models.make(arch, **overrides)
     return model, DecoderTrace(model)

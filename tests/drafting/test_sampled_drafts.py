@@ -13,7 +13,7 @@ from dspark_runtime.verify import verify_chain
 from tests.parity.test_block_drafter import export, run
 from tests.references.draft_samples import HIDDEN, TAPS, VOCAB
 
-DRAWS, BATCH = 50_000, 2000
+DRAWS, BATCH = 200_000, 2000
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
