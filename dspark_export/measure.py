@@ -6,7 +6,7 @@ The graphs are run as the runtime will run them, from the files as they will be 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,29 +103,56 @@ def row_logits(engine: Engine, ids: Sequence[int], prefix: int, rows: int) -> np
     return np.concatenate(collected)
 
 
-def _row_noise(engine: Engine, ids: Sequence[int]) -> RowNoise | None:
-    body = len(ids) - NOISE_PREFIX
-    usable = tuple(n for n in NOISE_ROWS if n <= body)
-    if len(usable) < 2:
-        return None
-    single = row_logits(engine, ids, NOISE_PREFIX, 1)
+@dataclass(frozen=True)
+class LogitsByRows:
+    """Logits [positions, vocab] of one text: from passes over one row, and over several, by their number."""
+
+    single: np.ndarray
+    several: dict[int, np.ndarray]
+
+    def from_single(self) -> Iterator[tuple[int, np.ndarray]]:
+        """For every number of rows, how far its logits are from those of single rows."""
+        return ((count, _distance(self.single, logits)) for count, logits in self.several.items())
+
+    @property
+    def single_row(self) -> float:
+        """The largest difference from passes over one row."""
+        return max((float(distance.max()) for _, distance in self.from_single()), default=0.0)
+
+    @property
+    def other_rows(self) -> float:
+        """The largest difference between passes over several rows: of all others from the smallest number."""
+        fewest = next(iter(self.several.values()), self.single)
+        return max((float(_distance(fewest, logits).max()) for logits in self.several.values()), default=0.0)
+
+
+def logits_by_rows(engine: Engine, ids: Sequence[int], prefix: int = NOISE_PREFIX) -> LogitsByRows:
+    """Run a text behind its first ``prefix`` tokens with every number of ``NOISE_ROWS`` that there is room for."""
+    body = len(ids) - prefix
     several = {}
-    for count in usable:
+    for count in (n for n in NOISE_ROWS if n <= body):
         # A last chunk of one row would be a single-row pass again: cut the text to whole chunks.
         whole = body // count * count
-        several[count] = row_logits(engine, ids[: NOISE_PREFIX + whole], NOISE_PREFIX, count)
-    reference = several[usable[0]]
-    return RowNoise(
-        max_abs_logit_diff=max(_difference(single, logits) for logits in several.values()),
-        without_single_rows=max(_difference(reference, logits) for logits in several.values()),
-        rows=usable,
-        positions=body,
-    )
+        several[count] = row_logits(engine, ids[: prefix + whole], prefix, count)
+    return LogitsByRows(row_logits(engine, ids, prefix, 1), several)
 
 
-def _difference(left: np.ndarray, right: np.ndarray) -> float:
+def _distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     shared = min(len(left), len(right))
-    return float(np.abs(left[:shared] - right[:shared]).max())
+    distance: np.ndarray = np.abs(left[:shared] - right[:shared])
+    return distance
+
+
+def _row_noise(engine: Engine, ids: Sequence[int]) -> RowNoise | None:
+    if len(ids) < NOISE_PREFIX + NOISE_ROWS[1]:  # two numbers of rows, to compare with each other
+        return None
+    found = logits_by_rows(engine, ids)
+    return RowNoise(
+        max_abs_logit_diff=found.single_row,
+        without_single_rows=found.other_rows,
+        rows=tuple(found.several),
+        positions=len(found.single),
+    )
 
 
 def noise_text(files: BundleFiles) -> list[int]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from dspark_export.bench.prompts import PromptItem
 from dspark_export.bench.runner import PLAIN, encode, first_difference
-from dspark_export.measure import NOISE_PREFIX, NOISE_ROWS, noise_text, row_logits
+from dspark_export.measure import NOISE_PREFIX, NOISE_ROWS, logits_by_rows, noise_text, row_logits
 from dspark_export.validate.checks import Check
 from dspark_export.validate.probe import one_pass
 from dspark_export.validate.tolerances import AGAINST_MODEL
@@ -241,24 +241,16 @@ def check_noise(bundle: Bundle, ids: Sequence[int]) -> Check:
     """
     began = time.perf_counter()
     recorded = bundle.manifest.precision.row_noise
-    ids = ids if recorded is None else noise_text(bundle.files)
-    prefix = min(NOISE_PREFIX, len(ids) // 2)
-    rows = [n for n in NOISE_ROWS if n <= len(ids) - prefix]
-    single = row_logits(bundle.target, ids, prefix, 1)
+    if recorded is None:
+        found = logits_by_rows(bundle.target, ids, min(NOISE_PREFIX, len(ids) // 2))
+    else:
+        found = logits_by_rows(bundle.target, noise_text(bundle.files))
     edges = np.concatenate([[0.0], 10.0 ** np.arange(-8.0, 2.5, 0.5)])
-    histogram: dict[str, list[int]] = {}
-    most, among = 0.0, 0.0
-    first: FloatArray | None = None
-    for count in rows:
-        whole = (len(ids) - prefix) // count * count
-        several = row_logits(bundle.target, ids[: prefix + whole], prefix, count)
-        difference = np.abs(several - single[: len(several)])
-        histogram[str(count)] = np.histogram(np.minimum(difference, edges[-1]), edges)[0].tolist()
-        most = max(most, float(difference.max()))
-        first = several if first is None else first
-        shared = min(len(first), len(several))
-        among = max(among, float(np.abs(first[:shared] - several[:shared]).max()))
-    measured = among if bundle.exact else most
+    histogram = {
+        str(count): np.histogram(np.minimum(difference, edges[-1]), edges)[0].tolist()
+        for count, difference in found.from_single()
+    }
+    measured = found.other_rows if bundle.exact else found.single_row
     limit = None
     if recorded is not None:
         limit = 4 * max(recorded.without_single_rows if bundle.exact else recorded.max_abs_logit_diff, 1e-4)
@@ -277,5 +269,10 @@ def check_noise(bundle: Bundle, ids: Sequence[int]) -> Check:
         else "Logits depend on the number of rows far more than when the bundle was built: on this "
         "machine other kernels run. Build the bundle here, or open it with exact.",
         seconds=time.perf_counter() - began,
-        data={"edges": edges.tolist(), "histogram": histogram, "single_row": most, "other_rows": among},
+        data={
+            "edges": edges.tolist(),
+            "histogram": histogram,
+            "single_row": found.single_row,
+            "other_rows": found.other_rows,
+        },
     )

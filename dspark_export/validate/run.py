@@ -55,6 +55,7 @@ class _Validation:
         self.options, self.extent = options, EXTENTS[options.level]
         self._on_step = on_step
         self._began = time.perf_counter()
+        self.threads = options.threads or default_threads()
         self.bundle = Bundle.open(options.bundle, threads=options.threads, exact=options.exact)
         self.files = self.bundle.files
         self.engines = (
@@ -310,8 +311,7 @@ class _Validation:
             )
 
     def _speed(self) -> Iterator[Check]:
-        threads = self.options.threads or default_threads()
-        check, costs = speed.check_costs(self.bundle, threads)
+        check, costs = speed.check_costs(self.bundle, self.threads)
         yield check
         for mode in self.modes:
             if mode in self.texts.alone:
@@ -364,7 +364,7 @@ class _Validation:
             exact=self.bundle.exact,
             level=self.options.level,
             against=self.options.against or ("torch" if self.checkpoint is not None else "onnxruntime"),
-            machine=f"{machine.cpu}, {self.options.threads or default_threads()} threads",
+            machine=f"{machine.cpu}, {self.threads} threads",
             prompts=len(self.ids),
             seconds=round(time.perf_counter() - self._began, 1),
             passed=all(check.status != "failed" for check in checks),

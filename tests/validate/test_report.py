@@ -49,6 +49,15 @@ def test_the_bundle_keeps_report_and_verdict(stored: tuple[Path, Any]) -> None:
     assert not list(bundle.parent.glob(".*"))  # no lock, nothing half-written
 
 
+def test_noise_is_measured_as_the_build_measured_it(stored: tuple[Path, Any]) -> None:
+    """On another text, or in other passes, the largest difference would be another one."""
+    recorded = BundleFiles.open(stored[0]).manifest.precision.row_noise
+    found = next(c for c in json.loads(stored[1].stdout)["checks"] if c["id"] == "losslessness.noise")["data"]
+    assert recorded is not None and recorded.max_abs_logit_diff > 0
+    assert found["single_row"] == recorded.max_abs_logit_diff
+    assert found["other_rows"] == recorded.without_single_rows
+
+
 def test_the_page_needs_nothing_else(stored: tuple[Path, Any]) -> None:
     files = BundleFiles.open(stored[0])
     page = files.path(str(files.manifest.validation["html"])).read_text("utf-8")
