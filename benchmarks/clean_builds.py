@@ -15,12 +15,13 @@ from pathlib import Path
 
 from dspark_export.build import build
 from dspark_export.build_options import BuildOptions
+from dspark_export.passes.precision import Weights
 from dspark_export.validate.checks import Report
 from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.run import validate
 from tests import tiny_models
 
-BUILDS = (
+BUILDS: tuple[tuple[str, Weights], ...] = (
     ("llama", "fp32"),
     ("llama", "fp16"),
     ("llama", "int8"),
@@ -46,11 +47,11 @@ BUILDS = (
 )
 
 
-def clean_build(arch: str, precision: str, folder: Path, threads: int = 1) -> Report:
+def clean_build(arch: str, precision: Weights, folder: Path, threads: int = 1) -> Report:
     """Build and validate one, against PyTorch."""
     tiny_models.save_checkpoint(arch, folder / "model")
     model, bundle = str(folder / "model"), folder / "bundle"
-    build(BuildOptions(model=model, out=bundle, precision=precision, self_draft="layers=0,2", threads=threads))  # type: ignore[arg-type]
+    build(BuildOptions(model=model, out=bundle, precision=precision, self_draft="layers=0,2", threads=threads))
     return validate(ValidateOptions(bundle, model=model, threads=threads, against="torch"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class GenaiPeer:
 def candidates(model: SharedModel, threads: int) -> Iterator[Candidate]:
     """float32 and int4."""
     for precision in ("fp32", "int4"):
-        yield Candidate(
-            f"onnxruntime-genai {precision}",
-            lambda precision=precision: GenaiPeer(model.genai(precision), precision, threads),  # type: ignore[misc]
-        )
+        yield Candidate(f"onnxruntime-genai {precision}", partial(_made, model, precision, threads))
+
+
+def _made(model: SharedModel, precision: str, threads: int) -> GenaiPeer:
+    return GenaiPeer(model.genai(precision), precision, threads)

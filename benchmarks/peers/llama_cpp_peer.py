@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def candidates(model: SharedModel, threads: int) -> Iterator[Candidate]:
         yield Candidate("llama.cpp", lambda: LlamaCppPeer(model.gguf("F32"), "F32", threads))
         return
     for kind in ("F32", "F16"):
-        yield Candidate(f"llama.cpp {kind}", lambda kind=kind: _converted(model, kind, threads))  # type: ignore[misc]
+        yield Candidate(f"llama.cpp {kind}", partial(_converted, model, kind, threads))
     kind = Path(model.source).stem.rsplit(".", 1)[-1]
     yield Candidate(f"llama.cpp {kind}", lambda: LlamaCppPeer(Path(model.source), kind, threads))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from benchmarks.peers.models import SharedModel
@@ -50,4 +50,4 @@ def candidates(model: SharedModel, threads: int) -> Iterator[Candidate]:
 
     for precision in ("fp32", "int4"):
         for setting in SETTINGS:
-            yield Candidate(f"dspark {precision}, {setting}", lambda p=precision, s=setting: load(p, s))  # type: ignore[misc]
+            yield Candidate(f"dspark {precision}, {setting}", partial(load, precision, setting))

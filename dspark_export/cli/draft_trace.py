@@ -42,7 +42,7 @@ def draft_trace(
     ids = read_ids(prompt_ids)
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"--out {out} cannot be written: name a file in a folder that exists")
-    options = DraftOptions(draft_sampling, confidence_threshold, draft_branches)  # type: ignore[arg-type]
+    options = DraftOptions(draft_sampling, confidence_threshold, draft_branches)  # type: ignore[arg-type]  # it refuses others
     opened = Bundle.open(bundle, threads=threads)
     name = drafter or next(
         (d.name for d in opened.manifest.drafters if d.kind in ("block", "eagle3", "draft_model")), ""

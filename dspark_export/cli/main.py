@@ -22,7 +22,7 @@ import errno
 import sys
 import traceback
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -47,7 +47,7 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         debug = bool(ctx.params.get("debug"))
-        warnings.showwarning = _warn  # type: ignore[assignment]
+        warnings.showwarning = _warn
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
@@ -69,7 +69,14 @@ class _Commands(TyperGroup):
             _fail(f"unexpected {type(error).__name__}: {error}{hint}", BUG, debug)
 
 
-def _warn(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Warnings of this project as one line, those of libraries not at all: they speak to programmers."""
     if category.__module__.startswith("dspark_"):
         typer.echo(f"dspark-export: warning: {message}", err=True)

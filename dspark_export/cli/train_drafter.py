@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -17,6 +17,8 @@ from dspark_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from dspark_export.train.pipeline import OnProgress, TrainedDrafter
+
+_Number = TypeVar("_Number")
 
 _DESCRIPTIONS = {
     "prompts": "letting the model ask",
@@ -182,9 +184,9 @@ def train_drafter(
         _print(trained, model)
 
 
-def _numbers(option: str, text: str, kind: type[int] | type[float]) -> tuple[int, ...]:
+def _numbers(option: str, text: str, kind: Callable[[str], _Number]) -> tuple[_Number, ...]:
     try:
-        return tuple(kind(part) for part in text.split(","))  # type: ignore[misc]
+        return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"{option} {text}: give numbers with commas between them") from error
 
@@ -229,7 +231,7 @@ def _print(trained: TrainedDrafter, model: str) -> None:
     typer.echo(f"  size        {trained.parameters / 1e6:.2f} M parameters, {trained.steps} steps")
     typer.echo(
         f"  accepted    {trained.accepted_length:.2f} tokens per round on held-out responses "
-        f"({trained.untrained_length:.2f} untrained)"
+        f"({trained.untrained_length:.2f} before this training)"
     )
     typer.echo(f"  by slot     {'  '.join(f'{100 * share:.0f} %' for share in trained.survival)}")
     typer.echo(f"  calibration {100 * after:.1f} % error ({100 * before:.1f} % before)")

@@ -148,9 +148,11 @@ def _floors(path: Path) -> dict[str, float]:
             found = json.loads(path.read_text("utf-8")).get("acceptance")
         except (OSError, ValueError, AttributeError) as error:
             raise UsageError(f"--floors {path}: not a report of `dspark-export validate` ({error})") from error
-    if not isinstance(found, dict) or not found:
+    given = found if isinstance(found, dict) else {}
+    lengths = {str(mode): float(length) for mode, length in given.items() if isinstance(length, int | float)}
+    if not lengths or len(lengths) < len(given):
         raise UsageError(f"--floors {path}: it has no accepted lengths; validate it first")
-    return {str(mode): float(length) for mode, length in found.items()}  # type: ignore[arg-type]
+    return lengths
 
 
 def _print(console: Console, report: Report) -> None:

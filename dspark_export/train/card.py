@@ -90,7 +90,7 @@ def write_card(
         "## Measured",
         "",
         f"On {len(judge)} held-out greedy responses, tokens per round with the bonus: "
-        f"**{trained.accepted_length:.2f}** ({trained.untrained_length:.2f} untrained).",
+        f"**{trained.accepted_length:.2f}** ({trained.untrained_length:.2f} before this training).",
         "",
         "| slot | " + " | ".join(str(slot) for slot in range(g.block)) + " |",
         "|---|" + "---|" * g.block,

@@ -143,11 +143,7 @@ class FeatureStore:
 
     def begins(self, texts: Iterable[Sequence[int]]) -> bool:
         """Whether the samples are the first of ``texts``, token ids each."""
-        stored = np.fromfile(next(iter(self._sizes())), np.int32) if self._rows else np.empty(0, np.int32)
-        return all(
-            np.array_equal(stored[first : first + count], np.asarray(ids, np.int32))
-            for (first, count, _), ids in zip(self._spans, texts, strict=False)
-        )
+        return all(np.array_equal(self[place].ids, ids) for place, ids in zip(range(len(self)), texts, strict=False))
 
     def add(self, ids: Sequence[int], start: int, rows: Rows) -> None:
         """Write one sample: a text, where its response begins, and its rows."""
