@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from dspark_export.checkpoints import Checkpoint
     from dspark_export.checkpoints.drafts.draft import DraftCheckpoint, DraftLayers
 
-CANDIDATES = 4
-"""Likeliest tokens a block drafter gives per slot: what trees are made from."""
+CANDIDATES = 8
+"""Likeliest tokens a block drafter gives per slot, and per text of the block it follows: what trees are made from."""
+BEAMS = 4
+"""Texts of a block that are followed from slot to slot. With SmolLM2's drafter, trees of 24 drafts from 4 texts of 8
+candidates have the accepted length of those from 8 of 8; from 4 of 4 they lose 0.04, from the chain alone 0.15."""
 
 VOCABULARY_FOLDER = "drafts"
 
@@ -139,13 +142,16 @@ def _block(
         from dspark_export.draft_vocabulary import read_draft_vocab
 
         chosen = read_draft_vocab(options.draft_vocab, config.vocab_size)
+    vocab = config.draft_vocab_size if chosen is None else len(chosen)
+    candidates = min(CANDIDATES, vocab, options.markov_topk or vocab)
     graph = export_block_drafter(
         checkpoint,
         embedding=model.get_input_embeddings().weight,
         head=model.get_output_embeddings().weight,
         name=draft.name,
         dtype=options.dtype,
-        candidates=min(CANDIDATES, config.draft_vocab_size if chosen is None else len(chosen)),
+        candidates=candidates,
+        beams=BEAMS,
         draft_vocabulary=chosen,
         markov_topk=options.markov_topk,
         embedding_scale=embedding_scale(model),
@@ -155,7 +161,8 @@ def _block(
         block=config.block,
         drafts=config.drafts,
         mask_token_id=config.mask_token_id,
-        candidates=min(CANDIDATES, config.draft_vocab_size if chosen is None else len(chosen)),
+        candidates=candidates,
+        beams=BEAMS,
         confidence=config.confidence,
         vocab_map=None if chosen is None else f"{VOCABULARY_FOLDER}/{draft.name}.vocab.npy",
         confidence_temperatures=stored_temperatures(checkpoint.directory, config.drafts) if config.confidence else None,

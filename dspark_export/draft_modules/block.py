@@ -2,6 +2,7 @@
 
 Context rows become keys and values and nothing else. Block rows run through the layers and see the context and all
 rows of their block. Head logits get the Markov head's correction slot by slot: it depends on the token drafted before.
+Beside the chain of drafted tokens, the likeliest texts of the block are followed from slot to slot (:class:`Beams`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from dspark_export.checkpoints.drafts.draft import BlockConfig
+from dspark_export.draft_modules.beams import BeamNodes, Beams
 from dspark_export.draft_modules.choice import Choice, Draws
 from dspark_export.draft_modules.decoder_layer import DraftLayer
 from dspark_export.draft_modules.layers import Linear, Norm, Rotation, Weights, keep, softcapped
@@ -25,7 +27,8 @@ class BlockModule(torch.nn.Module):
         embedding: the target's, [vocab, hidden], shared.
         head: [draft vocab, hidden]: the target's, shared, or chosen rows of it.
         target_ids: int64 [draft vocab], None where draft ids are the target's.
-        candidates: likeliest tokens returned per slot.
+        candidates: likeliest tokens returned per slot, and per text that is followed.
+        beams: texts of the block that are followed from slot to slot.
         markov_topk: the Markov head corrects so many candidates per slot, others cannot be drafted; None for all.
         embedding_scale: what embeddings are multiplied with.
     """
@@ -43,11 +46,13 @@ class BlockModule(torch.nn.Module):
         head: torch.Tensor,
         target_ids: torch.Tensor | None,
         candidates: int,
+        beams: int,
         markov_topk: int | None,
         embedding_scale: float,
     ) -> None:
         super().__init__()
         self.config, self._candidates, self._scale = config, candidates, embedding_scale
+        self._beams = beams
         self._topk = None if markov_topk is None or markov_topk >= len(head) else markov_topk
         layers = config.layers
         keep(self, "embed_tokens.weight", embedding)
@@ -102,8 +107,8 @@ class BlockModule(torch.nn.Module):
         hidden = self._norm(x)[:, config.first_slot :]
         logits = functional.linear(hidden, self.get_parameter(self._head)).float()
         base = softcapped(logits, config.layers.softcap)
-        choice, confidences = self._draft(hidden, base, anchors, temperature, uniforms)
-        drafted = (choice.tokens, choice.probs, choice.candidates, choice.candidate_probs)
+        choice, nodes, confidences = self._draft(hidden, base, anchors, temperature, uniforms)
+        drafted = (choice.tokens, choice.probs, choice.candidates, choice.candidate_probs, *nodes)
         return (*drafted, *confidences, *present, context, hidden, base, choice.corrected, *injected)
 
     def _draft(
@@ -113,41 +118,57 @@ class BlockModule(torch.nn.Module):
         anchors: torch.Tensor,
         temperature: torch.Tensor,
         uniforms: torch.Tensor,
-    ) -> tuple[Choice, tuple[torch.Tensor, ...]]:
-        """What is drafted, and the confidences if the draft has any."""
-        draws = Draws(temperature, uniforms)
+    ) -> tuple[Choice, BeamNodes, tuple[torch.Tensor, ...]]:
+        """What is drafted, what else is likely, and the confidences if the draft has any."""
+        draws, beams = Draws(temperature, uniforms), Beams(self._beams, self._candidates)
         if self._markov is None:
             choice = draws.at_once(base, self.forbidden, self._candidates)
-            return self._in_target_ids(choice), self._confidences(hidden, [])
+            for logits in (base + self.forbidden).unbind(1):
+                beams.step(logits[:, None])
+            return self._in_target_ids(choice), self._nodes(beams), self._confidences(hidden, [])
         prepared, state = self._markov.prepare(hidden), self._markov.start(hidden)
-        few = values = None
+        few = values = outer = None
         if self._topk is not None:
             few = torch.topk(base + self.forbidden, self._topk)[1].sort(-1)[0]  # ascending, as the vocabulary is
             values, outer = (base + self.forbidden).gather(2, few), self._markov.outer_rows(few)
         slots = base.unbind(1)
         previous, markov_rows = anchors[:, None], []
+        texts, states, width = previous, state, 1  # the same for every text that is followed
         for slot in range(self.config.drafts):
             row, inner, state = self._markov(previous, prepared[slot], state)
             markov_rows.append(row)
-            if few is None or values is None:
+            mixing = None if (shared := prepared[slot]) is None else _each(shared, width)
+            _, inners, states = self._markov(texts.reshape(-1, 1), mixing, states)
+            if few is None or values is None or outer is None:
                 corrected = self._markov.corrected(slots[slot], inner)
                 index = draws.step(corrected, corrected + self.forbidden, self._candidates)
+                wide = self._markov.corrected(_each(slots[slot], width), inners)
+                ends, origins = beams.step(_by_text(wide, width) + self.forbidden)
             else:
                 bias = torch.matmul(outer[:, slot], inner[..., None])[..., 0].float()
                 corrected = values[:, slot] + bias
                 index = draws.step(corrected, corrected, self._candidates)
                 index = few[:, slot].gather(1, index)
-            previous = index if self.target_ids is None else functional.embedding(index, self.target_ids)[..., 0]
+                biases = torch.matmul(_by_text(inners, width), outer[:, slot].transpose(1, 2)).float()
+                ends, origins = beams.step(values[:, slot, None] + biases, few[:, slot])
+            previous, texts = self._target_id(index), self._target_id(ends)
+            if states is not None:
+                kept = origins[..., None].expand(-1, -1, states.shape[-1])
+                states = _by_text(states, width).gather(1, kept).flatten(0, 1)
+            width = ends.shape[1]
         choice = draws.finished(self.forbidden) if few is None else draws.finished_among(few, base)
-        return self._in_target_ids(choice), self._confidences(hidden, markov_rows)
+        return self._in_target_ids(choice), self._nodes(beams), self._confidences(hidden, markov_rows)
+
+    def _target_id(self, ids: torch.Tensor) -> torch.Tensor:
+        """Target's ids of draft ids of any shape."""
+        return ids if self.target_ids is None else functional.embedding(ids, self.target_ids)[..., 0]
+
+    def _nodes(self, beams: Beams) -> BeamNodes:
+        nodes = beams.finished()
+        return nodes._replace(tokens=self._target_id(nodes.tokens))
 
     def _in_target_ids(self, choice: Choice) -> Choice:
-        if self.target_ids is None:
-            return choice
-        tokens, candidates = (
-            functional.embedding(ids, self.target_ids)[..., 0] for ids in (choice.tokens, choice.candidates)
-        )
-        return choice._replace(tokens=tokens, candidates=candidates)
+        return choice._replace(tokens=self._target_id(choice.tokens), candidates=self._target_id(choice.candidates))
 
     def _confidences(self, hidden: torch.Tensor, markov_rows: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         if self._confidence is None:
@@ -177,3 +198,13 @@ class BlockModule(torch.nn.Module):
         if self.config.causal_windows:
             allowed = allowed & (distance >= 0)
         return mask & allowed[:, None]
+
+
+def _each(rows: torch.Tensor, times: int) -> torch.Tensor:
+    """Rows [batch, n], each ``times`` times in a row: [batch * times, n]."""
+    return rows if times == 1 else rows[:, None].expand(-1, times, -1).flatten(0, 1)
+
+
+def _by_text(rows: torch.Tensor, texts: int) -> torch.Tensor:
+    """Rows [batch * texts, n] as [batch, texts, n]."""
+    return rows.reshape(-1, texts, rows.shape[-1])

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from dspark_export.checkpoints.drafts.draft import BlockConfig, DraftCheckpoint
+from dspark_export.draft_modules.beams import node_count
 from dspark_export.draft_modules.block import BlockModule
 from dspark_export.graphs.shared_tables import shared_tables
 from dspark_export.tracing.to_onnx import trace
@@ -36,6 +37,7 @@ def export_block_drafter(
     name: str,
     dtype: str,
     candidates: int = 4,
+    beams: int = 4,
     draft_vocabulary: torch.Tensor | None = None,
     markov_topk: int | None = None,
     embedding_scale: float = 1.0,
@@ -47,7 +49,8 @@ def export_block_drafter(
         head: the target's, [vocab, hidden]; referenced, or rows of it copied for a reduced vocabulary.
         name: of the graph.
         dtype: what it computes in, ``float32``, ``float16`` or ``bfloat16``.
-        candidates: likeliest tokens returned per slot.
+        candidates: likeliest tokens returned per slot, and per text that is followed.
+        beams: texts of the block that are followed from slot to slot, at most ``candidates``.
         draft_vocabulary: int64, ascending: the target's ids that may be drafted; None for all.
         markov_topk: candidates per slot the Markov head corrects, the only tokens that can be drafted then; None for
             all. Without effect on a draft that has no Markov head.
@@ -64,6 +67,7 @@ def export_block_drafter(
         name=name,
         dtype=dtype,
         candidates=candidates,
+        beams=beams,
         draft_vocabulary=draft_vocabulary,
         markov_topk=markov_topk,
         embedding_scale=embedding_scale,
@@ -79,6 +83,7 @@ def block_module(
     name: str,
     dtype: str,
     candidates: int = 4,
+    beams: int = 4,
     draft_vocabulary: torch.Tensor | None = None,
     markov_topk: int | None = None,
     embedding_scale: float = 1.0,
@@ -99,6 +104,7 @@ def block_module(
         head=head,
         target_ids=ids,
         candidates=candidates,
+        beams=beams,
         markov_topk=markov_topk,
         embedding_scale=embedding_scale,
     ).eval()
@@ -115,6 +121,7 @@ def block_module(
         drafts=config.drafts,
         draft_vocab=len(head),
         candidates=candidates,
+        nodes=node_count(config.drafts, beams, candidates),
         confidence=config.confidence,
     )
     return module, replace(contract, outputs=(*contract.outputs, *inner_outputs(config, dtype, len(head))))

@@ -26,6 +26,8 @@ from dspark_runtime.backends.engine import AnyArray
 from dspark_runtime.bundle import DrafterEntry
 from dspark_runtime.contract import GraphContract
 from dspark_runtime.draft_contract import (
+    BEAM_PARENTS,
+    BEAM_PROBS,
     CONFIDENCE_LOGITS,
     DRAFT_TOKENS,
 )
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from dspark_export.checkpoints.drafts.draft import DraftCheckpoint
 
 _AFTER_A_CHOICE = ("corrected_logits", "confidence_logits", "candidate_probs")
+_REACHES = "beam_reaches"
 _PAST, _PRESENT = "past_key_values.", "present."
 _MEANING = {
     "ctx_features": "projection and norm of the target's features",
@@ -52,6 +55,7 @@ _MEANING = {
     "confidence_logits": "confidence head",
     "candidate_tokens": "candidates",
     "candidate_probs": "probabilities of the candidates",
+    "beam_": "likely texts",
     "logits": "logits",
     "hidden": "decoder layer of the drafter",
 }
@@ -128,6 +132,7 @@ def _modules(
     made = block_module(
         checkpoint,
         candidates=entry.block.candidates,
+        beams=entry.block.beams or 1,
         draft_vocabulary=None if checkpoint.target_ids is not None else ids,
         **shared,
     )
@@ -189,6 +194,7 @@ def check_drafter(bundle: Bundle, reference: Reference, prompts: Sequence[Sequen
 
 def _differences(wanted: dict[str, AnyArray], found: dict[str, AnyArray], quantized: bool) -> dict[str, float]:
     """In the order of computation, so that the first that is off is the cause."""
+    wanted, found = (_with_reaches(outputs) for outputs in (wanted, found))
     order = list(_MEANING)
     names = [name for name in wanted if name in found and wanted[name].size]
     names.sort(key=lambda name: next((i for i, start in enumerate(order) if name.startswith(start)), len(order)))
@@ -198,6 +204,8 @@ def _differences(wanted: dict[str, AnyArray], found: dict[str, AnyArray], quanti
         if b.dtype.kind in "iu":
             if not quantized and name == DRAFT_TOKENS:
                 off[name] = float(np.mean(a != b))
+        elif quantized and name == _REACHES:
+            continue  # of other texts; the logits they follow from are compared
         elif quantized:
             a, b = np.where(np.isfinite(b), a, 0.0), np.where(np.isfinite(b), b, 0.0)
             if name in _AFTER_A_CHOICE and DRAFT_TOKENS in wanted:  # other drafts before it: another question
@@ -209,6 +217,20 @@ def _differences(wanted: dict[str, AnyArray], found: dict[str, AnyArray], quanti
             finite = np.isfinite(b)
             off[name] = largest_relative(np.where(finite, a, 0.0), np.where(finite, b, 0.0))
     return off
+
+
+def _with_reaches(outputs: dict[str, AnyArray]) -> dict[str, AnyArray]:
+    """The nodes of the likely texts as one sorted list of how likely they are to be reached: where two are equally
+    likely, rounding decides which stands first."""
+    if BEAM_PROBS not in outputs:
+        return outputs
+    reach = np.array(outputs[BEAM_PROBS], np.float32)
+    for sequence, parents in zip(reach, outputs[BEAM_PARENTS], strict=True):
+        for node, parent in enumerate(parents.tolist()):
+            if parent >= 0:
+                sequence[node] *= sequence[parent]
+    others = {name: array for name, array in outputs.items() if not name.startswith("beam_")}
+    return {**others, _REACHES: np.sort(reach, axis=1)}
 
 
 def check_draft_model(bundle: Bundle, reference: Reference, checker: Any) -> Check:

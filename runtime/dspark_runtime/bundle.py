@@ -111,7 +111,8 @@ class BlockFacts(_Record):
 
     ``taps``: target layers whose outputs it reads, ascending, -1 for the embedding. ``block``: rows of a block, the
     anchor first. ``drafts``: tokens per block. ``mask_token_id``: fills the block. ``candidates``: tokens given per
-    slot. ``confidence``: whether it has a confidence head; ``confidence_temperatures``: what its logits are divided by,
+    slot. ``beams``: texts of a block that are followed from slot to slot, 0 where the graph gives the chain only.
+    ``confidence``: whether it has a confidence head; ``confidence_temperatures``: what its logits are divided by,
     per slot (None: 1). ``vocab_map``: int64 .npy with the target's id of every draft token, None for all of them.
     """
 
@@ -120,6 +121,7 @@ class BlockFacts(_Record):
     drafts: Positive
     mask_token_id: Count
     candidates: Positive
+    beams: Count = 0
     confidence: bool
     confidence_temperatures: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     vocab_map: RelativePath | None = None

@@ -2,7 +2,8 @@
 
 Beside the symbolic dimensions of :mod:`dspark_runtime.contract`: ``features`` (context rows new to the drafter). Fixed
 for a drafter: ``block`` (rows of its block: the anchor and the masks), ``drafts`` (tokens it drafts, ``block`` or
-``block`` - 1), ``draft_vocab`` (tokens it can draft), ``candidates`` (most likely tokens given per slot).
+``block`` - 1), ``draft_vocab`` (tokens it can draft), ``candidates`` (most likely tokens given per slot), ``nodes`` (of
+the tree of likely texts: ``candidates`` of the first slot, of every other one those of each text that is followed).
 
 A **block** drafter (DSpark, DFlash) is one graph. Its pass appends the keys and values of new context rows to the
 drafter's own cache, runs the block over them and returns tokens, distributions and confidences. Context rows go to the
@@ -44,6 +45,9 @@ DRAFT_TOKENS = "draft_tokens"
 DRAFT_PROBS = "draft_probs"
 CANDIDATE_TOKENS = "candidate_tokens"
 CANDIDATE_PROBS = "candidate_probs"
+BEAM_TOKENS = "beam_tokens"
+BEAM_PROBS = "beam_probs"
+BEAM_PARENTS = "beam_parents"
 CONFIDENCE_LOGITS = "confidence_logits"
 DRAFT_HIDDEN = "draft_hidden"
 RECURRENT_HIDDEN = "recurrent_hidden"
@@ -68,6 +72,7 @@ def block_contract(
     drafts: int,
     draft_vocab: int,
     candidates: int,
+    nodes: int,
     confidence: bool,
 ) -> GraphContract:
     """Contract of a block drafter.
@@ -76,7 +81,9 @@ def block_contract(
     draw the tokens otherwise. ``draft_tokens`` and ``candidate_tokens`` are ids of the target's vocabulary,
     ``draft_probs`` are the distributions that tokens were drawn from, for the ``drawn`` sequences of the batch whose
     temperature is above 0, in order; ``candidate_probs`` those of the most likely tokens of each slot at temperature
-    1, in falling order.
+    1, in falling order, after the drafted tokens before it. ``beam_tokens`` (ids of the target's vocabulary),
+    ``beam_probs`` (at temperature 1, given the tokens above) and ``beam_parents`` (place of the node above, before its
+    children; -1 for the anchor) are a tree of likely texts, slot by slot; siblings stand in falling order.
     """
     past, present = _cache(cache, dtype)
     inputs = (
@@ -95,6 +102,9 @@ def block_contract(
         TensorSpec(DRAFT_PROBS, "float32", ("drawn", drafts, draft_vocab)),
         TensorSpec(CANDIDATE_TOKENS, "int64", ("batch", drafts, candidates)),
         TensorSpec(CANDIDATE_PROBS, "float32", ("batch", drafts, candidates)),
+        TensorSpec(BEAM_TOKENS, "int64", ("batch", nodes)),
+        TensorSpec(BEAM_PROBS, "float32", ("batch", nodes)),
+        TensorSpec(BEAM_PARENTS, "int64", ("batch", nodes)),
     ]
     if confidence:
         outputs.append(TensorSpec(CONFIDENCE_LOGITS, "float32", ("batch", drafts)))

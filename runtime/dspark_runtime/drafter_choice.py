@@ -139,7 +139,7 @@ class DrafterChoice:
                 target_ids=self._target_ids(entry.block.vocab_map),
                 sampling=options.sampling,
                 threshold=options.threshold if entry.block.confidence else 0.0,
-                branches=options.branches or 2,
+                branches=options.branches,
                 pass_ms=pass_ms,
             )
         if entry.kind == "eagle3" and entry.eagle3 is not None:

@@ -31,7 +31,7 @@ ALLOWANCE = 0.015  # share of decode time that wrong estimates may cost
 HOST_MS = 0.1  # host time of a round, whatever its rows
 
 PLAIN_EVERY = 64  # at least one round in so many is plain
-_ANY: Hashable = "any"
+_ANY: Hashable = "any"  # class of a place: whether one of the tokens proposed for it was right
 
 
 class Acceptance:
@@ -66,16 +66,18 @@ class Acceptance:
         """Compare a proposal, verified or not, with the tokens that really came."""
         tree, row = draft.tree, 0
         for token in emitted:
-            following = -1
+            following, asked = -1, False
             for candidate in range(row + 1, len(tree.tokens)):
                 if tree.parents[candidate] == row:
                     hit = tree.tokens[candidate] == token
                     self._count(drafter.name, kind_of(draft, candidate), request, hit)
-                    self._count(drafter.name, _ANY, request, hit)
+                    asked = True
                     if hit:
                         following = candidate
                 elif tree.is_chain:
                     break
+            if asked:  # once, however many tokens were proposed for this place
+                self._count(drafter.name, _ANY, request, following >= 0)
             if following < 0:
                 return
             row = following
@@ -186,7 +188,8 @@ class Schedule:
     def worth_drafting(self, drafter: Drafter, request: int, proposal: Proposal, limit: int, batch: int) -> int:
         """Tokens a drafter with an engine of its own should draft now; 0 where it does not pay.
 
-        Its chain is valued by its mean acceptance, against plain decoding and against what is proposed already.
+        Its chain is valued by its mean acceptance, against plain decoding and against what is proposed already. Where
+        more tokens cost no more time, all of them are wanted: what is verified is chosen when they are known.
         """
         if self.fixed is not None:
             return min(limit, self.fixed)
@@ -203,7 +206,7 @@ class Schedule:
             own = gain / (self.round_ms(batch, length + 1) + drafter.draft_ms(length))
             if own > best:
                 best, best_length = own, length
-        return best_length
+        return limit if best_length and drafter.draft_ms(limit) <= drafter.draft_ms(1) else best_length
 
     def floor(self, drafter: Drafter, batch: int) -> float:
         """Chance of being accepted below which one more token of ``drafter`` costs more than it brings."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 Tensor = torch.Tensor
+CANDIDATES = BEAMS = 4
+"""Next tokens of a text, and texts that are followed from slot to slot."""
 
 
 @dataclass
@@ -126,14 +128,9 @@ def draft(
     if shape.softcap is not None:
         base = torch.tanh(base / shape.softcap) * shape.softcap
     found |= {"block_hidden": hidden, "base_logits": base}
-    tokens: list[int] = []
-    corrected: list[Tensor] = []
-    confidences: list[Tensor] = []
-    probs: list[Tensor] = []
-    likely: list[Tensor] = []
-    previous = anchor
-    state = torch.zeros(w["markov_head.markov_w1.weight"].shape[1]) if shape.markov == "rnn" else torch.empty(0)
-    for slot in range(len(hidden)):
+
+    def corrected_slot(slot: int, previous: int, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of a slot after a token, the rows its confidence is made from, and the state after it."""
         logits = base[slot]
         extra = hidden[slot]
         if shape.markov != "none":
@@ -154,35 +151,60 @@ def draft(
             logits = logits + outer @ inner
             if shape.confidence_with_markov:
                 extra = torch.cat([hidden[slot], row])
-        if "confidence_head.proj.weight" in w:
-            confidences.append((w["confidence_head.proj.weight"] @ extra + w["confidence_head.proj.bias"])[0])
-        mask_places = [
-            place
-            for place in range(len(logits))
-            if (place if target_ids is None else int(target_ids[place])) == shape.mask_token
-        ]
         if topk is not None:
             order = [int(place) for place in torch.argsort(base[slot], descending=True) if place not in mask_places]
             logits = torch.full_like(logits, -math.inf).scatter(0, torch.tensor(order[:topk]), logits[order[:topk]])
-        corrected.append(logits)
+        return logits, extra, state
+
+    def over_allowed(logits: Tensor, heat: float = 1.0) -> Tensor:
         allowed = logits.clone()
         allowed[mask_places] = -math.inf
-        likely.append(torch.softmax(allowed.double(), -1))
+        return torch.softmax(allowed.double() / heat, -1)
+
+    ids_of = range(len(base[0])) if target_ids is None else target_ids.tolist()
+    mask_places = [place for place, token in enumerate(ids_of) if token == shape.mask_token]
+    tokens: list[int] = []
+    corrected: list[Tensor] = []
+    confidences: list[Tensor] = []
+    probs: list[Tensor] = []
+    likely: list[Tensor] = []
+    previous = anchor
+    start = torch.zeros(w["markov_head.markov_w1.weight"].shape[1]) if shape.markov == "rnn" else torch.empty(0)
+    state = start
+    for slot in range(len(hidden)):
+        logits, extra, state = corrected_slot(slot, previous, state)
+        if "confidence_head.proj.weight" in w:
+            confidences.append((w["confidence_head.proj.weight"] @ extra + w["confidence_head.proj.bias"])[0])
+        corrected.append(logits)
+        likely.append(over_allowed(logits))
         if temperature > 0:
             assert uniforms is not None
-            prob = torch.softmax(allowed.double() / temperature, -1)
-            probs.append(prob)
-            index = int((torch.cumsum(prob, 0) <= float(uniforms[slot])).sum())
+            probs.append(over_allowed(logits, temperature))
+            index = int((torch.cumsum(probs[-1], 0) <= float(uniforms[slot])).sum())
         else:
-            index = int(torch.argmax(allowed))
-        previous = index if target_ids is None else int(target_ids[index])
+            index = int(torch.argmax(likely[-1]))
+        previous = ids_of[index]
         tokens.append(previous)
+    # Texts followed from slot to slot: (chance, last node, last token, state before the next slot).
+    texts = [(1.0, -1, anchor, start)]
+    nodes: list[tuple[int, float, int]] = []
+    for slot in range(len(hidden)):
+        further = []
+        for reach, above, last, before in texts:
+            logits, _, after = corrected_slot(slot, last, before)
+            chances, places = over_allowed(logits).sort(descending=True)
+            for chance, place in zip(chances[:CANDIDATES].tolist(), places[:CANDIDATES].tolist(), strict=True):
+                further.append((reach * chance, len(nodes), ids_of[place], after))
+                nodes.append((ids_of[place], chance, above))
+        texts = sorted(further, key=lambda text: -text[0])[:BEAMS]
+    found["beam_tokens"], found["beam_parents"] = (torch.tensor([node[i] for node in nodes]) for i in (0, 2))
+    found["beam_probs"] = torch.tensor([node[1] for node in nodes])
     found |= {"draft_tokens": torch.tensor(tokens), "corrected_logits": torch.stack(corrected)}
     if confidences:
         found["confidence_logits"] = torch.stack(confidences)
     likely_probs, likely_ids = torch.stack(likely).sort(-1, descending=True)
-    found["candidate_probs"] = likely_probs[:, :4].to(base.dtype)
-    found["candidate_tokens"] = (likely_ids if target_ids is None else target_ids[likely_ids])[:, :4]
+    found["candidate_probs"] = likely_probs[:, :CANDIDATES].to(base.dtype)
+    found["candidate_tokens"] = (likely_ids if target_ids is None else target_ids[likely_ids])[:, :CANDIDATES]
     if probs:
         found["draft_probs"] = torch.stack(probs)
     return found

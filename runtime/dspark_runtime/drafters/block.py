@@ -4,9 +4,12 @@ The drafter's cache holds keys and values of committed context rows only. They c
 accepted rows, so nothing in it is ever taken back; the block's own rows lie behind them and are overwritten. The anchor
 has no features yet and stands in the block, at its true position.
 
-The draft is a chain. Where tokens follow from the text, the likeliest alternatives of each slot go beside it as leaves.
-Class of a row: (kind of estimate, bucket of it); the estimate is the confidence head's where there is one, else the
-draft's own probability.
+Where tokens follow from the text alone, the draft is a tree of the block's likely texts, which the graph follows from
+slot to slot. Where they are drawn at random (or the graph gives a chain only), it is a chain, beside which the
+likeliest alternatives of each slot go as leaves, unless rejection sampling verifies it.
+Class of a row: (kind of estimate, bucket of it). The estimate is the draft's own probability, on the main chain of a
+drafter with a confidence head its geometric mean with the confidence, which tells right from wrong better than either;
+on a chain of drawn tokens the confidence alone.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ from dspark_runtime.bundle import BlockFacts
 from dspark_runtime.contract import ATTENTION_MASK, WRITE_INDICES
 from dspark_runtime.draft_contract import (
     ANCHOR_IDS,
+    BEAM_PARENTS,
+    BEAM_PROBS,
+    BEAM_TOKENS,
     BLOCK_POSITIONS,
     CANDIDATE_PROBS,
     CANDIDATE_TOKENS,
@@ -45,6 +51,7 @@ from dspark_runtime.draft_contract import (
     UNIFORMS,
 )
 from dspark_runtime.drafters.base import Draft, DraftRequest
+from dspark_runtime.drafters.beams import BeamLayout
 from dspark_runtime.drafters.own_cache import CachedDrafter, alone
 from dspark_runtime.errors import BackendError, UsageError
 from dspark_runtime.kv_cache import KvCache
@@ -54,7 +61,8 @@ DraftSampling = Literal["greedy", "coupled", "rejection"]
 
 _EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 _CENTRES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.94, 0.985)
-_LEAST_BRANCH = 0.04  # alternatives less likely than this are never worth a row
+_LEAST_BRANCH = 0.04  # alternatives to a drawn token that are less likely than this are never worth a row
+_LEAST_REACH = 0.01  # nor are tokens that are reached less often than this
 
 
 class BlockDrafter(CachedDrafter):
@@ -71,7 +79,7 @@ class BlockDrafter(CachedDrafter):
             drawn with the target's own random numbers; the text stays that of plain decoding. ``rejection``: drawn
             independently and verified by rejection sampling; the text keeps its distribution.
         threshold: drop the rest of a draft from the first slot whose confidence is below this; 0 keeps all.
-        branches: candidates of each slot that go into the tree, 1 for a chain.
+        branches: most tokens that may follow one, 1 for a chain; None for as many as are likely.
         pass_ms: milliseconds of a pass, where known.
 
     Raises:
@@ -89,7 +97,7 @@ class BlockDrafter(CachedDrafter):
         target_ids: IntArray | None = None,
         sampling: DraftSampling = "coupled",
         threshold: float = 0.0,
-        branches: int = 2,
+        branches: int | None = None,
         pass_ms: float | None = None,
     ) -> None:
         super().__init__(name, engine, facts.block, positions, pass_ms)
@@ -104,7 +112,8 @@ class BlockDrafter(CachedDrafter):
         self._vocab_size = vocab_size
         self._target_ids = target_ids
         self._threshold = threshold
-        self._branches = min(branches, facts.candidates)
+        self._branches = branches
+        self._layout = BeamLayout(facts.drafts, facts.beams, facts.candidates) if facts.beams else None
         self._scales = np.array(facts.confidence_temperatures or [1.0] * facts.drafts, np.float32)
         self._runner: GraphRunner | None = None
         self._features: FeatureStore | None = None
@@ -238,13 +247,38 @@ class BlockDrafter(CachedDrafter):
         if request.temperature and self.sampling == "rejection":
             probs = self._over_target(found[DRAFT_PROBS][self._drawn.index(row), :keep])
             return Draft(TokenTree.chain(request.tokens[-1], tokens[:keep]), (), probs, confidences[:keep])
+        drawn = request.temperature and self.sampling != "greedy"
+        if self._layout is not None and not drawn and self._branches != 1:
+            return self._likely_texts(request, found, keep, confidences, self._layout)
         estimates = confidences or chosen[:, 0].tolist()
         kind = "confidence" if confidences else "probability"
+        branches = 2 if self._branches is None else self._branches
         tree, classes = _tree(
             request.tokens[-1], tokens[:keep], [(kind, bucket(e)) for e in estimates[:keep]],
-            found[CANDIDATE_TOKENS][row], chosen, self._branches,
+            found[CANDIDATE_TOKENS][row], chosen, min(branches, self._facts.candidates),
         )  # fmt: skip
         return Draft(tree, classes, None, confidences[:keep])
+
+    def _likely_texts(
+        self,
+        request: DraftRequest,
+        found: dict[str, AnyArray],
+        depth: int,
+        confidences: Sequence[float],
+        layout: BeamLayout,
+    ) -> Draft:
+        nodes = layout.tree(
+            *(found[name][request.row] for name in (BEAM_TOKENS, BEAM_PROBS, BEAM_PARENTS)),
+            most=request.limit,
+            depth=depth,
+            children=self._branches or self._facts.candidates,
+            least=_LEAST_REACH,
+        )
+        classes: list[Hashable] = [("likely", bucket(prob)) for prob in nodes.probs]
+        for row, confidence in zip(nodes.main, confidences, strict=False):
+            classes[row - 1] = ("confident", bucket((confidence * nodes.probs[row - 1]) ** 0.5))
+        tree = TokenTree([request.tokens[-1], *nodes.tokens], [-1, *nodes.parents])
+        return Draft(tree, classes, None, confidences[: len(nodes.main)])
 
     def _over_target(self, probs: FloatArray) -> FloatArray:
         """float32 [drafts, vocab] over the target's ids."""
