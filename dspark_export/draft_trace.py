@@ -22,6 +22,9 @@ draft_tokens         [drafts]                    ids of the target's vocabulary
 draft_probs          [drafts, draft vocab]       what they were drawn from; absent where greedy
 candidate_tokens     [drafts, candidates]        likeliest tokens of each slot
 candidate_probs      [drafts, candidates]        their probabilities at temperature 1
+beam_tokens          [nodes]                     next tokens of the likely texts, slot by slot
+beam_probs           [nodes]                     their probabilities given the tokens above
+beam_parents         [nodes]                     the node above, -1 for the anchor
 confidence_logits    [drafts]                    of drafters with a confidence head
 ==================== =========================== ==================================================================
 

@@ -204,7 +204,8 @@ class Bundle:
                 distribution, but is another one than plain decoding's, and ``draft_length`` is not looked at.
             confidence_threshold: drop the rest of a draft from the first token whose confidence is below this, before
                 it is verified; for drafters with a confidence head.
-            draft_branches: candidates per slot of a trained draft's tree, 1 for a chain; None for its default.
+            draft_branches: most tokens of a trained draft's tree that may follow one, 1 for a chain; None for its
+                default.
             batch_size: most prompts that run together; fewer where an engine takes fewer.
 
         Raises:

@@ -35,7 +35,7 @@ class DraftOptions:
     """How trained drafters draft, see :class:`dspark_runtime.drafters.block.BlockDrafter`.
 
     ``sampling``: ``greedy``, ``coupled`` or ``rejection``. ``threshold``: least confidence, applied where the drafter
-    has a confidence head. ``branches``: candidates per slot or level, None for the drafter's default.
+    has a confidence head. ``branches``: most tokens that may follow one, None for the drafter's default.
 
     Raises:
         UsageError: an unknown sampling or a number outside its range.
