@@ -66,6 +66,11 @@ class Watched:
         return found
 
 
+def _drafting(name: str) -> DraftOptions:
+    """Chains from block drafters: nodes that are all zeros are no tree."""
+    return DraftOptions(branches=1) if name == "dspark" else DraftOptions()
+
+
 class Recorded:
     """Engines of a bundle over recorded calls."""
 
@@ -92,7 +97,7 @@ class Recorded:
     def loop(self, drafters: Sequence[Drafter | str], prompts: Sequence[Sequence[int]], tokens: int) -> DecodingLoop:
         choice = DrafterChoice(self.files, PassCosts(), self.engine, self.graph_engine)
         chosen = [
-            drafter if isinstance(drafter, Drafter) else choice.make(drafter, True, DraftOptions())[0]
+            drafter if isinstance(drafter, Drafter) else choice.make(drafter, True, _drafting(drafter))[0]
             for drafter in drafters
         ]
         requests = make_requests(prompts, Limits(self.files.manifest.model.vocab_size, 192), max_new_tokens=tokens)
