@@ -34,7 +34,7 @@ def grown(drafts: int, beams: int, candidates: int, seed: int) -> tuple[np.ndarr
     st.integers(1, 6), st.integers(1, 5), st.integers(1, 6), st.integers(1, 40), st.integers(1, 7), st.integers(1, 6),
     st.sampled_from([0.0, 0.02, 0.3, 1.1]), st.integers(0, 10**6),
 )  # fmt: skip
-def test_a_tree_holds_the_likeliest_nodes(
+def test_a_tree_holds_the_main_chain_and_the_likeliest_nodes(
     drafts: int, beams: int, candidates: int, most: int, depth: int, children: int, least: float, seed: int
 ) -> None:
     beams = min(beams, candidates)
@@ -50,23 +50,27 @@ def test_a_tree_holds_the_likeliest_nodes(
         level[node] = level.get(parent, 0) + 1
     np.testing.assert_allclose(layout.reach(probs, parents), list(reach.values()), rtol=1e-5)
     sibling = {node: sum(parents[:node] == parents[node]) for node in reach}
+    main = [0]
+    while len(main) < depth and (below := np.flatnonzero(parents == main[-1])).size:
+        main.append(int(below[0]))
     allowed: set[int] = set()
     for node in reach:
-        fits = level[node] <= depth and sibling[node] < children and (np.float32(reach[node]) >= least or node == 0)
-        if fits and (parents[node] < 0 or parents[node] in allowed):
+        fits = level[node] <= depth and sibling[node] < children and np.float32(reach[node]) >= least
+        if node in main or (fits and (parents[node] < 0 or parents[node] in allowed)):
             allowed.add(node)
-    assert len(found.tokens) == min(most, len(allowed)) >= 1
+    assert len(found.tokens) == min(max(most, len(main)), len(allowed)) >= 1
     of_rows = [1.0]
     for parent, prob in zip(found.parents, found.probs, strict=True):
         of_rows.append(of_rows[parent] * prob)
-    best = sorted((reach[node] for node in allowed), reverse=True)[:most]
+    rest = sorted((reach[node] for node in allowed if node not in main), reverse=True)
+    best = sorted([*(reach[node] for node in main), *rest[: max(0, most - len(main))]], reverse=True)
     np.testing.assert_allclose(sorted(of_rows[1:], reverse=True), best, rtol=1e-5)
 
     chain, row = [], tree.first_child(0)
     while row >= 0:
         chain.append(row)
         row = tree.first_child(row)
-    assert found.main == chain
+    assert found.main == chain and len(chain) == len(main)
 
 
 def test_fewer_texts_than_candidates_follow_each_other() -> None:

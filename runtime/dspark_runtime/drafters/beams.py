@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -50,30 +49,34 @@ class BeamLayout:
         children: int,
         least: float,
     ) -> BeamTree:
-        """The ``most`` likeliest nodes at most ``depth`` below the anchor, at most ``children`` of each parent.
+        """The main chain, and with it the ``most`` likeliest nodes at most ``depth`` below the anchor, at most
+        ``children`` of each parent.
 
-        Nodes that are reached with a chance below ``least`` are left out, the likeliest first token is not. Arguments
-        are arrays [nodes] of one sequence, see :func:`dspark_runtime.draft_contract.block_contract`.
+        Nodes that are reached with a chance below ``least`` are left out; the main chain is not, however unlikely.
+        Arguments are arrays [nodes] of one sequence, see :func:`dspark_runtime.draft_contract.block_contract`.
         """
         reach = self.reach(probs, parents)
         kept = (reach >= least) & (self._place_among_siblings < children)
-        kept[0] = True
+        chain = self._main_chain(parents, depth)
+        kept[chain] = True
         for slot in self._slots[1:depth]:
             kept[slot] &= kept[parents[slot]]
         for slot in self._slots[depth:]:
             kept[slot] = False
         places = np.flatnonzero(kept)
         if len(places) > most:  # a parent is as likely as its children or more, and stands before them
-            places = np.sort(places[np.argsort(-reach[places], kind="stable")[:most]])
+            reach[chain] = 2.0
+            places = np.sort(places[np.argsort(-reach[places], kind="stable")[: max(most, len(chain))]])
         row_of = {-1: 0} | {place: row for row, place in enumerate(places.tolist(), 1)}
         above = [row_of[place] for place in parents[places].tolist()]
-        return BeamTree(tokens[places].tolist(), above, probs[places].tolist(), _main_chain(above))
+        return BeamTree(tokens[places].tolist(), above, probs[places].tolist(), [row_of[place] for place in chain])
 
-
-def _main_chain(parents: Sequence[int]) -> list[int]:
-    chain, tip = [], 0
-    for row, parent in enumerate(parents, 1):
-        if parent == tip:
-            chain.append(row)
-            tip = row
-    return chain
+    def _main_chain(self, parents: IntArray, depth: int) -> list[int]:
+        """Places of the likeliest first token, its likeliest follower and so on, as far as that text is followed."""
+        chain = [0]
+        for slot in self._slots[1:depth]:
+            below = np.flatnonzero(parents[slot] == chain[-1])
+            if not len(below):
+                break
+            chain.append(slot.start + int(below[0]))
+        return chain

@@ -62,7 +62,8 @@ DraftSampling = Literal["greedy", "coupled", "rejection"]
 _EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 _CENTRES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.94, 0.985)
 _LEAST_BRANCH = 0.04  # alternatives to a drawn token that are less likely than this are never worth a row
-_LEAST_REACH = 0.01  # nor are tokens that are reached less often than this
+_LEAST_REACH = 0.01  # nor are tokens that are reached less often than this, unless they stand on the main chain
+_MOST_NODES = 31  # of a tree; the schedule verifies as many as pay
 
 
 class BlockDrafter(CachedDrafter):
@@ -269,7 +270,7 @@ class BlockDrafter(CachedDrafter):
     ) -> Draft:
         nodes = layout.tree(
             *(found[name][request.row] for name in (BEAM_TOKENS, BEAM_PROBS, BEAM_PARENTS)),
-            most=request.limit,
+            most=_MOST_NODES,
             depth=depth,
             children=self._branches or self._facts.candidates,
             least=_LEAST_REACH,
