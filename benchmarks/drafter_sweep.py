@@ -4,11 +4,13 @@
 
 BUNDLE gives what a pass of the target costs on this machine (built here, see its manifest); WORK is the work folder of
 ``train-drafter``, whose held-out responses judge; DRAFTERs are what it trained. Each is taken with its draft vocabulary
-cut to the most frequent tokens of the responses, and with shorter blocks. Accepted length is counted on the responses;
-the pass of the drafter is timed with ONNX Runtime behind 200 tokens; both together, with the target's measured passes,
-give the speed:
+cut to the most frequent tokens of the responses, and with shorter blocks. Accepted length is counted on the responses,
+of the chain and of trees; the pass of the drafter is timed with ONNX Runtime behind 200 tokens; together with the
+target's measured passes they give the speed, here that of the best size of tree:
 
-    tokens per second = accepted length / (draft pass + target pass of block + 1 rows)
+    tokens per second = accepted length / (draft pass + target pass of drafts + 1 rows)
+
+The schedule of the runtime chooses a size for every round and is better than the best fixed one.
 
 A table goes to stdout (``--json``: the same as JSON), progress to stderr.
 """
@@ -29,11 +31,12 @@ import torch
 from dspark_export.checkpoints import resolve
 from dspark_export.checkpoints.drafts import recognise
 from dspark_export.checkpoints.drafts.draft import BlockConfig, DraftCheckpoint
+from dspark_export.draft_build import BEAMS, CANDIDATES
 from dspark_export.graphs.block_drafter import export_block_drafter, hide_inner_values
 from dspark_export.graphs.save import save_graphs
 from dspark_export.passes import optimize, ort_cpu_variants
 from dspark_export.passes.precision import PrecisionSettings, Weights, apply_precision
-from dspark_export.train.evaluate import evaluate
+from dspark_export.train.evaluate import evaluate, tree_lengths
 from dspark_export.train.features import FeatureStore, Sample
 from dspark_export.train.module import TrainableDrafter
 from dspark_export.train.responses import ResponseFile
@@ -46,12 +49,14 @@ from dspark_runtime.contract import CacheLayer
 from dspark_runtime.costs import PassCosts
 
 CONTEXT, NEW, REPEATS = 200, 2, 40
+DRAFTS = (3, 5, 7, 11, 15, 23, 31)  # sizes of trees
 Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One size. ``ratio``: speed against plain decoding with the same costs."""
+    """One size. ``accepted_length`` is the chain's, ``tree_length`` that of the best tree, of ``drafts`` tokens.
+    ``ratio``: its speed against plain decoding with the same costs."""
 
     drafter: str
     layers: int
@@ -60,6 +65,8 @@ class Row:
     vocabulary: int
     precision: str
     accepted_length: float
+    drafts: int
+    tree_length: float
     draft_ms: float
     tokens_per_second: float
     ratio: float
@@ -72,7 +79,14 @@ def pass_ms(
     config = checkpoint.config
     assert isinstance(config, BlockConfig)
     graph = export_block_drafter(
-        checkpoint, embedding=tables[0], head=tables[1], name="dspark", dtype="float32", draft_vocabulary=ids
+        checkpoint,
+        embedding=tables[0],
+        head=tables[1],
+        name="dspark",
+        dtype="float32",
+        candidates=CANDIDATES,
+        beams=BEAMS,
+        draft_vocabulary=ids,
     )
     optimize(graph)
     apply_precision(graph, PrecisionSettings(precision))
@@ -103,14 +117,15 @@ def pass_ms(
     return float(np.median(times[3:]))
 
 
-def accepted_length(
+def accepted_lengths(
     model: TrainableDrafter, tables: Tables, ids: torch.Tensor | None, block: int, held_out: list[Sample]
-) -> float:
-    """Tokens per round, the bonus included, of a drafter with this draft vocabulary and block."""
+) -> tuple[float, dict[int, float]]:
+    """Tokens per round, the bonus included, of a drafter with this draft vocabulary and block: of its chain, and of
+    its trees by size."""
     geometry = dataclasses.replace(model.geometry, block=block)
     cut = TrainableDrafter(geometry, *tables, ids)
     cut.load_state_dict(model.state_dict())
-    return evaluate(cut, held_out, torch.float32).accepted_length
+    return evaluate(cut, held_out, torch.float32).accepted_length, tree_lengths(cut, held_out, torch.float32, DRAFTS)
 
 
 def main() -> int:
@@ -157,11 +172,13 @@ def main() -> int:
             )
             for block in blocks:
                 print(f"\r{folder.name}: vocabulary {size}, block {block}    ", end="", file=sys.stderr, flush=True)
-                length = accepted_length(model, tables, ids, block, held_out)
+                length, trees = accepted_lengths(model, tables, ids, block, held_out)
                 shorter = dataclasses.replace(draft, config=dataclasses.replace(config, block=block))
                 for precision in arguments.precisions.split(","):
                     ms = pass_ms(shorter, tables, ids, precision, arguments.threads)
-                    speed = 1e3 * length / (ms + target.ms(block + 1))
+                    speeds = {size: 1e3 * of_tree / (ms + target.ms(size + 1)) for size, of_tree in trees.items()}
+                    drafts = max(speeds, key=lambda size: speeds[size])
+                    speed = speeds[drafts]
                     ratio = speed * target.ms(1) / 1e3
                     rows.append(
                         Row(
@@ -172,6 +189,8 @@ def main() -> int:
                             size,
                             precision,
                             length,
+                            drafts,
+                            trees[drafts],
                             ms,
                             speed,
                             ratio,
@@ -183,13 +202,15 @@ def main() -> int:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
         return 0
     print(
-        "| drafter | layers | rank | block | vocabulary | precision | accepted length | draft ms | tokens/s | x plain |"
+        "| drafter | layers | rank | block | vocabulary | precision | chain | drafts | tree | draft ms | tokens/s "
+        "| x plain |"
     )
-    print("|" + "---|" * 10)
+    print("|" + "---|" * 12)
     for row in rows:
         print(
             f"| {row.drafter} | {row.layers} | {row.rank} | {row.block} | {row.vocabulary} | {row.precision} "
-            f"| {row.accepted_length:.2f} | {row.draft_ms:.2f} | {row.tokens_per_second:.1f} | {row.ratio:.2f} |"
+            f"| {row.accepted_length:.2f} | {row.drafts} | {row.tree_length:.2f} | {row.draft_ms:.2f} "
+            f"| {row.tokens_per_second:.1f} | {row.ratio:.2f} |"
         )
     return 0
 

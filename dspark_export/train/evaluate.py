@@ -11,9 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from dspark_export.draft_build import BEAMS, CANDIDATES
+from dspark_export.draft_modules.beams import BeamNodes, Beams
 from dspark_export.train.features import Sample, collate
 from dspark_export.train.module import TrainableDrafter
+from dspark_runtime.drafters.beams import BeamLayout
+from dspark_runtime.tree import TokenTree
 
 _BLOCKS = 512  # blocks of one pass
 
@@ -66,3 +71,56 @@ def evaluate(model: TrainableDrafter, samples: Sequence[Sample], dtype: torch.dt
         np.array(logits, np.float32).reshape(-1, block),
         np.array(right, np.bool_).reshape(-1, block),
     )
+
+
+@torch.no_grad()
+def tree_lengths(
+    model: TrainableDrafter, samples: Sequence[Sample], dtype: torch.dtype, sizes: Sequence[int]
+) -> dict[int, float]:
+    """Accepted length of trees of up to ``sizes`` drafts, made as the runtime makes them, by size."""
+    device, block = model.fc.weight.device, model.geometry.block
+    candidates = min(CANDIDATES, len(model.draft_ids))
+    layout = BeamLayout(block, BEAMS, candidates)
+    rounds, accepted = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+    for sample in samples:
+        first, last = max(1, sample.start), len(sample.ids) - 1
+        if last <= first:
+            continue
+        batch = collate([sample], dtype, device)
+        anchors = torch.arange(first, last, device=device)
+        parts = []
+        for part in torch.split(anchors, _BLOCKS // BEAMS):
+            hidden = model(batch.features, batch.ids, part[None])[0]
+            parts.append(likely_texts(model, hidden, batch.ids[0, part], candidates))
+        tokens, probs, parents = (torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True))
+        for size in sizes:
+            at = first
+            while at < last:
+                row, depth = at - first, min(block, last - at)
+                nodes = layout.tree(
+                    tokens[row], probs[row], parents[row], most=size, depth=depth, children=candidates, least=0.0
+                )
+                tree, place, kept = TokenTree([int(sample.ids[at]), *nodes.tokens], [-1, *nodes.parents]), 0, 0
+                while kept < depth and (place := tree.child(place, int(sample.ids[at + kept + 1]))) >= 0:
+                    kept += 1
+                rounds[size] += depth == block
+                accepted[size] += kept if depth == block else 0
+                at += kept + 1
+    return {size: 1 + accepted[size] / max(1, rounds[size]) for size in sizes}
+
+
+def likely_texts(model: TrainableDrafter, hidden: Tensor, anchor_ids: Tensor, candidates: int) -> BeamNodes:
+    """The nodes of blocks ``hidden`` [blocks, block, hidden], as the drafter's graph gives them."""
+    beams, head = Beams(BEAMS, candidates), model.markov_head
+    texts = anchor_ids[:, None]
+    state = hidden.new_zeros(len(hidden), 1, model.geometry.rank)
+    for slot in range(hidden.shape[1]):
+        row = hidden[:, slot, None].expand(-1, texts.shape[1], -1)
+        correction = None
+        if head is not None:
+            state, correction = head.one(state, row, head.markov_w1(texts))
+        ends, origins = beams.step(model.logits(row, correction).float())
+        texts = model.draft_ids[ends]
+        state = state.gather(1, origins[..., None].expand(-1, -1, state.shape[-1]))
+    nodes = beams.finished()
+    return nodes._replace(tokens=model.draft_ids[nodes.tokens])

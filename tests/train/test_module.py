@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from dspark_export.train.evaluate import likely_texts
 from dspark_export.train.losses import Slots, terms
 from dspark_export.train.module import DraftGeometry, TrainableDrafter
-from tests.references.block_reference import draft
+from tests.references.block_reference import CANDIDATES, draft
 from tests.references.draft_samples import HEADS, HIDDEN, INNER, KV_HEADS, RANK, TAPS, VOCAB, WIDTH, random_block
 
 LAYERS, BLOCK = 2, 4
@@ -77,6 +78,10 @@ def test_every_block_is_what_the_reference_drafts(markov: str) -> None:
             )
             torch.testing.assert_close(hidden[row, place], expected["block_hidden"], atol=2e-5, rtol=1e-4)
             assert tokens[row, place].tolist() == expected["draft_tokens"].tolist()
+            nodes = likely_texts(model, hidden[row, place, None], ids[row, anchor, None], CANDIDATES)
+            assert nodes.tokens[0].tolist() == expected["beam_tokens"].tolist()
+            assert nodes.parents[0].tolist() == expected["beam_parents"].tolist()
+            torch.testing.assert_close(nodes.probs[0], expected["beam_probs"], atol=2e-5, rtol=1e-4)
             logits = expected["confidence_logits"]
             torch.testing.assert_close(confidences[row, place], logits, atol=2e-5, rtol=1e-4)
 

@@ -141,7 +141,10 @@ def test_the_sweep_of_sizes_counts_what_training_counted(
         [sys.executable, script, built, target, work, trained, *sizes], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    lengths = {(row["vocabulary"], row["block"]): row["accepted_length"] for row in json.loads(done.stdout)}
+    rows = json.loads(done.stdout)
+    lengths = {(row["vocabulary"], row["block"]): row["accepted_length"] for row in rows}
+    assert all(row["tree_length"] > row["accepted_length"] for row in rows if row["drafts"] > row["block"])
+    assert all(row["tree_length"] <= row["block"] + 1 for row in rows)
     assert set(lengths) == {(40, 2), (40, 3), (300, 2), (300, 3)}
     assert lengths[300, 3] == pytest.approx(
         json.loads((trained / "training.json").read_text())["accepted_length"], rel=0.03
