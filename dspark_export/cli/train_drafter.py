@@ -226,12 +226,14 @@ def _shown(progress: ProgressName) -> Iterator[OnProgress]:
 
 
 def _print(trained: TrainedDrafter, model: str) -> None:
+    from dspark_export.train.options import TREE
+
     before, after = trained.calibration_error
     typer.echo(f"trained {trained.out} in {sum(trained.seconds.values()):.0f} s")
     typer.echo(f"  size        {trained.parameters / 1e6:.2f} M parameters, {trained.steps} steps")
     typer.echo(
         f"  accepted    {trained.accepted_length:.2f} tokens per round on held-out responses "
-        f"({trained.untrained_length:.2f} before this training)"
+        f"({trained.untrained_length:.2f} before this training), {trained.tree_length:.2f} with trees of {TREE} drafts"
     )
     typer.echo(f"  by slot     {'  '.join(f'{100 * share:.0f} %' for share in trained.survival)}")
     typer.echo(f"  calibration {100 * after:.1f} % error ({100 * before:.1f} % before)")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark_export.bench.machine import this_machine
 from dspark_export.train.module import DraftGeometry
-from dspark_export.train.options import TrainOptions
+from dspark_export.train.options import TREE, TrainOptions
 from dspark_export.train.responses import Response
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def write_card(
         "## Measured",
         "",
         f"On {len(judge)} held-out greedy responses, tokens per round with the bonus: "
-        f"**{trained.accepted_length:.2f}** ({trained.untrained_length:.2f} before this training).",
+        f"**{trained.accepted_length:.2f}** ({trained.untrained_length:.2f} before this training), and of trees of "
+        f"{TREE} drafts **{trained.tree_length:.2f}**. By slot of the chain:",
         "",
         "| slot | " + " | ".join(str(slot) for slot in range(g.block)) + " |",
         "|---|" + "---|" * g.block,
@@ -123,6 +124,7 @@ def record(
     facts = {
         "accepted_length": trained.accepted_length,
         "untrained_length": trained.untrained_length,
+        "tree_length": trained.tree_length,
         "survival": list(trained.survival),
         "calibration_error": list(trained.calibration_error),
         "parameters": trained.parameters,

@@ -9,6 +9,8 @@ from dspark_runtime.errors import UsageError
 
 Markov = Literal["none", "vanilla", "gated", "rnn"]
 Optimizer = Literal["muon", "adamw"]
+TREE = 15
+"""Drafts of the trees that a finished drafter is judged by, beside its chain."""
 _RATES: dict[Optimizer, float] = {"muon": 5e-3, "adamw": 1e-3}
 
 

@@ -24,10 +24,10 @@ from dspark_export.train.answering import Plan, PromptFile, make_responses, read
 from dspark_export.train.calibration import Calibration, calibrated
 from dspark_export.train.card import CardFacts, record, write_card
 from dspark_export.train.curves import draw_curves
-from dspark_export.train.evaluate import Evaluation
+from dspark_export.train.evaluate import Evaluation, tree_lengths
 from dspark_export.train.features import FeatureStore, Rows, TappedTarget, fill
 from dspark_export.train.module import DraftGeometry, TrainableDrafter
-from dspark_export.train.options import TrainOptions
+from dspark_export.train.options import TREE, TrainOptions
 from dspark_export.train.responses import Response, ResponseFile, split, teaches
 from dspark_export.train.saving import load_drafter_like, save_drafter
 from dspark_export.train.targets import embedding_and_head, frequent_tokens, geometry_for
@@ -82,11 +82,13 @@ class DrafterJob:
 
 @dataclass(frozen=True)
 class TrainedDrafter:
-    """A finished training. ``accepted_length``: tokens per round, bonus included, greedy, on held-out responses."""
+    """A finished training. ``accepted_length``: tokens per round of a chain, bonus included, greedy, on held-out
+    responses; ``tree_length``: of trees of ``options.TREE`` drafts."""
 
     out: Path
     accepted_length: float
     untrained_length: float
+    tree_length: float
     survival: tuple[float, ...]
     calibration_error: tuple[float, float]
     parameters: int
@@ -144,12 +146,15 @@ class _Run:
         trainer = self._trainer(samples, held_out, learn)
         self._timed("training", lambda: self._train(trainer))
         found = trainer.evaluate()
+        with trainer.averaged():
+            trees = tree_lengths(trainer.model, trainer.held_out, torch.float32, (TREE,))
         calibration, checked = calibrated(found)
         length_before = float(trainer.log[0]["accepted_length"])
         trained = TrainedDrafter(
             out=self._job.out,
             accepted_length=found.accepted_length,
             untrained_length=length_before,
+            tree_length=trees[TREE],
             survival=found.survival,
             calibration_error=(checked.before, checked.after),
             parameters=sum(p.numel() for p in trainer.model.parameters()),
