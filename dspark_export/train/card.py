@@ -102,8 +102,8 @@ def write_card(
         before, after = trained.calibration_error
         lines += [
             f"Expected calibration error of cumulative confidences: {100 * before:.1f} % as trained, "
-            f"{100 * after:.1f} % after one temperature per slot (fitted to half of the rounds, measured on the "
-            "others).",
+            f"{100 * after:.1f} % after a shift of the head and one temperature per slot (fitted to half of the "
+            "rounds, measured on the others).",
             "",
         ]
     path.write_text("\n".join(lines), "utf-8")

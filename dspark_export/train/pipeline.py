@@ -329,7 +329,13 @@ class _Run:
             out.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
             with trainer.averaged():
-                save_drafter(partial, trainer.model, target_layers=depth, calibration=facts if found.rounds else None)
+                save_drafter(
+                    partial,
+                    trainer.model,
+                    target_layers=depth,
+                    calibration=facts if found.rounds else None,
+                    confidence_shift=calibration.shift,
+                )
             self._checkpoint.save_tokenizer(partial)  # for the pair check: token ids mean nothing without it
             (partial / "training.json").write_text(record(job.options, trained, trainer.log, responses), "utf-8")
             draw_curves(trainer.log, partial / "curves.png")

@@ -22,18 +22,26 @@ CALIBRATION = "calibration.json"
 """``confidence_temperatures``, one per slot, and the calibration errors before and after."""
 
 
+_BIAS = "confidence_head.proj.bias"
+
+
 def save_drafter(
     folder: Path,
     model: TrainableDrafter,
     *,
     target_layers: int,
     calibration: Mapping[str, Any] | None = None,
+    confidence_shift: float = 0.0,
 ) -> None:
-    """Write config, bfloat16 weights without the target's embedding and head, vocabulary map and calibration."""
+    """Write config, bfloat16 weights without the target's embedding and head, vocabulary map and calibration.
+
+    ``confidence_shift`` is added to the bias of the confidence head.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     g = model.geometry
     (folder / "config.json").write_text(json.dumps(draft_config(g, target_layers), indent=2) + "\n", "utf-8")
-    tensors = {name: p.detach().to(torch.bfloat16).cpu().contiguous() for name, p in model.named_parameters()}
+    wide = {name: p.detach() + (confidence_shift if name == _BIAS else 0.0) for name, p in model.named_parameters()}
+    tensors = {name: tensor.to(torch.bfloat16).cpu().contiguous() for name, tensor in wide.items()}
     ids = model.draft_ids.cpu()
     if "markov_head.markov_w2.weight" in tensors:  # rows of tokens it never drafts were never trained
         trained = torch.zeros_like(tensors["markov_head.markov_w2.weight"])
