@@ -11,14 +11,15 @@ from dspark_export.engines.options import PluginsOption
 from dspark_runtime.engine_facts import Flavour
 from dspark_runtime.errors import UsageError
 
-Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Weights = Literal["fp32", "fp16", "bf16", "w8a8", "int8", "int4"]
 Activations = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {
     "fp32": "float32",
     "fp16": "float16",
     "bf16": "bfloat16",
 }
-QUANTIZED = ("int8", "int4")
+QUANTIZED = ("w8a8", "int8", "int4")
+BLOCKED = ("int8", "int4")
 DEFAULT_BLOCK = 32
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 AUTO, NONE, LAYERS = "auto", "none", "layers="
@@ -30,8 +31,8 @@ class BuildOptions:
 
     ``drafts`` are models that draft for the target; ``draft_vocab`` a file of the ids they may draft, ``markov_topk``
     the candidates per slot a Markov head corrects, None for all; ``allow_own_embeddings`` uses embeddings of a draft
-    that differ from the target's. ``exact`` None: exact for float weights,
-    where it costs next to nothing. ``self_draft`` is ``auto``, ``none`` or ``layers=...``. ``threads`` None: as many as
+    that differ from the target's. ``exact`` None: exact but for int8 and int4,
+    where it costs much. ``self_draft`` is ``auto``, ``none`` or ``layers=...``. ``threads`` None: as many as
     there are cores. ``backend``: compile engines of that flavour, with default ranges, and verification by ``plugins``.
     ``quantize_embedding`` None: unless the graph computes in half precision. ``activations``: what int8 and int4 graphs
     compute in, None for fp32, or fp16 where engines are compiled.
@@ -63,10 +64,8 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.precision not in get_args(Weights):
             raise UsageError(f"--precision {self.precision} is unknown; choose {', '.join(get_args(Weights))}")
-        if self.block_size is not None and not self.quantized:
-            raise UsageError(
-                f"--block-size applies to {' and '.join(QUANTIZED)}, not to {self.precision}; leave it out"
-            )
+        if self.block_size is not None and self.precision not in BLOCKED:
+            raise UsageError(f"--block-size applies to {' and '.join(BLOCKED)}, not to {self.precision}; leave it out")
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             raise UsageError(f"--block-size {self.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
         if self.self_draft not in (AUTO, NONE) and not self.self_draft.startswith(LAYERS):
@@ -77,9 +76,14 @@ class BuildOptions:
             raise UsageError(f"--markov-topk {self.markov_topk} is not positive; leave it out to correct every token")
         if self.activations is not None and self.activations not in get_args(Activations):
             raise UsageError(f"--activations {self.activations} is unknown; choose {', '.join(get_args(Activations))}")
-        if self.activations is not None and not self.quantized:
+        if self.activations is not None and self.precision not in BLOCKED:
+            computes = "with 8-bit activations" if self.quantized else "in that"
             raise UsageError(
-                f"--activations applies to {' and '.join(QUANTIZED)}; graphs in {self.precision} compute in that"
+                f"--activations applies to {' and '.join(BLOCKED)}; graphs in {self.precision} compute {computes}"
+            )
+        if self.backend is not None and self.precision == "w8a8":
+            raise UsageError(
+                f"--precision w8a8 is for the CPU; for --backend {self.backend} choose fp16, bf16, int8 or int4"
             )
         if self.backend is not None and self.dtype == "float32":
             raise UsageError(
@@ -93,7 +97,7 @@ class BuildOptions:
 
     @property
     def quantized(self) -> bool:
-        """Whether weights are stored as integers in blocks."""
+        """Whether weights are stored as integers."""
         return self.precision in QUANTIZED
 
     @property
@@ -104,7 +108,7 @@ class BuildOptions:
     @property
     def exact_text(self) -> bool:
         """Whether the bundle's own setting is that speculative text always equals plain text."""
-        return not self.quantized if self.exact is None else self.exact
+        return self.precision not in BLOCKED if self.exact is None else self.exact
 
     @property
     def block(self) -> int:

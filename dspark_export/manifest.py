@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dspark_export.build_options import BuildOptions
 from dspark_export.checkpoints import Checkpoint
+from dspark_runtime.backends.engine import ROUNDED_ACTIVATIONS
 from dspark_runtime.bundle import (
     GRAPH_DIR,
     DrafterEntry,
@@ -27,8 +28,6 @@ from dspark_runtime.errors import ExportError
 
 _TOOLS = ("torch", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
-INT8_ACTIVATIONS = 4
-"""ONNX Runtime's accuracy level of quantized products: activations rounded to 8 bits, the fast kernels."""
 
 
 def file_stem(name: str, variant: str) -> str:
@@ -146,11 +145,11 @@ def precision(options: BuildOptions) -> Precision:
         return Precision(weights=options.precision, exact=options.exact_text)
     return Precision(
         weights=options.precision,
-        block_size=options.block,
+        block_size=None if options.precision == "w8a8" else options.block,
         head=options.quantize_head,
         embedding=options.embedding_too,
         exact=options.exact_text,
-        accuracy_level=INT8_ACTIVATIONS,
+        accuracy_level=ROUNDED_ACTIVATIONS,
     )
 
 

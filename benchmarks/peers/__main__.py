@@ -90,7 +90,7 @@ def _conditions(
     given: argparse.Namespace, model: SharedModel, items: list[PromptItem]
 ) -> tuple[list[list[int]], Conditions]:
     """Prompts as token ids of the one tokenizer all peers share, and the facts of the run."""
-    bundles = {precision: Bundle.open(model.bundle(precision), verify_digests=False) for precision in ("fp32", "int4")}
+    bundles = {precision: Bundle.open(model.bundle(precision), verify_digests=False) for precision in own.PRECISIONS}
     ids = [encode(bundles["fp32"], item.text) for item in items]
     return ids, Conditions(
         model=Path(given.model).name,

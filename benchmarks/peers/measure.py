@@ -76,6 +76,12 @@ def own_results(results: Iterable[Measured], family: str) -> dict[str, Measured]
     return {result.peer.setting: result for result in own if isinstance(result.peer, OwnPeer)}
 
 
+def fastest_own(results: Iterable[Measured]) -> Measured | None:
+    """This project in the precision and setting that decodes fastest over all prompts."""
+    own = [result for result in results if isinstance(result.peer, OwnPeer)]
+    return max(own, key=lambda result: geometric_mean(result.speeds()) or 0.0, default=None)
+
+
 def geometric_mean(values: Iterable[float | None]) -> float | None:
     """Of those that are there."""
     logs = [math.log(value) for value in values if value]

@@ -11,6 +11,7 @@ from benchmarks.peers.protocol import Candidate, Stopwatch, Timed
 from dspark_runtime import Bundle
 
 PLAIN_EXACT, PLAIN_INEXACT, AUTO = "plain, exact", "plain, not exact", "speculating"
+PRECISIONS = ("fp32", "w8a8", "int4")
 SETTINGS = (PLAIN_EXACT, PLAIN_INEXACT, AUTO)
 
 
@@ -34,7 +35,7 @@ class OwnPeer:
 
 
 def candidates(model: SharedModel, threads: int) -> Iterator[Candidate]:
-    """fp32 and int4. Speculation runs in the bundle's default setting of ``exact``."""
+    """Every precision. Speculation runs in the bundle's default setting of ``exact``."""
 
     @cache
     def opened(path: Path, exact: bool) -> Bundle:
@@ -48,6 +49,6 @@ def candidates(model: SharedModel, threads: int) -> Iterator[Candidate]:
             exact = setting == PLAIN_EXACT
         return OwnPeer(opened(path, exact), precision, setting)
 
-    for precision in ("fp32", "int4"):
+    for precision in PRECISIONS:
         for setting in SETTINGS:
             yield Candidate(f"dspark {precision}, {setting}", partial(load, precision, setting))

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.peers.measure import Measured, geometric_mean, own_results, ratios, shared_prefix
+from benchmarks.peers.measure import Measured, fastest_own, geometric_mean, own_results, ratios, shared_prefix
 from benchmarks.peers.own import PLAIN_EXACT, SETTINGS, OwnPeer
 from dspark_export.bench.bandwidth import Bandwidth
 from dspark_export.bench.machine import Machine
@@ -75,7 +75,9 @@ def to_json(conditions: Conditions, results: Sequence[Measured], missing: dict[s
 
 def _peer_json(result: Measured, results: Sequence[Measured]) -> dict[str, Any]:
     own = own_results(results, result.peer.family)
-    compared = {} if isinstance(result.peer, OwnPeer) else {s: ratios(mine, result) for s, mine in own.items()}
+    is_own, fastest = isinstance(result.peer, OwnPeer), fastest_own(results)
+    compared = {} if is_own else {s: ratios(mine, result) for s, mine in own.items()}
+    best = None if is_own or fastest is None else ratios(fastest, result)
     return {
         "name": result.peer.name,
         "precision": result.peer.precision,
@@ -88,6 +90,9 @@ def _peer_json(result: Measured, results: Sequence[Measured]) -> dict[str, Any]:
         "agrees_with_dspark_for_tokens": _agreement(result, own),
         "dspark_ratio": {setting: geometric_mean(values) for setting, values in compared.items()},
         "dspark_ratio_by_prompt": compared,
+        "dspark_fastest": None
+        if best is None or fastest is None
+        else {"name": fastest.peer.name, "ratio": geometric_mean(best), "by_prompt": best},
     }
 
 
@@ -109,6 +114,8 @@ def print_report(
         table.add_column(column, justify="right")
     for setting in SETTINGS:
         table.add_column(f"dspark\n{setting.replace(', ', chr(10))}", justify="right")
+    table.add_column("dspark\nfastest", justify="right")
+    fastest = fastest_own(results)
     for result in results:
         own = own_results(results, result.peer.family)
         agreement = _agreement(result, own)
@@ -119,14 +126,16 @@ def print_report(
                 cells.append("")
             else:
                 cells.append(_number(geometric_mean(ratios(own[setting], result)), 2))
+        compared = None if isinstance(result.peer, OwnPeer) else fastest
+        cells.append("" if compared is None else _number(geometric_mean(ratios(compared, result)), 2))
         table.add_row(escape(result.peer.name), *cells)
     console.print(table)
     console.print(_memory_line(conditions), highlight=False)
     console.print(_version_line(), highlight=False)
     console.print(
         "tokens/s: decoding alone, geometric mean over prompts of the medians over repeats. dspark columns: its speed "
-        "over the peer's, geometric mean over prompts. tokens agree: new tokens before the first difference from "
-        "dspark plain, exact.",
+        "over the peer's, geometric mean over prompts, in the peer's precision and, last, in that which is fastest of "
+        "all. tokens agree: new tokens before the first difference from dspark plain, exact.",
         style="dim",
         highlight=False,
     )

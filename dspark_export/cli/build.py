@@ -40,6 +40,7 @@ class PrecisionName(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    W8A8 = "w8a8"
     INT8 = "int8"
     INT4 = "int4"
 
@@ -64,13 +65,15 @@ def build(
     model: Annotated[str, typer.Argument(help="Hub id, folder with config.json, or .gguf file.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new bundle.", show_default=False)],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    precision: Annotated[PrecisionName, typer.Option(help="How weights are stored.")] = PrecisionName.FP32,
-    quantize_head: Annotated[bool, typer.Option(help="int8, int4: quantize the output head too.")] = True,
+    precision: Annotated[
+        PrecisionName, typer.Option(help="How weights are stored; w8a8: with integer arithmetic on the CPU.")
+    ] = PrecisionName.FP32,
+    quantize_head: Annotated[bool, typer.Option(help="w8a8, int8, int4: quantize the output head too.")] = True,
     quantize_embedding: Annotated[
         bool | None,
         typer.Option(
             "--quantize-embedding/--no-quantize-embedding",
-            help="int8, int4: quantize the embedding too (default: unless --activations are fp16 or bf16).",
+            help="w8a8, int8, int4: quantize the embedding too (default: unless --activations are fp16 or bf16).",
             show_default=False,
         ),
     ] = None,

@@ -95,6 +95,7 @@ def _precision(manifest: Manifest) -> str:
     parts: list[str] = [precision.weights]
     if precision.block_size:
         parts.append(f"blocks of {precision.block_size}")
+    if precision.quantized:
         parts += [
             f"{part} {'included' if on else 'kept'}"
             for part, on in (("head", precision.head), ("embedding", precision.embedding))

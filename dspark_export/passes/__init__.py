@@ -25,12 +25,14 @@ def for_ort_cpu(model: ir.Model, max_positions: int, *, any_batch: bool = False)
     """
     from dspark_export.passes.drop_noops import DropNoops
     from dspark_export.passes.ort_cpu_attention import OrtCpuAttention
+    from dspark_export.passes.ort_cpu_integer_products import OrtCpuIntegerProducts
     from dspark_export.passes.ort_cpu_skip_norm import OrtCpuSkipNorm
     from dspark_export.passes.widen_to_float32 import WidenToFloat32
 
     variant = model.clone()
     attention = () if any_batch else (OrtCpuAttention(max_positions),)
-    ir.passes.Sequential(WidenToFloat32(), DropNoops(), *attention, OrtCpuSkipNorm(), DropNoops())(variant)
+    rewrites = (*attention, OrtCpuSkipNorm(), OrtCpuIntegerProducts())
+    ir.passes.Sequential(WidenToFloat32(), DropNoops(), *rewrites, DropNoops())(variant)
     return variant
 
 
@@ -38,16 +40,23 @@ def ort_cpu_variants(model: ir.Model, max_positions: int) -> dict[str, ir.Model]
     """The variants worth shipping, by their name in the manifest.
 
     ``onnxruntime-cpu`` takes one sequence a pass. More sequences run the standard graph, unless that computes in half
-    precision, which the CPU cannot: then there is ``onnxruntime-cpu-batch`` as well.
+    precision, which the CPU cannot, or expands weights of one scale an output in every pass: then there is
+    ``onnxruntime-cpu-batch`` as well.
     """
-    from dspark_export.passes.widen_to_float32 import is_half
-
     if any(value.name == BLOCK_POSITIONS for value in model.graph.inputs):
         # A block drafter's rows see each other in both directions, and are not all of the rows it appends: attention
         # stays in the standard form, for any number of sequences.
         variant = for_ort_cpu(model, max_positions, any_batch=True)
-        return {"onnxruntime-cpu": variant, **({"onnxruntime-cpu-batch": variant} if is_half(model) else {})}
+        return {"onnxruntime-cpu": variant, **({"onnxruntime-cpu-batch": variant} if _needs_variant(model) else {})}
     variants = {"onnxruntime-cpu": for_ort_cpu(model, max_positions)}
-    if is_half(model):
+    if _needs_variant(model):
         variants["onnxruntime-cpu-batch"] = for_ort_cpu(model, max_positions, any_batch=True)
     return variants
+
+
+def _needs_variant(model: ir.Model) -> bool:
+    """Whether the standard graph is none that the CPU should run."""
+    from dspark_export.passes.ort_cpu_integer_products import has_integer_products
+    from dspark_export.passes.widen_to_float32 import is_half
+
+    return is_half(model) or has_integer_products(model)

@@ -1,7 +1,7 @@
 """What ``--precision`` does to a graph.
 
 ``fp32``, ``fp16`` and ``bf16`` are the type the model is loaded and traced in; nothing is left to do here. ``int8`` and
-``int4`` quantize the weights of a graph by blocks and check that it really happened.
+``int4`` quantize the weights of a graph by blocks, ``w8a8`` by outputs, and check that it really happened.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights
+from dspark_export.passes.quantize_weights import MIN_ELEMENTS, BlockQuantization, QuantizeWeights
 from dspark_runtime.errors import ExportError, UsageError
 
-Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Weights = Literal["fp32", "fp16", "bf16", "w8a8", "int8", "int4"]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 _WORTH_NAMING = 1 << 14
 
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """``weights`` as on the command line; the rest applies to int8 and int4 only."""
+    """``weights`` as on the command line; the rest applies to quantized ones only, ``block_size`` to int8 and int4."""
 
     weights: Weights = "fp32"
     block_size: int = 32
@@ -36,7 +36,7 @@ class PrecisionSettings:
     @property
     def bits(self) -> int | None:
         """Bits of a quantized weight, None for float weights."""
-        return {"int8": 8, "int4": 4}.get(self.weights)
+        return {"w8a8": 8, "int8": 8, "int4": 4}.get(self.weights)
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,21 @@ def apply_precision(model: ir.Model, settings: PrecisionSettings) -> PrecisionRe
     if settings.bits is None:
         return PrecisionReport()
     rewrite = QuantizeWeights(
-        BlockQuantization(settings.bits, settings.block_size, settings.symmetric, settings.head, settings.embedding)
+        BlockQuantization(
+            settings.bits,
+            None if settings.weights == "w8a8" else settings.block_size,
+            settings.symmetric,
+            settings.head,
+            settings.embedding,
+        )
     )
     rewrite(model)
     if not any(not name.endswith(".rows") for name in rewrite.quantized):
+        if settings.weights == "w8a8":
+            raise ExportError(
+                f"precision w8a8 quantized no weight: no matrix product of this model has a constant weight of "
+                f"{MIN_ELEMENTS} numbers or more; choose another --precision"
+            )
         raise ExportError(
             f"precision {settings.weights} with block_size {settings.block_size} quantized no weight: the matrix "
             f"products of this model have input widths that are no multiple of it; choose a smaller --block-size "

@@ -5,6 +5,8 @@ asymmetric, one zero point) per ``block_size`` inputs of each output. ONNX Runti
 when it loads the graph; TensorRT reads it as it stands. 4-bit blocks are made by ONNX Runtime's own quantizer, 8-bit
 blocks (which it does not write in this form) by the same rule with 8 bits: symmetric, scale = max |w| / 127.
 
+Without blocks, each output has one scale, max |w| / 63: what integer products need (see ort_cpu_integer_products).
+
 The embedding table becomes 8-bit rows: gathered first and dequantized after, so that only the rows of a pass are read.
 """
 
@@ -21,14 +23,18 @@ import onnx_ir as ir
 from dspark_export.passes import match
 
 MIN_ELEMENTS = 1 << 12
+TABLE_BLOCK = 32
+COLUMN_STEPS = 63
+"""Of weights with one scale an output: times 255 and added in pairs, as some processors do, they fit 16 bits."""
 
 
 @dataclass(frozen=True)
 class BlockQuantization:
-    """How weights are quantized. ``head`` and ``embedding`` say whether those two matrices are included."""
+    """How weights are quantized. ``block_size`` None: 8 bits with one scale an output, for integer products. ``head``
+    and ``embedding`` say whether those two matrices are included."""
 
     bits: int
-    block_size: int = 32
+    block_size: int | None = 32
     symmetric: bool = True
     head: bool = True
     embedding: bool = True
@@ -78,7 +84,8 @@ class QuantizeWeights(ir.passes.InPlacePass):
             return
         tensor = weight.const_value
         depth = int(tensor.shape[1 if transposed else 0])
-        if tensor.size < MIN_ELEMENTS or depth % self.settings.block_size:
+        block = self.settings.block_size
+        if tensor.size < MIN_ELEMENTS or (block and depth % block):
             self.skipped.append(weight.name or "")
             return
         blocks = _LazyBlocks(tensor, transposed, self.settings)
@@ -89,7 +96,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
         dequantize = ir.node(
             "DequantizeLinear",
             parts,
-            attributes={"axis": 0, "block_size": self.settings.block_size},
+            attributes={"axis": 0, "block_size": block} if block else {"axis": 1},
             num_outputs=1,
             name=self._name(f"{name}/DequantizeLinear"),
         )
@@ -103,7 +110,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
         table, ids = node.inputs
         if table is None or ids is None or not table.is_initializer() or match.rank(table) != 2:
             return
-        tensor, block = table.const_value, self.settings.block_size
+        tensor, block = table.const_value, self.settings.block_size or TABLE_BLOCK
         width = int(tensor.shape[1])
         if tensor.size < MIN_ELEMENTS or width % block or not tensor.dtype.is_floating_point():
             return
@@ -145,11 +152,12 @@ class _LazyBlocks:
     def tensors(self, name: str) -> dict[str, ir.LazyTensor]:
         """Weight, scale and (asymmetric 4-bit) zero point, in the input order of ``DequantizeLinear``."""
         depth, width = self.shape
-        groups = depth // self._settings.block_size
+        block = self._settings.block_size
+        groups = depth // block if block else 1
         four = self._settings.bits == 4
-        kinds = {
+        kinds: dict[str, tuple[tuple[int, ...], ir.DataType]] = {
             "weight_q": ((depth, width), _integer_type(self._settings)),
-            "weight_scale": ((groups, width), self._tensor.dtype),
+            "weight_scale": ((groups, width) if block else (width,), self._tensor.dtype),
         }
         if four and not self._settings.symmetric:
             kinds["weight_zero_point"] = ((groups, width), ir.DataType.UINT4)
@@ -193,9 +201,14 @@ def quantize_blocks(weight: np.ndarray, settings: BlockQuantization) -> dict[str
 
     Returns ``weight_q`` (int8, int4 or uint4) [in, out], ``weight_scale`` float32 [in / block, out] and, for
     asymmetric 4-bit, ``weight_zero_point`` [in / block, out]. The first axis must be a multiple of the block size.
+    Without a block size scales are [out].
     """
     depth, width = weight.shape
     block = settings.block_size
+    if block is None:
+        scale = np.abs(weight).max(axis=0) / np.float32(COLUMN_STEPS)
+        steps = np.divide(weight, scale, out=np.zeros_like(weight), where=scale > 0)
+        return {"weight_q": np.rint(steps).astype(np.int8), "weight_scale": scale}
     if settings.bits == 8:
         grouped = weight.reshape(depth // block, block, width)
         scale = np.abs(grouped).max(axis=1) / 127.0

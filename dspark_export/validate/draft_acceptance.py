@@ -94,7 +94,7 @@ def check_acceptance(
     began = time.perf_counter()
     entry = reference.entry
     assert entry.block is not None
-    quantized = bundle.manifest.precision.weights in ("int8", "int4")
+    quantized = bundle.manifest.precision.quantized
     limit = ACCEPTANCE_QUANTIZED if quantized else ACCEPTANCE
     mine = [PositionCounts() for _ in range(entry.block.drafts)]
     theirs = [PositionCounts() for _ in range(entry.block.drafts)]

@@ -100,7 +100,7 @@ def references(
             kind = getattr(torch, bundle.files.graph(entry.graph or entry.name).dtype)
             own = checkpoint.load_model(kind)
             torch.nn.Module.float(own)
-            if bundle.manifest.precision.weights in ("int8", "int4"):
+            if bundle.manifest.precision.quantized:
                 put_into(own, ir.load(bundle.files.path(bundle.files.graph(entry.graph or entry.name).file)))
             found[entry.name] = Reference(entry, {}, own)
     return found
@@ -159,7 +159,7 @@ def check_drafter(bundle: Bundle, reference: Reference, prompts: Sequence[Sequen
     """Every output of the drafter's graphs, inner values included, against PyTorch on the passes of real texts."""
     began = time.perf_counter()
     weights = bundle.manifest.precision.weights
-    quantized = weights in ("int8", "int4")
+    quantized = bundle.manifest.precision.quantized
     limit = QUANTIZED_DRAFT.get(weights, AGAINST_MODEL)
     off: dict[str, float] = {}
     passes = 0

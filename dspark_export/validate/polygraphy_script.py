@@ -111,7 +111,7 @@ def write_script(bundle: Path, folder: Path, prompts: Sequence[str], threads: in
             ),
             "utf-8",
         )
-        quantized = opened.manifest.precision.weights in ("int8", "int4")
+        quantized = opened.manifest.precision.quantized
         files["script"].write_text(
             _SCRIPT.format(
                 bundle=opened.files.root.name,

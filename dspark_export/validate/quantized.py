@@ -31,7 +31,7 @@ def quantized_weights(graph: ir.Model) -> tuple[dict[str, Tensor], dict[str, Ten
             continue
         zero = sources[2] if len(sources) > 2 else None
         axis = 1 if looked_up else node.attributes["axis"].as_int()
-        wide = dequantized(sources[0], sources[1], zero, axis, node.attributes["block_size"].as_int())
+        wide = dequantized(sources[0], sources[1], zero, axis, node.attributes.get_int("block_size", 0))
         (tables if looked_up else products)[(node.name or "").removesuffix(SUFFIX)] = wide
     return products, tables
 
@@ -50,8 +50,11 @@ def _source(value: ir.Value | None) -> Tensor | None:
 
 
 def dequantized(weights: Tensor, scale: Tensor, zero: Tensor | None, axis: int, block: int) -> Tensor:
-    """What DequantizeLinear gives for blocks of ``block`` along ``axis``, in float32."""
+    """What DequantizeLinear gives for blocks of ``block`` along ``axis``, in float32; 0: for one scale an index."""
     wide: Tensor = weights.astype(np.float32)
+    if not block:
+        scales: Tensor = np.expand_dims(scale.astype(np.float32), [i for i in range(wide.ndim) if i != axis])
+        return wide * scales
 
     def spread(values: Tensor) -> Tensor:
         return np.repeat(values.astype(np.float32), block, axis).take(range(wide.shape[axis]), axis)

@@ -169,7 +169,7 @@ class _Validation:
 
     def _numerics(self) -> Iterator[Check]:
         texts = self._forced()[: self.extent.texts]
-        if self.model is not None and self.files.manifest.precision.weights in ("int8", "int4"):
+        if self.model is not None and self.files.manifest.precision.quantized:
             model, standard = self.model, self.files.path(self.files.graph("target").file)
             yield from self._guarded(
                 "numerics.quantization",

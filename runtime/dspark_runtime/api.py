@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from dspark_runtime.backends.engine import Engine, EngineOptions, GraphEngine
+from dspark_runtime.backends.engine import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS, Engine, EngineOptions, GraphEngine
 from dspark_runtime.backends.opening import Backend, open_backend
 from dspark_runtime.bundle import TOKENIZER_DIR, BundleFiles, Manifest
 from dspark_runtime.chat_template import Message
@@ -29,8 +29,6 @@ from dspark_runtime.schedule import Schedule
 from dspark_runtime.sequence import Chunk, Generation
 from dspark_runtime.text import TextCodec
 
-ROUNDED_ACTIVATIONS = 4
-"""ONNX Runtime's accuracy level of quantized products with activations rounded to 8 bits."""
 Speculate = str | Drafter | Sequence[Drafter]
 Prompt = str | bytes | Sequence[int]
 
@@ -280,11 +278,11 @@ class Bundle:
 def _accuracy(manifest: Manifest, exact: bool) -> int:
     """Arithmetic of quantized products: 8-bit activations, unless exact text was seen to need float32 ones."""
     precision = manifest.precision
-    if precision.weights not in ("int4", "int8"):
+    if not precision.quantized:
         return 0
     noise = precision.row_noise
     proven = noise is not None and noise.without_single_rows == 0.0
-    return 1 if exact and not proven else precision.accuracy_level or ROUNDED_ACTIVATIONS
+    return FLOAT_PRODUCTS if exact and not proven else precision.accuracy_level or ROUNDED_ACTIVATIONS
 
 
 def _is_single(prompt: object) -> bool:

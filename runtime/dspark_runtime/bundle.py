@@ -168,15 +168,20 @@ class RowNoise(_Record):
 
 
 class Precision(_Record):
-    """Weight storage. ``block_size``, ``head`` and ``embedding`` apply to int8 and int4 only."""
+    """Weight storage. ``block_size`` applies to int8 and int4 only, ``head`` and ``embedding`` to w8a8 as well."""
 
-    weights: Literal["fp32", "fp16", "bf16", "int8", "int4"]
+    weights: Literal["fp32", "fp16", "bf16", "w8a8", "int8", "int4"]
     block_size: Positive | None = None
     head: bool = False
     embedding: bool = False
     exact: bool = True
     accuracy_level: Count | None = None
     row_noise: RowNoise | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are stored as integers."""
+        return self.weights in ("w8a8", "int8", "int4")
 
 
 class StepCosts(_Record):

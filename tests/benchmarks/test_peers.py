@@ -95,7 +95,9 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
 def test_the_report_compares_each_family_with_its_own_bundle(tmp_path: Path) -> None:
     calls: list[str] = []
     mine, other = FakeOwn("dspark fp32", 20.0, calls), FakePeer("other", 10.0, calls, [0, 1, 9, 9, 9])
-    results = measure([mine, other], [[1], [2]], max_new_tokens=5, repeats=1)
+    faster = FakeOwn("dspark w8a8", 30.0, calls)
+    faster.family = "w8a8"
+    results = measure([mine, other, faster], [[1], [2]], max_new_tokens=5, repeats=1)
     assert set(own_results(results, "fp32")) == {own.PLAIN_EXACT} and own_results(results, "int4") == {}
     conditions = Conditions(
         model="model",
@@ -110,12 +112,14 @@ def test_the_report_compares_each_family_with_its_own_bundle(tmp_path: Path) -> 
     )
     data = json.loads(json.dumps(to_json(conditions, results, {"gone": "install it"})))
     assert data["peers"][1]["dspark_ratio"] == {own.PLAIN_EXACT: pytest.approx(2.0)}
-    assert data["peers"][0]["dspark_ratio"] == {}
+    assert data["peers"][0]["dspark_ratio"] == {} and data["peers"][0]["dspark_fastest"] is None
+    assert data["peers"][1]["dspark_fastest"]["name"] == "dspark w8a8"
+    assert data["peers"][1]["dspark_fastest"]["by_prompt"] == pytest.approx([3.0, 3.0])
     assert data["peers"][1]["agrees_with_dspark_for_tokens"] == [2, 2]
     assert data["plain_limit_tokens_per_second"] == {"fp32": pytest.approx(40.0)}
     console = Console(width=120, record=True)
     print_report(console, conditions, results, {"gone": "install it"})
     text = console.export_text()
-    assert "2.00" in text and "4/10" in text and "left out: gone: install it" in text
+    assert "2.00" in text and "3.00" in text and "4/10" in text and "left out: gone: install it" in text
     draw(conditions, results, tmp_path / "peers.png")
     assert (tmp_path / "peers.png").stat().st_size > 1000

@@ -15,6 +15,7 @@ from dspark_export.build_options import BuildOptions
 from dspark_runtime import Bundle
 
 ROOT = Path(__file__).parents[2]
+DRAFTER = ROOT / "samples" / "quickstart" / "drafter"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,4 +71,10 @@ def fp16(gguf: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def drafted(gguf: Path) -> Bundle:
     """With the drafter that the quickstart uses."""
-    return _bundle(gguf, "fp32", self_draft="none", draft=ROOT / "samples" / "quickstart" / "drafter")
+    return _bundle(gguf, "fp32", self_draft="none", draft=DRAFTER)
+
+
+@pytest.fixture(scope="session")
+def w8a8(gguf: Path) -> Bundle:
+    """Integer products, and the same drafter."""
+    return _bundle(gguf, "w8a8", self_draft="none", draft=DRAFTER)

@@ -38,7 +38,9 @@ def test_text_is_that_of_plain_decoding(drafted: Bundle, mode: str) -> None:
         assert [g.tokens for g in fast] == [g.tokens for g in plain]
 
 
-@pytest.mark.parametrize(("options", "floor"), [({"draft_branches": 1}, CHAIN_FLOOR), ({"draft_length": 15}, TREE_FLOOR)])
+@pytest.mark.parametrize(
+    ("options", "floor"), [({"draft_branches": 1}, CHAIN_FLOOR), ({"draft_length": 15}, TREE_FLOOR)]
+)
 def test_it_is_accepted(drafted: Bundle, options: dict[str, int], floor: float) -> None:
     """Text stays right whatever a drafter says: only this shows a broken one."""
     drafts = next(entry.block.drafts for entry in drafted.manifest.drafters if entry.block)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
+from dspark_export.measure import row_logits
 from dspark_runtime import Bundle, Generation
 
 PROMPTS = [
@@ -69,6 +73,28 @@ def test_exact_int4_changes_nothing(int4: Bundle) -> None:
     # Forced to verify whatever is proposed, trees included: a row of a branch stands in another cache slot, and the
     # order of its sums is enough to change tokens where activations are rounded.
     assert [g.tokens for g in answers(exact, "ngram+self-draft", draft_length=4)] == plain
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_length": 5}, {"temperature": 0.8, "seed": 3}])
+def test_w8a8_is_exact_without_being_asked(w8a8: Bundle, options: dict[str, Any]) -> None:
+    """Sums of integers do not depend on the number of rows."""
+    assert w8a8.exact
+    fixed = {name: value for name, value in options.items() if name != "draft_length"}
+    plain = [g.tokens for g in answers(w8a8, "off", **fixed)]
+    fast = answers(w8a8, "ngram+dspark", **options)
+    assert [g.tokens for g in fast] == plain
+    assert sum(g.stats.accepted for g in fast) > 20
+
+
+def test_w8a8_is_near_the_model(w8a8: Bundle, fp32: Bundle) -> None:
+    """The likeliest token of text that the model wrote itself, in a third of the memory."""
+    same = []
+    for prompt, text in zip(PROMPTS, answers(fp32, "off"), strict=True):
+        ids = [*fp32.codec.tokenizer.encode(prompt).ids, *text.tokens]
+        mine, theirs = (row_logits(b.target, ids, len(ids) - len(text.tokens), 48) for b in (w8a8, fp32))
+        same += list(mine.argmax(1) == theirs.argmax(1))
+    assert np.mean(same) > 0.8
+    assert w8a8.manifest.files["onnx/weights.data"].size < 0.4 * fp32.manifest.files["onnx/weights.data"].size
 
 
 def test_repeated_text_is_drafted_well(fp32: Bundle) -> None:

@@ -10,7 +10,8 @@ from benchmarks.clean_builds import clean_build
 
 
 @pytest.mark.parametrize(
-    ("arch", "precision"), [("llama", "int4"), ("gemma3_text", "bf16"), ("deepseek_v2", "fp32"), ("gpt2", "int8")]
+    ("arch", "precision"),
+    [("llama", "int4"), ("gemma3_text", "bf16"), ("deepseek_v2", "fp32"), ("gpt2", "int8"), ("qwen3", "w8a8")],
 )
 def test_a_clean_build_passes(arch: str, precision: str, tmp_path: Path) -> None:
     report = clean_build(arch, precision, tmp_path)

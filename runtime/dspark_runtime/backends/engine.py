@@ -26,14 +26,18 @@ Runs = Sequence[tuple[int, int]]
 """(first, count) of neighbouring rows or columns, ascending."""
 
 
+FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS = 1, 4
+"""ONNX Runtime's levels of products with quantized weights: in float32, or with activations rounded to 8 bits."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How a backend runs.
 
     ``threads``: threads inside one operator (None: ``OMP_NUM_THREADS``, otherwise one per physical core). ``spinning``:
-    threads wait busily between operators, faster and hotter. ``accuracy_level``: arithmetic of block-quantized matrix
-    products (0: the graph's own, 1: float32, 4: int8), the dial between speed and logits independent of the number of
-    rows. ``overlap``: on a GPU, work beside a pass that is on its way; False waits at once, for measurements.
+    threads wait busily between operators, faster and hotter. ``accuracy_level``: arithmetic of products with
+    quantized weights (0: the graph's own, 1: float32, 4: int8), the dial between speed and logits independent of the
+    number of rows. ``overlap``: on a GPU, work beside a pass that is on its way; False waits at once, for measurements.
     """
 
     threads: int | None = None

@@ -11,7 +11,7 @@ from dspark_runtime.backends.device import DeviceEngine, Plan
 from dspark_runtime.backends.device_graph import DeviceGraphEngine
 from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes
 from dspark_runtime.backends.device_verify import Kernels
-from dspark_runtime.backends.engine import Engine, EngineOptions, GraphEngine
+from dspark_runtime.backends.engine import FLOAT_PRODUCTS, Engine, EngineOptions, GraphEngine
 from dspark_runtime.backends.plugin_kernels import PluginKernels
 from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.backends.tensorrt_plan import LoadedPlan
@@ -70,7 +70,7 @@ class HostBackend:
 
     def engine(self, name: str, batched: bool) -> Engine:
         """See :class:`Backend`."""
-        graph: GraphEntry = self._files.graph(name, prefer=_VARIANTS[batched])
+        graph: GraphEntry = self._files.graph(name, prefer=self._forms(batched))
         if graph.file not in self._engines:
             from dspark_runtime.backends.ort import OrtEngine
 
@@ -87,7 +87,7 @@ class HostBackend:
 
     def graph_engine(self, name: str, batched: bool) -> GraphEngine:
         """See :class:`Backend`."""
-        graph: GraphEntry = self._files.graph(name, prefer=_VARIANTS[batched])
+        graph: GraphEntry = self._files.graph(name, prefer=self._forms(batched))
         if graph.file not in self._graphs:
             from dspark_runtime.backends.ort_graph import OrtGraphEngine
 
@@ -99,6 +99,11 @@ class HostBackend:
                 options=self._options,
             )
         return self._graphs[graph.file]
+
+    def _forms(self, batched: bool) -> tuple[Variant, ...]:
+        """The CPU's own forms; where float32 products are wanted and those are of integers, the standard one."""
+        wide = self._options.accuracy_level == FLOAT_PRODUCTS and self._files.manifest.precision.weights == "w8a8"
+        return () if wide else _VARIANTS[batched]
 
 
 class DeviceBackend:
