@@ -7,8 +7,8 @@ Graph against PyTorch, :data:`AGAINST_MODEL`:
 | fp32, fp16, bf16 | 1e-4 | both sides compute in float32, with the same rounded weights; sums are ordered differently |
 | w8a8, int8, int4 | 1e-4 | PyTorch is given the numbers that quantized weights stand for, products are in float32 |
 
-The forms of a w8a8 graph that round activations cannot be had without: :data:`ROUNDED`, relative root mean square of all
-outputs, 0.24 for SmolLM2-135M and less for tiny models.
+The forms of a w8a8 graph that round activations cannot be had without: :data:`ROUNDED`, relative root mean square of
+the worst output, 0.24 for SmolLM2-135M and less for tiny models.
 
 What quantization itself costs is told in figures and has no limit: it is what was asked for. A tensor that it maims is
 found by the limits on stored weights.
