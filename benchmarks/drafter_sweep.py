@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("drafters", type=Path, nargs="+")
     parser.add_argument("--vocabularies", default="", help="sizes, with commas; the trained one is always measured")
     parser.add_argument("--blocks", default="", help="lengths, with commas; the trained one is always measured")
-    parser.add_argument("--precisions", default="fp32", help="with commas: fp32, int8, int4")
+    parser.add_argument("--precisions", default="fp32", help="with commas: fp32, w8a8, int8, int4")
     parser.add_argument("--responses", type=Path, help="default: WORK/responses.jsonl")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
