@@ -16,9 +16,9 @@ PROMPTS = [
     "Write a Python function that returns the largest even number of a list.",
     "What are the advantages of learning to play an instrument?",
 ]
-CHAIN_FLOOR, TREE_FLOOR = 1.4, 1.4
-"""Accepted length, bonus included, over these prompts, of the chain alone and of trees of 15 drafts; broken features
-give 1.1."""
+CHAIN_FLOOR, TREE_FLOOR = 1.8, 2.3
+"""Accepted length, bonus included, over these prompts, of the chain alone and of trees of 15 drafts, less a tenth:
+2.06 and 2.69 were measured. Broken features give 1.1."""
 
 
 def test_size_and_card() -> None:
