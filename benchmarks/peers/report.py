@@ -169,7 +169,13 @@ def draw(conditions: Conditions, results: Sequence[Measured], path: Path) -> Non
     for precision, limit in conditions.limits.items():
         if limit < 1.3 * max(speeds, default=0.0):
             axes.axvline(limit, color="black", linewidth=1, linestyle="--", zorder=3)
-            axes.annotate(f"memory limit, {precision}", (limit, 0), (3, -4), textcoords="offset points", fontsize=7)
+            axes.annotate(
+                f"memory limit, {precision}",
+                (limit, len(ordered) - 0.55),
+                (3, 0),
+                textcoords="offset points",
+                fontsize=7,
+            )
     axes.margins(x=0.1)
     axes.set_xlabel("decoded tokens per second")
     facts = [*textwrap.wrap(heading(conditions), 110), _memory_line(conditions), *textwrap.wrap(_version_line(), 110)]
