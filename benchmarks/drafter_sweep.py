@@ -35,7 +35,7 @@ from dspark_export.draft_build import BEAMS, CANDIDATES
 from dspark_export.graphs.block_drafter import export_block_drafter, hide_inner_values
 from dspark_export.graphs.save import save_graphs
 from dspark_export.passes import optimize, ort_cpu_variants
-from dspark_export.passes.precision import PrecisionSettings, Weights, apply_precision
+from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.train.evaluate import evaluate, tree_lengths
 from dspark_export.train.features import FeatureStore, Sample
 from dspark_export.train.module import TrainableDrafter
@@ -45,6 +45,7 @@ from dspark_export.train.targets import embedding_and_head, frequent_tokens
 from dspark_runtime import Bundle
 from dspark_runtime.backends.engine import EngineOptions
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
+from dspark_runtime.bundle import Weights
 from dspark_runtime.contract import CacheLayer
 from dspark_runtime.costs import PassCosts
 

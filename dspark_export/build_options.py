@@ -8,17 +8,16 @@ from typing import Literal, get_args
 
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.engines.options import PluginsOption
+from dspark_runtime.bundle import QUANTIZED, Weights
 from dspark_runtime.engine_facts import Flavour
 from dspark_runtime.errors import UsageError
 
-Weights = Literal["fp32", "fp16", "bf16", "w8a8", "int8", "int4"]
 Activations = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {
     "fp32": "float32",
     "fp16": "float16",
     "bf16": "bfloat16",
 }
-QUANTIZED = ("w8a8", "int8", "int4")
 BLOCKED = ("int8", "int4")
 DEFAULT_BLOCK = 32
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -31,9 +30,9 @@ class BuildOptions:
 
     ``drafts`` are models that draft for the target; ``draft_vocab`` a file of the ids they may draft, ``markov_topk``
     the candidates per slot a Markov head corrects, None for all; ``allow_own_embeddings`` uses embeddings of a draft
-    that differ from the target's. ``exact`` None: exact but for int8 and int4,
-    where it costs much. ``self_draft`` is ``auto``, ``none`` or ``layers=...``. ``threads`` None: as many as
-    there are cores. ``backend``: compile engines of that flavour, with default ranges, and verification by ``plugins``.
+    that differ from the target's. ``exact`` None: exact but for int8 and int4, where it costs much. ``self_draft`` is
+    ``auto``, ``none`` or ``layers=...``. ``threads`` None: as many as there are cores. ``backend``: compile engines of
+    that flavour, with default ranges, and verification by ``plugins``.
     ``quantize_embedding`` None: unless the graph computes in half precision. ``activations``: what int8 and int4 graphs
     compute in, None for fp32, or fp16 where engines are compiled.
 

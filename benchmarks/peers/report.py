@@ -63,21 +63,20 @@ def versions() -> dict[str, str]:
 
 def to_json(conditions: Conditions, results: Sequence[Measured], missing: dict[str, str]) -> dict[str, Any]:
     """Everything measured; speeds are tokens per second."""
+    fastest = fastest_own(results)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         **asdict(conditions),
         "plain_limit_tokens_per_second": conditions.limits,
-        "peers": [_peer_json(result, results) for result in results],
+        "peers": [_peer_json(result, results, fastest) for result in results],
         "missing": missing,
     }
 
 
-def _peer_json(result: Measured, results: Sequence[Measured]) -> dict[str, Any]:
+def _peer_json(result: Measured, results: Sequence[Measured], fastest: Measured | None) -> dict[str, Any]:
     own = own_results(results, result.peer.family)
-    is_own, fastest = isinstance(result.peer, OwnPeer), fastest_own(results)
-    compared = {} if is_own else {s: ratios(mine, result) for s, mine in own.items()}
-    best = None if is_own or fastest is None else ratios(fastest, result)
+    compared = {} if isinstance(result.peer, OwnPeer) else {s: ratios(mine, result) for s, mine in own.items()}
     return {
         "name": result.peer.name,
         "precision": result.peer.precision,
@@ -90,10 +89,16 @@ def _peer_json(result: Measured, results: Sequence[Measured]) -> dict[str, Any]:
         "agrees_with_dspark_for_tokens": _agreement(result, own),
         "dspark_ratio": {setting: geometric_mean(values) for setting, values in compared.items()},
         "dspark_ratio_by_prompt": compared,
-        "dspark_fastest": None
-        if best is None or fastest is None
-        else {"name": fastest.peer.name, "ratio": geometric_mean(best), "by_prompt": best},
+        "dspark_fastest": _over_fastest(result, fastest),
     }
+
+
+def _over_fastest(result: Measured, fastest: Measured | None) -> dict[str, Any] | None:
+    """How much faster the fastest of this project is; None for its own results."""
+    if fastest is None or isinstance(result.peer, OwnPeer):
+        return None
+    by_prompt = ratios(fastest, result)
+    return {"name": fastest.peer.name, "ratio": geometric_mean(by_prompt), "by_prompt": by_prompt}
 
 
 def _agreement(result: Measured, own: dict[str, Measured]) -> list[int] | None:
@@ -126,8 +131,8 @@ def print_report(
                 cells.append("")
             else:
                 cells.append(_number(geometric_mean(ratios(own[setting], result)), 2))
-        compared = None if isinstance(result.peer, OwnPeer) else fastest
-        cells.append("" if compared is None else _number(geometric_mean(ratios(compared, result)), 2))
+        over = _over_fastest(result, fastest)
+        cells.append("" if over is None else _number(over["ratio"], 2))
         table.add_row(escape(result.peer.name), *cells)
     console.print(table)
     console.print(_memory_line(conditions), highlight=False)

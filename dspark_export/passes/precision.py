@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import onnx_ir as ir
 
 from dspark_export.passes.quantize_weights import MIN_ELEMENTS, BlockQuantization, QuantizeWeights
+from dspark_runtime.bundle import Weights
 from dspark_runtime.errors import ExportError, UsageError
 
-Weights = Literal["fp32", "fp16", "bf16", "w8a8", "int8", "int4"]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 _WORTH_NAMING = 1 << 14
 

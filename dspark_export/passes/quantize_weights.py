@@ -153,14 +153,14 @@ class _LazyBlocks:
         """Weight, scale and (asymmetric 4-bit) zero point, in the input order of ``DequantizeLinear``."""
         depth, width = self.shape
         block = self._settings.block_size
-        groups = depth // block if block else 1
+        scales = (depth // block, width) if block else (width,)
         four = self._settings.bits == 4
         kinds: dict[str, tuple[tuple[int, ...], ir.DataType]] = {
             "weight_q": ((depth, width), _integer_type(self._settings)),
-            "weight_scale": ((groups, width) if block else (width,), self._tensor.dtype),
+            "weight_scale": (scales, self._tensor.dtype),
         }
         if four and not self._settings.symmetric:
-            kinds["weight_zero_point"] = ((groups, width), ir.DataType.UINT4)
+            kinds["weight_zero_point"] = (scales, ir.DataType.UINT4)
         return {
             suffix: ir.LazyTensor(
                 functools.partial(self._evaluate, suffix, f"{name}.{suffix}"),

@@ -20,8 +20,6 @@ VOCABULARY = "draft_vocabulary.safetensors"
 
 CALIBRATION = "calibration.json"
 """``confidence_temperatures``, one per slot, and the calibration errors before and after."""
-
-
 _BIAS = "confidence_head.proj.bias"
 
 
@@ -40,7 +38,9 @@ def save_drafter(
     folder.mkdir(parents=True, exist_ok=True)
     g = model.geometry
     (folder / "config.json").write_text(json.dumps(draft_config(g, target_layers), indent=2) + "\n", "utf-8")
-    wide = {name: p.detach() + (confidence_shift if name == _BIAS else 0.0) for name, p in model.named_parameters()}
+    wide = {name: p.detach() for name, p in model.named_parameters()}
+    if _BIAS in wide:
+        wide[_BIAS] = wide[_BIAS] + confidence_shift
     tensors = {name: tensor.to(torch.bfloat16).cpu().contiguous() for name, tensor in wide.items()}
     ids = model.draft_ids.cpu()
     if "markov_head.markov_w2.weight" in tensors:  # rows of tokens it never drafts were never trained

@@ -26,7 +26,7 @@ from dspark_export.validate.tolerances import (
     largest_relative,
     relative_rms,
 )
-from dspark_runtime.backends.engine import AnyArray
+from dspark_runtime.backends.engine import FLOAT_PRODUCTS, AnyArray
 from dspark_runtime.bundle import BundleFiles, GraphEntry
 from dspark_runtime.contract import LOGITS
 
@@ -107,13 +107,14 @@ class GraphCheck:
     ) -> Check:
         began = time.perf_counter()
         path, shapes = self.files.path(graph.file), cache_shapes(graph)
-        quantized = self.files.manifest.precision.quantized
-        rounded = graph.variant != "standard" and self.files.manifest.precision.weights == "w8a8"
+        precision = self.files.manifest.precision
+        # Products of quantized weights in float32: rounded activations would hide what is looked for.
+        level = FLOAT_PRODUCTS if precision.quantized else 0
+        rounded = precision.integer_products and graph.variant != "standard"  # and there they cannot be avoided
         limit, distance = (ROUNDED, relative_rms) if rounded else (limit, largest_relative)
         worst: Worst | None = None
         for number, ids in enumerate(self.texts):
-            # Products of quantized weights in float32: rounded activations would hide what is looked for.
-            tested = GraphRunner(path, f"onnxruntime ({graph.variant})", self.threads, level=int(quantized))
+            tested = GraphRunner(path, f"onnxruntime ({graph.variant})", self.threads, level=level)
             with quiet(), tested:
                 passes = record(tested.whole, ids, shapes, seed=number)
             found = compare(tested, reference(passes), passes, distance)

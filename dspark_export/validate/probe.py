@@ -9,7 +9,7 @@ import numpy as np
 
 from dspark_export.measure import row_logits
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import AnyArray, FloatArray
+from dspark_runtime.backends.engine import FLOAT_PRODUCTS, AnyArray, FloatArray
 from dspark_runtime.backends.opening import HostBackend
 from dspark_runtime.loop import DecodingLoop, LoopOptions
 from dspark_runtime.request import make_requests
@@ -61,7 +61,7 @@ def with_float_products(bundle: Bundle) -> Bundle:
     options = bundle.engine_options
     if not options.accuracy_level:
         return bundle
-    options = replace(options, accuracy_level=1)
+    options = replace(options, accuracy_level=FLOAT_PRODUCTS)
     return Bundle(bundle.files, options, bundle.exact, bundle.limits.positions, HostBackend(bundle.files, options))
 
 

@@ -40,6 +40,8 @@ ENGINE_DIR = "engines"
 MANIFEST_MAX_BYTES = 16 * 2**20
 _HASH_BLOCK = 4 * 2**20
 
+Weights = Literal["fp32", "fp16", "bf16", "w8a8", "int8", "int4"]
+QUANTIZED: tuple[Weights, ...] = ("w8a8", "int8", "int4")
 Variant = Literal["standard", "onnxruntime-cpu", "onnxruntime-cpu-batch"]
 
 
@@ -170,7 +172,7 @@ class RowNoise(_Record):
 class Precision(_Record):
     """Weight storage. ``block_size`` applies to int8 and int4 only, ``head`` and ``embedding`` to w8a8 as well."""
 
-    weights: Literal["fp32", "fp16", "bf16", "w8a8", "int8", "int4"]
+    weights: Weights
     block_size: Positive | None = None
     head: bool = False
     embedding: bool = False
@@ -181,7 +183,12 @@ class Precision(_Record):
     @property
     def quantized(self) -> bool:
         """Whether weights are stored as integers."""
-        return self.weights in ("w8a8", "int8", "int4")
+        return self.weights in QUANTIZED
+
+    @property
+    def integer_products(self) -> bool:
+        """Whether the CPU's forms of the graphs multiply integers, and so round activations whatever is asked for."""
+        return self.weights == "w8a8"
 
 
 class StepCosts(_Record):

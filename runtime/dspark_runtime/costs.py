@@ -15,6 +15,7 @@ from dspark_runtime.kv_cache import round_up
 # Cost of n rows relative to one where nothing was measured yet: between a float32 and a 4-bit model on a CPU.
 _GUESS = {1: 1.0, 2: 1.15, 4: 1.4, 8: 1.9, 16: 3.0, 32: 5.2, 64: 10.0}
 _GUESS_MS = 20.0
+_WARM_UP_PASSES, _WARM_UP_MS = 8, 50.0  # before a pass that is measured
 MEASURED_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -73,9 +74,6 @@ class PassCosts:
         if near is None:
             near = self._near[rows] = 1.0 / (1.0 + np.abs(self._rows - rows) * (4.0 / rows))
         return near
-
-
-_WARM_UP_PASSES, _WARM_UP_MS = 8, 50.0
 
 
 def measure_pass_ms(

@@ -15,6 +15,8 @@ import onnxruntime as ort
 import torch
 from transformers import PreTrainedModel
 
+from dspark_runtime.backends.engine import FLOAT_PRODUCTS
+
 CAPACITY = 96
 
 
@@ -130,6 +132,26 @@ class GraphRunner:
             for b, slot in enumerate(start):
                 cache[b, :, slot:] = value
             cache_value.update_inplace(cache)
+
+
+class FloatProducts(GraphRunner):
+    """Runs products of quantized weights in float32 (the kernels' default rounds the activations to 8 bits)."""
+
+    def options(self) -> ort.SessionOptions:
+        """See :class:`GraphRunner`."""
+        options = super().options()
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(FLOAT_PRODUCTS))
+        return options
+
+
+class Literal(GraphRunner):
+    """Runs the graph as it is written: dequantize, then multiply, in float32."""
+
+    def options(self) -> ort.SessionOptions:
+        """See :class:`GraphRunner`."""
+        options = super().options()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return options
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from dspark_export.graphs.eagle3 import eagle_modules, export_eagle3
 from dspark_export.graphs.save import save_graphs
 from dspark_export.graphs.target import export_target
 from dspark_export.passes import optimize, ort_cpu_variants
-from dspark_export.passes.precision import PrecisionSettings, Weights, apply_precision
+from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.tracing.geometry import probe
+from dspark_runtime.bundle import Weights
 from dspark_runtime.contract import GraphContract, decoder_contract
 from tests import tiny_models
 from tests.export.drafts.writers import Sizes, eagle_tensors

@@ -20,7 +20,7 @@ from dspark_export.passes.ort_cpu_integer_products import OrtCpuIntegerProducts
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights, quantize_blocks
 from tests import tiny_models
-from tests.parity.harness import GraphRunner, Tree, assert_close, plain_logits
+from tests.parity.harness import FloatProducts, GraphRunner, Literal, Tree, assert_close, plain_logits
 
 COLUMNS = BlockQuantization(8, None)
 
@@ -138,22 +138,4 @@ def test_the_standard_form_is_standard(w8a8: Callable) -> None:
     assert {node.domain for node in ir.load(paths["standard"]).graph} == {""}
     prompt = [int(t) for t in np.random.default_rng(0).integers(3, tiny_models.VOCAB, 24)]
     literal = Literal(paths["standard"], batch=1).step([Tree.chain(prompt)])[0]
-    assert_close(Wide(paths["standard"], batch=1).step([Tree.chain(prompt)])[0], literal)
-
-
-class Wide(GraphRunner):
-    """With float32 arithmetic of quantized products."""
-
-    def options(self) -> ort.SessionOptions:
-        options = super().options()
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        return options
-
-
-class Literal(GraphRunner):
-    """Runs the graph as it is written."""
-
-    def options(self) -> ort.SessionOptions:
-        options = super().options()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return options
+    assert_close(FloatProducts(paths["standard"], batch=1).step([Tree.chain(prompt)])[0], literal)

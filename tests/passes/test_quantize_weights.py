@@ -19,7 +19,7 @@ from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights, quantize_blocks
 from dspark_runtime.errors import ExportError
 from tests import tiny_models
-from tests.parity.harness import GraphRunner, Tree, assert_close, plain_logits
+from tests.parity.harness import FloatProducts, Literal, Tree, assert_close, plain_logits
 
 
 def restored(parts: dict[str, np.ndarray], block: int) -> np.ndarray:
@@ -71,29 +71,11 @@ def quantized(traced: Callable, tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-class Fused(GraphRunner):
-    """Runs the quantized kernel with float32 arithmetic (its default rounds the activations to 8 bits)."""
-
-    def options(self) -> ort.SessionOptions:
-        options = super().options()
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        return options
-
-
-class Literal(GraphRunner):
-    """Runs the graph as it is written: dequantize, then multiply, in float32."""
-
-    def options(self) -> ort.SessionOptions:
-        options = super().options()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return options
-
-
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_fused_kernels_compute_what_the_graph_says(weights: str, traced: Callable, quantized: Callable) -> None:
     path = quantized(weights)
     prompt = [int(t) for t in np.random.default_rng(0).integers(3, tiny_models.VOCAB, 24)]
-    fused = Fused(path, batch=1).step([Tree.chain(prompt)])[0]
+    fused = FloatProducts(path, batch=1).step([Tree.chain(prompt)])[0]
     literal = Literal(path, batch=1).step([Tree.chain(prompt)])[0]
     assert_close(fused, literal)
     assert_close(Literal(path.with_name("standard.onnx"), batch=1).step([Tree.chain(prompt)])[0], literal)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dspark_runtime import Bundle
+from tests.real_model.conftest import DRAFTER
 
-FOLDER = Path(__file__).parents[2] / "samples" / "quickstart" / "drafter"
 PROMPTS = [
     "Tom has 12 pencils. He gives 3 to each of his 2 sisters and buys 5 more. How many pencils does he have now?",
     "Write a Python function that returns the largest even number of a list.",
@@ -22,11 +21,11 @@ CHAIN_FLOOR, TREE_FLOOR = 1.8, 2.3
 
 
 def test_size_and_card() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 24 * 10**6
-    card, facts = (FOLDER / "README.md").read_text(), json.loads((FOLDER / "training.json").read_text())
+    assert sum(path.stat().st_size for path in DRAFTER.iterdir()) < 24 * 10**6
+    card, facts = (DRAFTER / "README.md").read_text(), json.loads((DRAFTER / "training.json").read_text())
     for said in ("license: apache-2.0", "SmolLM2-135M-Instruct", f"**{facts['accepted_length']:.2f}**", "responses"):
         assert said in card
-    assert (FOLDER / "curves.png").is_file()
+    assert (DRAFTER / "curves.png").is_file()
 
 
 @pytest.mark.parametrize("mode", ["dspark", "ngram+dspark", "auto"])
@@ -53,5 +52,5 @@ def test_it_is_accepted(drafted: Bundle, options: dict[str, int], floor: float) 
 def test_its_confidences_mean_what_they_say(drafted: Bundle) -> None:
     block = next(entry.block for entry in drafted.manifest.drafters if entry.block)
     assert block.confidence_temperatures is not None and np.all(np.array(block.confidence_temperatures) > 0)
-    facts = json.loads((FOLDER / "training.json").read_text())
+    facts = json.loads((DRAFTER / "training.json").read_text())
     assert facts["calibration_error"][1] < 0.03 and facts["calibration_error"][1] <= facts["calibration_error"][0]

@@ -102,7 +102,7 @@ class HostBackend:
 
     def _forms(self, batched: bool) -> tuple[Variant, ...]:
         """The CPU's own forms; where float32 products are wanted and those are of integers, the standard one."""
-        wide = self._options.accuracy_level == FLOAT_PRODUCTS and self._files.manifest.precision.weights == "w8a8"
+        wide = self._options.accuracy_level == FLOAT_PRODUCTS and self._files.manifest.precision.integer_products
         return () if wide else _VARIANTS[batched]
 
 
