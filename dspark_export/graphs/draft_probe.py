@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from dspark_export.graphs.decoder import decoder_layers
 from dspark_export.tracing.geometry import probe
 from dspark_export.tracing.seams import CacheSeam, Pass, seamed
+from dspark_runtime.contract import CacheLayer
 from dspark_runtime.errors import ExportError
 
 PROMPTS = (
@@ -60,17 +61,18 @@ class DraftProbe:
         batch, tokens = self._ids.shape
         self._length = tokens - 1
         rows = tokens - 1 - self._first
+
+        def memory(layer: CacheLayer, dim: int) -> torch.Tensor:
+            return torch.zeros(batch, layer.kv_heads, self._length + rows, dim, dtype=self.model.dtype)
+
         empty = {
-            n: tuple(
-                torch.zeros(batch, layer.kv_heads, self._length + rows, dim, dtype=self.model.dtype)
-                for dim in (layer.key_dim, layer.value_dim)
-            )
+            n: (memory(layer, layer.key_dim), memory(layer, layer.value_dim))
             for n, layer in enumerate(probe(self.model.config))
         }
         mask = torch.ones(self._length, self._length, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
         positions = torch.arange(self._length).expand(batch, -1)
         step = Pass(mask, positions, torch.zeros(batch, dtype=torch.int64))
-        cache = CacheSeam(empty, step)  # type: ignore[arg-type]
+        cache = CacheSeam(empty, step)
         self._hidden: list[torch.Tensor] = []
         stack = decoder_layers(self.model)
 

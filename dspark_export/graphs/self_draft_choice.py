@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
@@ -122,8 +123,8 @@ class LayerCosts:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LayerCosts:
-        def size(module: object) -> int:
-            return sum(parameter.numel() for parameter in module.parameters())  # type: ignore[attr-defined]
+        def size(module: torch.nn.Module) -> int:
+            return sum(parameter.numel() for parameter in module.parameters())
 
         return cls(tuple(size(layer) for layer in decoder_layers(model)), size(model.get_output_embeddings()))
 

@@ -93,4 +93,4 @@ def _part(
     if model.confidence_head is not None:
         logits = model.confidence(rows, embedded).float()
         confidence = functional.binary_cross_entropy_with_logits(logits, agreement.clamp(0, 1), reduction="none")
-    return tuple((weights * term).sum() for term in (ce, distance, confidence, agreement))  # type: ignore[return-value]
+    return (weights * ce).sum(), (weights * distance).sum(), (weights * confidence).sum(), (weights * agreement).sum()

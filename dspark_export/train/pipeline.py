@@ -6,6 +6,7 @@ The drafter's folder appears at the end, as a whole.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -269,10 +270,13 @@ class _Run:
                 items,
                 options.max_length,
                 options.target_top,
-                lambda done, before=before: self._on_progress("features", before + done, whole, ""),  # type: ignore[misc]
+                functools.partial(self._feature_progress, before, whole),
             )
         target.release()
         return stores
+
+    def _feature_progress(self, before: int, whole: int, done: int) -> None:
+        self._on_progress("features", before + done, whole, "")
 
     def _stores(self) -> tuple[FeatureStore, FeatureStore]:
         width, top = len(self._geometry.taps) * self._geometry.hidden, self._job.options.target_top
