@@ -14,17 +14,10 @@ from transformers import PreTrainedModel
 from dspark_export.build_options import BuildOptions
 from dspark_export.checkpoints import Checkpoint
 from dspark_runtime.backends.engine import ROUNDED_ACTIVATIONS
-from dspark_runtime.bundle import (
-    GRAPH_DIR,
-    DrafterEntry,
-    GraphEntry,
-    Manifest,
-    ModelFacts,
-    Precision,
-    Variant,
-)
+from dspark_runtime.bundle import GRAPH_DIR
 from dspark_runtime.contract import CacheLayer, TensorSpec
 from dspark_runtime.errors import ExportError
+from dspark_runtime.manifest import DrafterEntry, GraphEntry, Manifest, ModelFacts, Precision, Variant
 
 _TOOLS = ("torch", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 from dspark_export.measure_drafts import measure_draft_ms
 from dspark_runtime.backends.engine import Engine, EngineOptions
 from dspark_runtime.backends.ort import OrtEngine
-from dspark_runtime.bundle import BundleFiles, RowNoise, StepCosts
+from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.costs import MEASURED_ROWS, measure_pass_ms
 from dspark_runtime.kv_cache import round_up
+from dspark_runtime.manifest import RowNoise, StepCosts
 from dspark_runtime.processors import default_threads, described_processors
 
 CONTEXT = 256

@@ -8,9 +8,10 @@ import numpy as np
 
 from dspark_runtime.backends.engine import AnyArray, EngineOptions
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
-from dspark_runtime.bundle import BundleFiles, DrafterEntry, GraphEntry
+from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.contract import ATTENTION_MASK, WRITE_INDICES
 from dspark_runtime.kv_cache import round_up
+from dspark_runtime.manifest import DrafterEntry, GraphEntry
 
 _REPEATS = 9
 _FEATURES = 2  # context rows new to the drafter in a typical round

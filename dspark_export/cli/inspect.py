@@ -12,7 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dspark_runtime.bundle import BundleFiles, GraphEntry, Manifest, RowNoise
+    from dspark_runtime.bundle import BundleFiles
+    from dspark_runtime.manifest import GraphEntry, Manifest, RowNoise
 
 
 def inspect(

@@ -12,8 +12,8 @@ from typing import get_args
 import onnx_ir as ir
 
 from dspark_export.passes.quantize_weights import MIN_ELEMENTS, BlockQuantization, QuantizeWeights
-from dspark_runtime.bundle import Weights
 from dspark_runtime.errors import ExportError, UsageError
+from dspark_runtime.manifest import Weights
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 _WORTH_NAMING = 1 << 14

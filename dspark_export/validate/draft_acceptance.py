@@ -18,7 +18,6 @@ from dspark_export.validate.references import ModelRunner
 from dspark_export.validate.tolerances import ACCEPTANCE, ACCEPTANCE_QUANTIZED, AGAINST_MODEL, largest_relative
 from dspark_runtime import Bundle
 from dspark_runtime.backends.engine import AnyArray
-from dspark_runtime.bundle import DrafterEntry
 from dspark_runtime.contract import ATTENTION_MASK, LOGIT_ROWS, WRITE_INDICES
 from dspark_runtime.draft_contract import (
     ANCHOR_IDS,
@@ -31,6 +30,7 @@ from dspark_runtime.draft_contract import (
     UNIFORMS,
 )
 from dspark_runtime.drafter_choice import DraftOptions
+from dspark_runtime.manifest import DrafterEntry
 from dspark_runtime.statistics import PositionCounts
 
 if TYPE_CHECKING:

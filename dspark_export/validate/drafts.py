@@ -23,7 +23,6 @@ from dspark_export.validate.tolerances import (
 )
 from dspark_runtime import Bundle
 from dspark_runtime.backends.engine import AnyArray
-from dspark_runtime.bundle import DrafterEntry
 from dspark_runtime.contract import GraphContract
 from dspark_runtime.draft_contract import (
     BEAM_PARENTS,
@@ -33,6 +32,7 @@ from dspark_runtime.draft_contract import (
 )
 from dspark_runtime.drafter_choice import DraftOptions
 from dspark_runtime.errors import UsageError
+from dspark_runtime.manifest import DrafterEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

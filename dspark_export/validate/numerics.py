@@ -27,8 +27,9 @@ from dspark_export.validate.tolerances import (
     relative_rms,
 )
 from dspark_runtime.backends.engine import FLOAT_PRODUCTS, AnyArray
-from dspark_runtime.bundle import BundleFiles, GraphEntry
+from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.contract import LOGITS
+from dspark_runtime.manifest import GraphEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from dspark_runtime.backends.engine import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS, Engine, EngineOptions, GraphEngine
 from dspark_runtime.backends.opening import Backend, open_backend
-from dspark_runtime.bundle import TOKENIZER_DIR, BundleFiles, Manifest
+from dspark_runtime.bundle import TOKENIZER_DIR, BundleFiles
 from dspark_runtime.chat_template import Message
 from dspark_runtime.costs import PassCosts
 from dspark_runtime.drafter_choice import DrafterChoice, DraftOptions
@@ -23,6 +23,7 @@ from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.block import DraftSampling
 from dspark_runtime.errors import UsageError
 from dspark_runtime.loop import DecodingLoop, LoopOptions
+from dspark_runtime.manifest import Manifest
 from dspark_runtime.request import Limits, Request, make_requests
 from dspark_runtime.sampling import SamplingParams
 from dspark_runtime.schedule import Schedule

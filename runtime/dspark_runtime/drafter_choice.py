@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 
 from dspark_runtime.backends.engine import GraphEngine, IntArray
-from dspark_runtime.bundle import BundleFiles, DrafterEntry
+from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.draft_contract import EXTEND, STEP
 from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.block import BlockDrafter, DraftSampling
@@ -18,6 +18,7 @@ from dspark_runtime.drafters.eagle3 import Eagle3Drafter
 from dspark_runtime.drafters.ngram import NgramDrafter
 from dspark_runtime.drafters.self_draft import SelfDrafter
 from dspark_runtime.errors import DamagedBundle, IncompatibleBundle, UsageError
+from dspark_runtime.manifest import DrafterEntry
 
 if TYPE_CHECKING:
     from dspark_runtime.backends.engine import Engine

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dspark_runtime.bundle import BundleFiles, FileEntry, Manifest, check_regular_file
+from dspark_runtime.bundle import BundleFiles, check_regular_file
 from dspark_runtime.engine_facts import EngineEntry
 from dspark_runtime.errors import (
     EngineDeviceMismatch,
@@ -28,6 +28,7 @@ from dspark_runtime.errors import (
     PlanSwapped,
     PlanTruncated,
 )
+from dspark_runtime.manifest import FileEntry, Manifest
 from dspark_runtime.plugins import LIBRARY, VERSION, how_to_build
 
 RTX_DEFAULT_TARGETS = ("8.0", "8.6", "8.9", "12.0", "12.1")

@@ -20,7 +20,7 @@ import dspark_runtime
 from dspark_export.build import Stage
 from dspark_export.cli import main as command_line
 from dspark_export.cli.validate import FAILED as VALIDATION_FAILED
-from dspark_runtime import Bundle, Chunk, Drafter, Generation, Statistics, bundle, contract, errors
+from dspark_runtime import Bundle, Chunk, Drafter, Generation, Statistics, contract, engine_facts, errors, manifest
 from dspark_runtime.statistics import DrafterCounts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,13 +125,16 @@ def test_the_exit_code_table_is_complete() -> None:
 
 def test_the_manifest_fields_are_those_of_the_models() -> None:
     described = {heading: None for heading in re.findall(r"^### `(\w+)`$", DOCS["bundle.md"], re.MULTILINE)}
-    models = {m.__name__ for m in vars(bundle).values() if isinstance(m, type) and issubclass(m, BaseModel)}
-    assert set(described) == {n for n in models if not n.startswith("_") and n != "BaseModel"} | {
-        "CacheLayer",
-        "TensorSpec",
+    models = {
+        name: model
+        for name, model in {**vars(engine_facts), **vars(manifest)}.items()
+        if isinstance(model, type) and issubclass(model, BaseModel) and not name.startswith("_")
     }
+    models |= {"CacheLayer": contract.CacheLayer, "TensorSpec": contract.TensorSpec}
+    del models["BaseModel"]
+    assert set(described) == set(models)
     for name in described:
-        model = getattr(bundle, name)
+        model = models[name]
         fields = (
             [f.name for f in dataclasses.fields(model)] if dataclasses.is_dataclass(model) else [*model.model_fields]
         )
@@ -155,7 +158,7 @@ def test_the_verify_graph_is_that_of_the_code() -> None:
 
 def test_the_variants_are_those_of_the_manifest() -> None:
     found = {code(row[0])[0] for row in rows(DOCS["graph-contract.md"], "Variants")}
-    assert found == set(get_args(bundle.Variant))
+    assert found == set(get_args(manifest.Variant))
 
 
 # Architecture

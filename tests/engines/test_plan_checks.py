@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dspark_runtime import errors
-from dspark_runtime.bundle import MANIFEST, BundleFiles, EngineEntry, Manifest
+from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.engine_check import (
     DeviceFacts,
     checked_plan,
@@ -20,6 +20,8 @@ from dspark_runtime.engine_check import (
     require_device,
     require_version,
 )
+from dspark_runtime.engine_facts import EngineEntry
+from dspark_runtime.manifest import MANIFEST, Manifest
 
 AMPERE = DeviceFacts("8.6", "NVIDIA RTX A4000", 13000)
 HOPPER = DeviceFacts("9.0", "NVIDIA H200", 13000)

@@ -30,8 +30,9 @@ from dspark_runtime import errors
 from dspark_runtime import plugins as names
 from dspark_runtime.backends.tensorrt_plan import LoadedPlan
 from dspark_runtime.backends.tensorrt_plugins import load_plugins
-from dspark_runtime.bundle import BundleFiles, EngineEntry
+from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.engine_check import DeviceFacts, require_plugins
+from dspark_runtime.engine_facts import EngineEntry
 from tests.engines.graphs import OPTIONS, Saved, save
 from tests.engines.recorded_cuda import RecordedCuda
 from tests.plugins.conftest import PLUGINS as SOURCES

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from dspark_runtime.bundle import BundleFiles, Manifest
+from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.errors import BundleError, DamagedBundle, IncompatibleBundle
+from dspark_runtime.manifest import Manifest
 
 GRAPH = b"graph bytes"
 WEIGHTS = b"weights" * 100

@@ -24,7 +24,7 @@ from dspark_runtime.backends.device_shapes import PassRanges, PassShape, largest
 from dspark_runtime.backends.device_verify import Kernels, Staging, Verifier
 from dspark_runtime.backends.engine import CacheMemory, ResidentTaps, StepBuffers, TreeCheck, TreeVerdicts
 from dspark_runtime.backends.plugin_launches import DeviceTensor
-from dspark_runtime.bundle import BundleFiles, GraphEntry
+from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.contract import (
     ATTENTION_MASK,
     HIDDEN_TAPS,
@@ -33,6 +33,7 @@ from dspark_runtime.contract import (
     present_name,
 )
 from dspark_runtime.errors import BackendError, EngineRangeExceeded
+from dspark_runtime.manifest import GraphEntry
 
 PARTS = ("key", "value")
 _GRAPHS = 512  # of one runner; beyond that passes are enqueued one by one

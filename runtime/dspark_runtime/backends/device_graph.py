@@ -19,10 +19,11 @@ from dspark_runtime.backends.device_layout import to_float32
 from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes, profile_for
 from dspark_runtime.backends.engine import AnyArray, CacheMemory, Features, FeatureStore
 from dspark_runtime.backends.host_features import HostFeatures
-from dspark_runtime.bundle import BundleFiles, GraphEntry
+from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.contract import TensorSpec, past_name, present_name
 from dspark_runtime.draft_contract import TARGET_FEATURES, TEMPERATURE
 from dspark_runtime.errors import BackendError
+from dspark_runtime.manifest import GraphEntry
 
 _DRAWN = "drawn"
 _ALIGNMENT = 256

@@ -15,10 +15,11 @@ from dspark_runtime.backends.engine import FLOAT_PRODUCTS, Engine, EngineOptions
 from dspark_runtime.backends.plugin_kernels import PluginKernels
 from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.backends.tensorrt_plan import LoadedPlan
-from dspark_runtime.bundle import BundleFiles, GraphEntry, Variant
+from dspark_runtime.bundle import BundleFiles
 from dspark_runtime.engine_check import DeviceFacts, require_device, runs_on
 from dspark_runtime.engine_facts import EngineEntry
 from dspark_runtime.errors import EngineWithoutDevice, IncompatibleBundle, UsageError
+from dspark_runtime.manifest import GraphEntry, Variant
 from dspark_runtime.plugins import FATBIN, plugin_file
 from dspark_runtime.schedule import MOST_ROWS
 

@@ -32,7 +32,6 @@ from dspark_runtime.backends.engine import (
     ResidentTaps,
     Runs,
 )
-from dspark_runtime.bundle import BlockFacts
 from dspark_runtime.contract import ATTENTION_MASK, WRITE_INDICES
 from dspark_runtime.draft_contract import (
     ANCHOR_IDS,
@@ -55,6 +54,7 @@ from dspark_runtime.drafters.beams import BeamLayout
 from dspark_runtime.drafters.own_cache import CachedDrafter, alone
 from dspark_runtime.errors import BackendError, UsageError
 from dspark_runtime.kv_cache import KvCache
+from dspark_runtime.manifest import BlockFacts
 from dspark_runtime.tree import TokenTree
 
 DraftSampling = Literal["greedy", "coupled", "rejection"]
