@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
+    from dspark_export.calibrate import Calibration
     from dspark_export.checkpoints import Checkpoint
 
 Stage = Literal["check", "load", "self-draft", "trace", "optimize", "save", "tokenizer", "measure", "compile", "commit"]
@@ -94,9 +95,8 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         stages.enter("trace")
         graphs = _trace(model, layers, taps_of(drafts))
         stages.enter("optimize")
-        for graph in graphs.values():
-            _optimize(graph, options)
-        exported = export_drafts(drafts, model, options, lambda graph: _optimize(graph, options))
+        _optimize(graphs, options, _calibrated(model, checkpoint, options))
+        exported = export_drafts(drafts, model, options, lambda graph: _optimize({"": graph}, options))
         stages.enter("save")
         facts = _facts(checkpoint, model)
         entries = _save(graphs, exported, writer.dir / GRAPH_DIR, options, layers, facts.max_positions, taps_of(drafts))
@@ -165,15 +165,35 @@ def _trace(model: PreTrainedModel, layers: Sequence[int] | None, taps: Sequence[
     return graphs
 
 
-def _optimize(graph: ir.Model, options: BuildOptions) -> None:
+def _calibrated(
+    model: PreTrainedModel, checkpoint: Checkpoint, options: BuildOptions
+) -> Callable[[ir.Model], Calibration] | None:
+    """What finds out how large activations get, from the optimized target graph; None where that is not asked for."""
+    tokenizer = checkpoint.tokenizer
+    if options.precision != "w8a8" or tokenizer is None:
+        return None
+    from dspark_export.calibrate import calibrate
+
+    return lambda graph: calibrate(model, tokenizer.backend, graph)
+
+
+def _optimize(
+    graphs: dict[str, ir.Model], options: BuildOptions, calibrated: Callable[[ir.Model], Calibration] | None = None
+) -> None:
     from dspark_export.passes import optimize
     from dspark_export.passes.precision import PrecisionSettings, apply_precision
 
     settings = PrecisionSettings(
         options.precision, options.block, head=options.quantize_head, embedding=options.embedding_too
     )
-    optimize(graph)
-    apply_precision(graph, settings)
+    for graph in graphs.values():
+        optimize(graph)
+    if calibrated is not None:
+        calibration = calibrated(graphs["target"])
+        for graph in graphs.values():
+            calibration.apply(graph)
+    for graph in graphs.values():
+        apply_precision(graph, settings)
 
 
 def _save(

@@ -143,7 +143,9 @@ def _block(
 
         chosen = read_draft_vocab(options.draft_vocab, config.vocab_size)
     vocab = config.draft_vocab_size if chosen is None else len(chosen)
-    candidates = min(CANDIDATES, vocab, options.markov_topk or vocab)
+    chain = options.precision == "w8a8"  # the only shape that is exact there, so nothing else is asked of the graph
+    beams = 0 if chain else BEAMS
+    candidates = 1 if chain else min(CANDIDATES, vocab, options.markov_topk or vocab)
     graph = export_block_drafter(
         checkpoint,
         embedding=model.get_input_embeddings().weight,
@@ -151,7 +153,7 @@ def _block(
         name=draft.name,
         dtype=options.dtype,
         candidates=candidates,
-        beams=BEAMS,
+        beams=beams,
         draft_vocabulary=chosen,
         markov_topk=options.markov_topk,
         embedding_scale=embedding_scale(model),
@@ -162,7 +164,7 @@ def _block(
         drafts=config.drafts,
         mask_token_id=config.mask_token_id,
         candidates=candidates,
-        beams=BEAMS,
+        beams=beams,
         confidence=config.confidence,
         vocab_map=None if chosen is None else f"{VOCABULARY_FOLDER}/{draft.name}.vocab.npy",
         confidence_temperatures=stored_temperatures(checkpoint.directory, config.drafts) if config.confidence else None,

@@ -2,7 +2,8 @@
 
 Context rows become keys and values and nothing else. Block rows run through the layers and see the context and all
 rows of their block. Head logits get the Markov head's correction slot by slot: it depends on the token drafted before.
-Beside the chain of drafted tokens, the likeliest texts of the block are followed from slot to slot (:class:`Beams`).
+Beside the chain of drafted tokens, the likeliest texts of the block are followed from slot to slot (:class:`Beams`)
+where trees are wanted.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ class BlockModule(torch.nn.Module):
         head: [draft vocab, hidden]: the target's, shared, or chosen rows of it.
         target_ids: int64 [draft vocab], None where draft ids are the target's.
         candidates: likeliest tokens returned per slot, and per text that is followed.
-        beams: texts of the block that are followed from slot to slot.
+        beams: texts of the block that are followed from slot to slot; 0: there is only the chain.
         markov_topk: the Markov head corrects so many candidates per slot, others cannot be drafted; None for all.
         embedding_scale: what embeddings are multiplied with.
     """
 
     mask_id: torch.Tensor
-    forbidden: torch.Tensor
+    forbidden: torch.Tensor | None
     target_ids: torch.Tensor | None
 
     def __init__(
@@ -69,7 +70,8 @@ class BlockModule(torch.nn.Module):
         mask_id = torch.full((1,), config.mask_token_id)
         self.register_buffer("mask_id", mask_id)
         ids = torch.arange(len(head)) if target_ids is None else target_ids
-        self.register_buffer("forbidden", torch.where(ids == mask_id, float("-inf"), 0.0).to(torch.float32))
+        never = torch.where(ids == mask_id, float("-inf"), 0.0).to(torch.float32)
+        self.register_buffer("forbidden", never if never.any() else None)
         self.register_buffer("target_ids", None if target_ids is None else target_ids[:, None])
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -108,7 +110,7 @@ class BlockModule(torch.nn.Module):
         logits = functional.linear(hidden, self.get_parameter(self._head)).float()
         base = softcapped(logits, config.layers.softcap)
         choice, nodes, confidences = self._draft(hidden, base, anchors, temperature, uniforms)
-        drafted = (choice.tokens, choice.probs, choice.candidates, choice.candidate_probs, *nodes)
+        drafted = (choice.tokens, choice.probs, choice.candidates, choice.candidate_probs, *(nodes or ()))
         return (*drafted, *confidences, *present, context, hidden, base, choice.corrected, *injected)
 
     def _draft(
@@ -118,52 +120,61 @@ class BlockModule(torch.nn.Module):
         anchors: torch.Tensor,
         temperature: torch.Tensor,
         uniforms: torch.Tensor,
-    ) -> tuple[Choice, BeamNodes, tuple[torch.Tensor, ...]]:
-        """What is drafted, what else is likely, and the confidences if the draft has any."""
-        draws, beams = Draws(temperature, uniforms), Beams(self._beams, self._candidates)
+    ) -> tuple[Choice, BeamNodes | None, tuple[torch.Tensor, ...]]:
+        """What is drafted, what else is likely if that is wanted, and the confidences if the draft has any."""
+        draws, beams = Draws(temperature, uniforms), Beams(self._beams, self._candidates) if self._beams else None
         if self._markov is None:
-            choice = draws.at_once(base, self.forbidden, self._candidates)
-            for logits in (base + self.forbidden).unbind(1):
-                beams.step(logits[:, None])
+            choice = draws.at_once(base, self._allowed(base), self._candidates)
+            if beams is not None:
+                for logits in self._allowed(base).unbind(1):
+                    beams.step(logits[:, None])
             return self._in_target_ids(choice), self._nodes(beams), self._confidences(hidden, [])
         prepared, state = self._markov.prepare(hidden), self._markov.start(hidden)
         few = values = outer = None
         if self._topk is not None:
-            few = torch.topk(base + self.forbidden, self._topk)[1].sort(-1)[0]  # ascending, as the vocabulary is
-            values, outer = (base + self.forbidden).gather(2, few), self._markov.outer_rows(few)
+            few = torch.topk(self._allowed(base), self._topk)[1].sort(-1)[0]  # ascending, as the vocabulary is
+            values, outer = self._allowed(base).gather(2, few), self._markov.outer_rows(few)
         slots = base.unbind(1)
         previous, markov_rows = anchors[:, None], []
         texts, states, width = previous, state, 1  # the same for every text that is followed
         for slot in range(self.config.drafts):
-            row, inner, state = self._markov(previous, prepared[slot], state)
+            row, inner, state = self._markov(previous, prepared[slot], state, slot > 0)
             markov_rows.append(row)
-            mixing = None if (shared := prepared[slot]) is None else _each(shared, width)
-            _, inners, states = self._markov(texts.reshape(-1, 1), mixing, states)
             if few is None or values is None or outer is None:
                 corrected = self._markov.corrected(slots[slot], inner)
-                index = draws.step(corrected, corrected + self.forbidden, self._candidates)
-                wide = self._markov.corrected(_each(slots[slot], width), inners)
-                ends, origins = beams.step(_by_text(wide, width) + self.forbidden)
+                previous = draws.step(corrected, self._allowed(corrected), self._candidates)
             else:
                 bias = torch.matmul(outer[:, slot], inner[..., None])[..., 0].float()
                 corrected = values[:, slot] + bias
-                index = draws.step(corrected, corrected, self._candidates)
-                index = few[:, slot].gather(1, index)
+                previous = few[:, slot].gather(1, draws.step(corrected, corrected, self._candidates))
+            if beams is None:
+                continue
+            mixing = None if (shared := prepared[slot]) is None else _each(shared, width)
+            _, inners, states = self._markov(texts.reshape(-1, 1), mixing, states, slot > 0)
+            if few is None or values is None or outer is None:
+                wide = self._markov.corrected(_each(slots[slot], width), inners)
+                texts, origins = beams.step(self._allowed(_by_text(wide, width)))
+            else:
                 biases = torch.matmul(_by_text(inners, width), outer[:, slot].transpose(1, 2)).float()
-                ends, origins = beams.step(values[:, slot, None] + biases, few[:, slot])
-            previous, texts = self._target_id(index), self._target_id(ends)
+                texts, origins = beams.step(values[:, slot, None] + biases, few[:, slot])
             if states is not None:
                 kept = origins[..., None].expand(-1, -1, states.shape[-1])
                 states = _by_text(states, width).gather(1, kept).flatten(0, 1)
-            width = ends.shape[1]
-        choice = draws.finished(self.forbidden) if few is None else draws.finished_among(few, base)
+            width = texts.shape[1]
+        choice = draws.finished(self._allowed) if few is None else draws.finished_among(few, base)
         return self._in_target_ids(choice), self._nodes(beams), self._confidences(hidden, markov_rows)
+
+    def _allowed(self, logits: torch.Tensor) -> torch.Tensor:
+        """``logits`` [..., draft vocab], -inf for what may not be drafted."""
+        return logits if self.forbidden is None else logits + self.forbidden
 
     def _target_id(self, ids: torch.Tensor) -> torch.Tensor:
         """Target's ids of draft ids of any shape."""
         return ids if self.target_ids is None else functional.embedding(ids, self.target_ids)[..., 0]
 
-    def _nodes(self, beams: Beams) -> BeamNodes:
+    def _nodes(self, beams: Beams | None) -> BeamNodes | None:
+        if beams is None:
+            return None
         nodes = beams.finished()
         return nodes._replace(tokens=self._target_id(nodes.tokens))
 
@@ -174,7 +185,8 @@ class BlockModule(torch.nn.Module):
         if self._confidence is None:
             return ()
         if self.config.confidence_with_markov:
-            hidden = torch.cat((hidden, torch.cat(markov_rows, 1)), -1)
+            rows = torch.cat(markov_rows, -1).reshape(hidden.shape[0], len(markov_rows), -1)
+            hidden = torch.cat((hidden, rows), -1)
         return (self._confidence(hidden)[..., 0].float(),)
 
     def _within(

@@ -6,6 +6,7 @@ rows and the arithmetic on them costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,9 +55,10 @@ class Draws:
 
     def step(self, corrected: torch.Tensor, allowed: torch.Tensor, candidates: int) -> torch.Tensor:
         """Index [batch, 1] chosen for the next slot from logits [batch, n]; ``allowed`` is -inf where none may be."""
-        best = torch.topk(allowed, candidates)[1]
+        best = allowed.argmax(-1, keepdim=True) if candidates == 1 else torch.topk(allowed, candidates)[1]
         spread = torch.softmax(self._of_drawn(allowed) / self._heat, -1)
-        drawn = inverse_cdf(spread, self._chances[:, len(self._indices), None])
+        slot = len(self._indices)
+        drawn = inverse_cdf(spread, self._chances[:, slot : slot + 1])
         index = best[:, :1].scatter(0, self._drawn[:, None], drawn)
         for whole, part in (
             (self._indices, index),
@@ -67,10 +69,10 @@ class Draws:
             whole.append(part)
         return index
 
-    def finished(self, forbidden: torch.Tensor) -> Choice:
-        """The choice of all steps made; ``forbidden`` [n] is -inf where nothing may be drafted, else 0."""
+    def finished(self, allowed: Callable[[torch.Tensor], torch.Tensor]) -> Choice:
+        """The choice of all steps made; ``allowed`` makes logits -inf where nothing may be drafted."""
         corrected, candidates = self._by_slot(self._corrected), self._by_slot(self._found)
-        likely = torch.softmax(corrected + forbidden, -1).gather(2, candidates)
+        likely = torch.softmax(allowed(corrected), -1).gather(2, candidates)
         return Choice(torch.cat(self._indices, 1), self._by_slot(self._spreads), candidates, likely, corrected)
 
     def finished_among(self, few: torch.Tensor, base: torch.Tensor) -> Choice:
@@ -83,9 +85,8 @@ class Draws:
         tokens = few.gather(2, torch.cat(self._indices, 1)[..., None])[..., 0]
         return Choice(tokens, probs, few.gather(2, best), likely, corrected)
 
-    def at_once(self, logits: torch.Tensor, forbidden: torch.Tensor, candidates: int) -> Choice:
-        """All slots [batch, slots, n] together, where no slot depends on the one before."""
-        allowed = logits + forbidden
+    def at_once(self, logits: torch.Tensor, allowed: torch.Tensor, candidates: int) -> Choice:
+        """All slots [batch, slots, n] together, where no slot depends on the one before; ``allowed`` as in a step."""
         best = torch.topk(allowed, candidates)[1]
         likely = torch.softmax(allowed, -1).gather(2, best)
         probs = torch.softmax(self._of_drawn(allowed) / self._heat[:, None], -1)

@@ -12,20 +12,22 @@ from dspark_export.draft_modules.layers import Weights, keep
 
 
 class MarkovStep(NamedTuple):
-    """``row`` [batch, 1, rank]: raw embedding of the token before. ``inner`` [batch, rank]: what W2 is applied to."""
+    """``row`` [batch, rank]: raw embedding of the token before. ``inner`` [batch, rank]: what W2 is applied to."""
 
     row: torch.Tensor
     inner: torch.Tensor
     state: torch.Tensor | None
 
 
+_TABLE, _DRAFTED = "markov_head.markov_w1.weight", "markov_head.markov_w1.drafted.weight"
 _MIXING = {"gated": "markov_head.gate_proj", "rnn": "markov_head.joint_proj"}
 
 
 class MarkovHead:
     """W1 (rows by target id), the mixing of a row with the slot's hidden state, and W2 (rows by draft id).
 
-    The hidden state's share of the mixing is computed for all slots at once, before the first token is known.
+    The hidden state's share of the mixing is computed for all slots at once, before the first token is known. With a
+    draft vocabulary, W1's rows of those tokens stand in a table of their own: what was drafted is looked up as it is.
     """
 
     def __init__(
@@ -35,7 +37,11 @@ class MarkovHead:
         outer = weights["markov_head.markov_w2.weight"]
         if target_ids is not None and len(outer) != len(target_ids):
             outer = outer[target_ids]
-        keep(owner, "markov_head.markov_w1.weight", weights["markov_head.markov_w1.weight"])
+        table = weights[_TABLE]
+        keep(owner, _TABLE, table)
+        self._drafted = _TABLE if target_ids is None else _DRAFTED
+        if target_ids is not None:
+            keep(owner, _DRAFTED, table[target_ids])
         keep(owner, "markov_head.markov_w2.weight", outer)
         inner = _MIXING.get(config.markov)
         if inner is not None:
@@ -61,20 +67,26 @@ class MarkovHead:
         """State before the first slot of a batch of the size of ``like``; None where the head keeps none."""
         return like.new_zeros(like.shape[0], self._rank) if self._kind == "rnn" else None
 
-    def __call__(self, previous: torch.Tensor, prepared: torch.Tensor | None, state: torch.Tensor | None) -> MarkovStep:
-        """One slot, ``previous`` int64 [batch, 1]: target ids of the tokens before."""
-        embedded = functional.embedding(previous, self._owner.get_parameter("markov_head.markov_w1.weight"))
-        row = embedded.flatten(1)
+    def __call__(
+        self,
+        previous: torch.Tensor,
+        prepared: torch.Tensor | None,
+        state: torch.Tensor | None,
+        drafted: bool = False,
+    ) -> MarkovStep:
+        """One slot, ``previous`` int64 [batch, 1]: the tokens before, draft ids if they were ``drafted``, else those of
+        the target."""
+        row = functional.embedding(previous, self._owner.get_parameter(self._drafted if drafted else _TABLE)).flatten(1)
         if prepared is None:
-            return MarkovStep(embedded, row, None)
+            return MarkovStep(row, row, None)
         inner = _MIXING[self._kind]
         weight = self._owner.get_parameter(f"{inner}.recurrent.weight")
         if state is None:
-            return MarkovStep(embedded, torch.sigmoid(prepared + functional.linear(row, weight)) * row, None)
+            return MarkovStep(row, torch.sigmoid(prepared + functional.linear(row, weight)) * row, None)
         mixed = prepared + functional.linear(torch.cat((state, row), -1), weight)
         gate, new, out = mixed.chunk(3, -1)
         gate = torch.sigmoid(gate)
-        return MarkovStep(embedded, torch.tanh(out), gate * state + (1 - gate) * torch.tanh(new))
+        return MarkovStep(row, torch.tanh(out), gate * state + (1 - gate) * torch.tanh(new))
 
     def corrected(self, base: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
         """Logits ``base`` float32 [batch, draft vocab] of a slot with the correction added."""

@@ -50,7 +50,7 @@ def export_block_drafter(
         name: of the graph.
         dtype: what it computes in, ``float32``, ``float16`` or ``bfloat16``.
         candidates: likeliest tokens returned per slot, and per text that is followed.
-        beams: texts of the block that are followed from slot to slot, at most ``candidates``.
+        beams: texts of the block that are followed from slot to slot, at most ``candidates``; 0 for the chain alone.
         draft_vocabulary: int64, ascending: the target's ids that may be drafted; None for all.
         markov_topk: candidates per slot the Markov head corrects, the only tokens that can be drafted then; None for
             all. Without effect on a draft that has no Markov head.
@@ -121,7 +121,7 @@ def block_module(
         drafts=config.drafts,
         draft_vocab=len(head),
         candidates=candidates,
-        nodes=node_count(config.drafts, beams, candidates),
+        nodes=node_count(config.drafts, beams, candidates) if beams else 0,
         confidence=config.confidence,
     )
     return module, replace(contract, outputs=(*contract.outputs, *inner_outputs(config, dtype, len(head))))

@@ -8,6 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 STANDARD_DOMAIN = ""
+RANGES = "dspark.activation_ranges"
+"""Metadata of a graph: JSON of the magnitudes that products' activations are rounded with, by the product's weight."""
+SMOOTHED = "dspark.smoothed_norms"
+"""Metadata of a graph: JSON list of the gains whose channels were smoothed."""
 
 
 def producer(value: ir.Value | None, *op_types: str, domain: str = STANDARD_DOMAIN) -> ir.Node | None:

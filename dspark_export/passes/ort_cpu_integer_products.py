@@ -5,12 +5,17 @@ by its own largest magnitude, the product is of integers, and both scales are ap
 
     s = max(|x|) over the row;   x W  ~  (round(127 x / s) Wq) * (scale / 127) * s
 
+Where the graph says how large the rows in front of a product get (:data:`dspark_export.passes.match.RANGES`), that is s
+for all of them, and part of the weight's scale; larger numbers are cut to it.
+
 Integers add up to the same whatever the order: a row's product does not depend on how many rows are with it. Weights
 keep to 63 steps (see quantize_weights), so that pairs of products fit the 16 bits in which processors without VNNI add
 them. A row of zeros, which has no largest magnitude to divide by, becomes any integers times a scale of 0.
 """
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import onnx_ir as ir
@@ -29,7 +34,8 @@ class OrtCpuIntegerProducts(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return the same model and whether a product was rewritten."""
         self._graph = model.graph
-        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._ranges: dict[str, float] = json.loads(model.metadata_props.get(match.RANGES, "{}"))
+        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value | float]] = {}
         count = sum(self._rewrite(node) for node in list(model.graph) if node.op_type == "MatMul")
         if count:
             model.opset_imports[DOMAIN] = 1
@@ -41,28 +47,34 @@ class OrtCpuIntegerProducts(ir.passes.InPlacePass):
         if x is None or found is None:
             return False
         weight, scale = found
-        rounded, largest = self._round(x, product)
+        rounded, largest = self._round(x, product, self._ranges.get(str(weight.name).removesuffix(".weight_q")))
         one, middle, zero = (self._constant(scalar) for scalar in (_ONE, _MIDDLE, _NONE))
         name = product.name or product.outputs[0].name or "product"
         integers = ir.node(
             "MatMulIntegerToFloat",
-            [rounded, weight, one, self._scale(scale), middle, zero],
+            [rounded, weight, one, self._scale(scale, largest), middle, zero],
             domain=DOMAIN,
             num_outputs=1,
             name=f"{name}/integers",
         )
-        scaled = ir.node("Mul", [integers.outputs[0], largest], num_outputs=1, name=f"{name}/scaled")
+        nodes = [integers]
+        if isinstance(largest, ir.Value):
+            nodes.append(ir.node("Mul", [integers.outputs[0], largest], num_outputs=1, name=f"{name}/scaled"))
         out = product.outputs[0]
-        for node in (integers, scaled):
+        for node in nodes:
             node.outputs[0].shape, node.outputs[0].type = out.shape, out.type
-        match.insert_before(product, [integers, scaled])
-        match.replace_value(out, scaled.outputs[0])
+        match.insert_before(product, nodes)
+        match.replace_value(out, nodes[-1].outputs[0])
         return True
 
-    def _round(self, x: ir.Value, reader: ir.Node) -> tuple[ir.Value, ir.Value]:
-        """``x`` as unsigned 8-bit numbers around 128, and its rows' largest magnitudes; once for all that read it."""
-        if x in self._rounded:
-            return self._rounded[x]
+    def _round(self, x: ir.Value, reader: ir.Node, size: float | None) -> tuple[ir.Value, ir.Value | float]:
+        """``x`` as unsigned 8-bit numbers around 128, and its rows' largest magnitudes or the ``size`` of all of them;
+        once for all that read it."""
+        if x not in self._rounded:
+            self._rounded[x] = self._by_row(x, reader) if size is None else (self._integers(x, size, x, reader), size)
+        return self._rounded[x]
+
+    def _by_row(self, x: ir.Value, reader: ir.Node) -> tuple[ir.Value, ir.Value]:
         name = f"{x.name}/rounded"
         magnitudes = ir.node("Abs", [x], num_outputs=1, name=f"{name}/Abs")
         largest = ir.node(
@@ -73,31 +85,36 @@ class OrtCpuIntegerProducts(ir.passes.InPlacePass):
             name=f"{name}/ReduceMax",
         )
         shares = ir.node("Div", [x, largest.outputs[0]], num_outputs=1, name=f"{name}/Div")
-        integers = ir.node(
-            "QuantizeLinear",
-            [shares.outputs[0], self._constant(np.float32(1 / STEPS)), self._constant(_MIDDLE)],
-            num_outputs=1,
-            name=f"{name}/QuantizeLinear",
-        )
-        nodes = [magnitudes, largest, shares, integers]
+        nodes = [magnitudes, largest, shares]
         for node in nodes:
             node.outputs[0].shape, node.outputs[0].type = x.shape, x.type
         largest.outputs[0].shape = None if x.shape is None else ir.Shape([*list(x.shape)[:-1], 1])
-        integers.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
         match.insert_before(reader, nodes)
-        self._rounded[x] = integers.outputs[0], largest.outputs[0]
-        return self._rounded[x]
+        return self._integers(shares.outputs[0], 1.0, x, reader), largest.outputs[0]
 
-    def _scale(self, scale: ir.Value) -> ir.Value:
-        """Scales of weights, over the steps of activations."""
+    def _integers(self, numbers: ir.Value, size: float, x: ir.Value, reader: ir.Node) -> ir.Value:
+        """``numbers`` in steps of which ``size`` has 127."""
+        node = ir.node(
+            "QuantizeLinear",
+            [numbers, self._constant(np.float32(size / STEPS)), self._constant(_MIDDLE)],
+            num_outputs=1,
+            name=f"{x.name}/rounded/QuantizeLinear",
+        )
+        node.outputs[0].shape, node.outputs[0].type = x.shape, ir.TensorType(ir.DataType.UINT8)
+        match.insert_before(reader, [node])
+        return node.outputs[0]
+
+    def _scale(self, scale: ir.Value, largest: ir.Value | float) -> ir.Value:
+        """Scales of weights, times the step of activations as far as it is known."""
         tensor = scale.const_value
         assert tensor is not None
+        step = np.float32((1.0 if isinstance(largest, ir.Value) else largest) / STEPS)
         name = f"{scale.name}.of_{STEPS}"
 
-        def divided() -> ir.Tensor[np.ndarray]:
-            return ir.Tensor(tensor.numpy().astype(np.float32) / np.float32(STEPS), name=name)
+        def multiplied() -> ir.Tensor[np.ndarray]:
+            return ir.Tensor(tensor.numpy().astype(np.float32) * step, name=name)
 
-        lazy = ir.LazyTensor(divided, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape), name=name)
+        lazy = ir.LazyTensor(multiplied, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape), name=name)
         return match.add_initializer(self._graph, name, lazy)
 
     def _constant(self, scalar: np.generic) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Pack projections of a layer that read the same activations (query, key and value) into one matrix product.
+"""Pack projections that read the same activations (query, key and value; gate and up) into one matrix product.
 
 Small products read the same activations; one product with the weights side by side and a ``Split`` behind it
 does the same work in one launch. The packed weight is concatenated when it is written, never held beside its parts.
@@ -17,7 +17,7 @@ GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 class PackProjections(ir.passes.InPlacePass):
     """Packs the named ``groups`` of projections of every layer where all members read the same value."""
 
-    def __init__(self, groups: tuple[str, ...] = ("qkv_proj",)) -> None:
+    def __init__(self, groups: tuple[str, ...] = ("qkv_proj", "gate_up_proj")) -> None:
         super().__init__()
         self._groups = groups
 

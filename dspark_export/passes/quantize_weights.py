@@ -8,6 +8,7 @@ blocks (which it does not write in this form) by the same rule with 8 bits: symm
 Without blocks, each output has one scale, max |w| / 63: what integer products need (see ort_cpu_integer_products).
 
 The embedding table becomes 8-bit rows: gathered first and dequantized after, so that only the rows of a pass are read.
+Tables whose rows are no wider than a block stay as they are: three nodes to look one up would take longer than one.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
             return
         tensor, block = table.const_value, self.settings.block_size or TABLE_BLOCK
         width = int(tensor.shape[1])
-        if tensor.size < MIN_ELEMENTS or width % block or not tensor.dtype.is_floating_point():
+        if tensor.size < MIN_ELEMENTS or width <= block or width % block or not tensor.dtype.is_floating_point():
             return
         blocks = _LazyBlocks(tensor, True, BlockQuantization(8, block))
         rows = {k: _transposed_rows(v) for k, v in blocks.tensors(f"{table.name}.rows").items()}

@@ -132,7 +132,7 @@ def _modules(
     made = block_module(
         checkpoint,
         candidates=entry.block.candidates,
-        beams=entry.block.beams or 1,
+        beams=entry.block.beams,
         draft_vocabulary=None if checkpoint.target_ids is not None else ids,
         **shared,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from dspark_export.passes.match import SMOOTHED
 from dspark_export.passes.pack_projections import GROUPS
 
 if TYPE_CHECKING:
@@ -64,8 +66,15 @@ def dequantized(weights: Tensor, scale: Tensor, zero: Tensor | None, axis: int, 
 
 @torch.no_grad()
 def put_into(model: PreTrainedModel, graph: ir.Model) -> list[str]:
-    """Replace weights of ``model``, which is in float32, by those of ``graph``; returns names it has no weight for."""
+    """Replace weights of ``model``, which is in float32, by those of ``graph``; returns names it has no weight for.
+
+    So are the gains of the norms whose channels were smoothed: the weights behind them have taken over their size.
+    """
     products, tables = quantized_weights(graph)
+    for gain in json.loads(graph.metadata_props.get(SMOOTHED, "[]")):
+        value, module = graph.graph.initializers.get(gain), _module(model, gain)
+        if module is not None and value is not None and value.const_value is not None:
+            module.weight.copy_(torch.from_numpy(value.const_value.numpy()))
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is table.weight:
         head.weight = torch.nn.Parameter(table.weight.detach().clone(), requires_grad=False)

@@ -31,6 +31,9 @@ class Rebuilt:
     @cached_property
     def graphs(self) -> dict[str, ir.Model]:
         """Standard graphs by name, weights as the bundle should store them."""
+        import onnx_ir as ir
+
+        from dspark_export.calibrate import stored_calibration
         from dspark_export.graphs.decoder import DecoderTrace
         from dspark_export.graphs.self_draft import export_self_draft
         from dspark_export.graphs.target import export_target
@@ -45,8 +48,12 @@ class Rebuilt:
         settings = PrecisionSettings(
             stored.weights, stored.block_size or 32, head=stored.head, embedding=stored.embedding
         )
-        for name, graph in graphs.items():
+        for graph in graphs.values():
             optimize(graph)
+        calibration = stored_calibration(ir.load(self._files.path(self._files.graph("target").file)), graphs["target"])
+        for name, graph in graphs.items():
+            if calibration is not None:
+                calibration.apply(graph)
             if name == "target":
                 self._plain = tensors(graph)
             apply_precision(graph, settings)

@@ -83,7 +83,8 @@ def block_contract(
     temperature is above 0, in order; ``candidate_probs`` those of the most likely tokens of each slot at temperature
     1, in falling order, after the drafted tokens before it. ``beam_tokens`` (ids of the target's vocabulary),
     ``beam_probs`` (at temperature 1, given the tokens above) and ``beam_parents`` (place of the node above, before its
-    children; -1 for the anchor) are a tree of likely texts, slot by slot; siblings stand in falling order.
+    children; -1 for the anchor) are a tree of likely texts, slot by slot; siblings stand in falling order. With no
+    ``nodes`` there are none of these three.
     """
     past, present = _cache(cache, dtype)
     inputs = (
@@ -102,10 +103,13 @@ def block_contract(
         TensorSpec(DRAFT_PROBS, "float32", ("drawn", drafts, draft_vocab)),
         TensorSpec(CANDIDATE_TOKENS, "int64", ("batch", drafts, candidates)),
         TensorSpec(CANDIDATE_PROBS, "float32", ("batch", drafts, candidates)),
-        TensorSpec(BEAM_TOKENS, "int64", ("batch", nodes)),
-        TensorSpec(BEAM_PROBS, "float32", ("batch", nodes)),
-        TensorSpec(BEAM_PARENTS, "int64", ("batch", nodes)),
     ]
+    if nodes:
+        outputs += [
+            TensorSpec(BEAM_TOKENS, "int64", ("batch", nodes)),
+            TensorSpec(BEAM_PROBS, "float32", ("batch", nodes)),
+            TensorSpec(BEAM_PARENTS, "int64", ("batch", nodes)),
+        ]
     if confidence:
         outputs.append(TensorSpec(CONFIDENCE_LOGITS, "float32", ("batch", drafts)))
     return GraphContract(name, inputs, (*outputs, *present))

@@ -77,7 +77,7 @@ def test_shapes_that_do_not_fit_are_named(broken: Callable[..., Saved]) -> None:
         products = [node for node in graph.node if node.op_type == "MatMul"]
         wide = next(n for n in products if n.input[1].endswith("mlp.down_proj.weight"))
         wide.name = "swapped_product"
-        wide.input[1] = next(n.input[1] for n in products if n.input[1].endswith("mlp.gate_proj.weight"))
+        wide.input[1] = next(n.input[1] for n in products if n.input[1].endswith("mlp.gate_up_proj.weight"))
 
     with pytest.raises(errors.EngineBuildError, match=r"swapped_product \(MatMul, tensor \w+\) of graph target"):
         broken(edit).compile("target")

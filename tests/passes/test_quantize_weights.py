@@ -91,7 +91,7 @@ def test_onnxruntime_runs_its_quantized_kernel(weights: str, quantized: Callable
     options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     kernels = [n.op_type for n in ir.load(tmp_path / "loaded.onnx").graph]
-    assert kernels.count("MatMulNBits") == LAYERS * 5 + 1 and "MatMul" not in kernels
+    assert kernels.count("MatMulNBits") == LAYERS * 4 + 1 and "MatMul" not in kernels
 
 
 @pytest.mark.parametrize("head", [True, False])

@@ -90,7 +90,7 @@ def reference(kind: str, case: dict[str, Array], tokens: Array) -> Reference:
     if "confidence" in case:
         read = hidden
         if len(case["confidence"]) > hidden.shape[-1]:
-            embedded = torch.cat(rows, 1) if rows else _tensor(case["w1"])[previous]
+            embedded = torch.stack(rows, 1) if rows else _tensor(case["w1"])[previous]
             read = torch.cat((hidden, embedded), -1)
         confidences = (read @ _tensor(case["confidence"]) + _tensor(case["confidence_bias"])).numpy()
     return Reference(logits.numpy(), probs.numpy(), confidences)

@@ -109,6 +109,6 @@ def test_a_slot_written_one_off(damaged: Path, validated: Validated) -> None:
 
 def test_a_quantized_layer_saturated(healthy: Healthy, validated: Validated, tmp_path: Path) -> None:
     bundle = copied(healthy.int8, tmp_path / "int8.damaged")
-    name = "model.layers.2.mlp.up_proj.weight.weight_q"
+    name = "model.layers.2.mlp.gate_up_proj.weight.weight_q"
     scale_weight(bundle, "target", name, lambda weights: np.clip(weights.astype(np.int16) * 4, -127, 127))
     assert failure(validated(bundle), "numerics.weights").where == name

@@ -6,7 +6,7 @@ has no features yet and stands in the block, at its true position.
 
 Where tokens follow from the text alone, the draft is a tree of the block's likely texts, which the graph follows from
 slot to slot. Where they are drawn at random (or the graph gives a chain only), it is a chain, beside which the
-likeliest alternatives of each slot go as leaves, unless rejection sampling verifies it.
+likeliest alternatives of each slot go as leaves if the graph has them, unless rejection sampling verifies it.
 Class of a row: (kind of estimate, bucket of it). The estimate is the draft's own probability, on the main chain of a
 drafter with a confidence head its geometric mean with the confidence, which tells right from wrong better than either;
 on a chain of drawn tokens the confidence alone.
@@ -253,6 +253,8 @@ class BlockDrafter(CachedDrafter):
             return self._likely_texts(request, found, keep, confidences, self._layout)
         estimates = confidences or chosen[:, 0].tolist()
         kind = "confidence" if confidences else "probability"
+        if confidences and not drawn:
+            kind, estimates = "confident", np.sqrt(np.multiply(confidences, chosen[: len(confidences), 0])).tolist()
         branches = 2 if self._branches is None else self._branches
         tree, classes = _tree(
             request.tokens[-1], tokens[:keep], [(kind, bucket(e)) for e in estimates[:keep]],
