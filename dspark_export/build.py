@@ -189,9 +189,7 @@ def _optimize(
     for graph in graphs.values():
         optimize(graph)
     if calibrated is not None:
-        calibration = calibrated(graphs["target"])
-        for graph in graphs.values():
-            calibration.apply(graph)
+        calibrated(graphs["target"]).apply(graphs)
     for graph in graphs.values():
         apply_precision(graph, settings)
 

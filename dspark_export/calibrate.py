@@ -3,8 +3,8 @@
 Two things follow from it. Channels of norms that only products read are brought to a like size, by powers of two that
 the weights take over (:mod:`dspark_export.passes.smooth_norms`). And where all rows in front of a product are of a like
 size, they are rounded on one scale, known when the graph is made, instead of each on a scale of its own: the largest
-magnitude of a row, but for one row in a hundred, is the last step; what is larger is cut. That saves three small
-operators, and one more for each product.
+magnitude of all is the last step; what is ever larger is cut. That saves three small operators, and one more for each
+product. A self-draft's rows are of another size, for lack of the layers it leaves out: they keep their own scales.
 
 Both are stored where they act: exponents in gains and weights, ranges with the graph (:data:`RANGES`).
 """
@@ -35,7 +35,6 @@ _PROMPTS_OF_A_SET, _TOKENS = 8, 128
 _SHARE = 0.6
 """How much of a channel's size the weights take over: activations**share / weights**(1 - share) in SmoothQuant. A bit
 more than half, since the activations have the coarser scale."""
-_UNCUT = 0.99
 _WORST = 0.003
 """Square error of rounding, relative to the square of a row, up to which all rows share one scale. In SmolLM2-135M
 norms stay below 0.0017 and attention's outputs mostly below this; what down projections read, with few rows a hundred
@@ -52,11 +51,12 @@ class Calibration:
     exponents: Mapping[str, np.ndarray]
     ranges: Mapping[str, float]
 
-    def apply(self, graph: ir.Model) -> None:
-        """Smooth the norms of ``graph`` and note its ranges, in place."""
-        SmoothNorms(self.exponents)(graph)
-        graph.metadata_props[SMOOTHED] = json.dumps(sorted(self.exponents))
-        graph.metadata_props[RANGES] = json.dumps(dict(self.ranges), sort_keys=True)
+    def apply(self, graphs: Mapping[str, ir.Model]) -> None:
+        """Smooth the norms of a model's graphs, in place, and note the ranges with its ``target``."""
+        for name, graph in graphs.items():
+            SmoothNorms(self.exponents)(graph)
+            graph.metadata_props[SMOOTHED] = json.dumps(sorted(self.exponents))
+            graph.metadata_props[RANGES] = json.dumps(dict(self.ranges) if name == "target" else {}, sort_keys=True)
 
 
 def calibrate(model: PreTrainedModel, tokenizer: Tokenizer, graph: ir.Model) -> Calibration:
@@ -109,7 +109,7 @@ def shared_range(largest: np.ndarray, squares: np.ndarray) -> float | None:
     """
     if not np.isfinite(largest).all() or not np.isfinite(squares).all():
         return None
-    size = float(np.quantile(largest, _UNCUT))
+    size = float(largest.max())
     if size <= 0:
         return None
     there = squares > 0

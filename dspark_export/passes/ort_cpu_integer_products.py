@@ -108,8 +108,9 @@ class OrtCpuIntegerProducts(ir.passes.InPlacePass):
         """Scales of weights, times the step of activations as far as it is known."""
         tensor = scale.const_value
         assert tensor is not None
-        step = np.float32((1.0 if isinstance(largest, ir.Value) else largest) / STEPS)
-        name = f"{scale.name}.of_{STEPS}"
+        known = not isinstance(largest, ir.Value)
+        step = np.float32((largest if known else 1.0) / STEPS)
+        name = f"{scale.name}.{'ranged' if known else 'of'}_{STEPS}"
 
         def multiplied() -> ir.Tensor[np.ndarray]:
             return ir.Tensor(tensor.numpy().astype(np.float32) * step, name=name)

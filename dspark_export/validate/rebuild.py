@@ -51,11 +51,10 @@ class Rebuilt:
         for graph in graphs.values():
             optimize(graph)
         calibration = stored_calibration(ir.load(self._files.path(self._files.graph("target").file)), graphs["target"])
-        for name, graph in graphs.items():
-            if calibration is not None:
-                calibration.apply(graph)
-            if name == "target":
-                self._plain = tensors(graph)
+        if calibration is not None:
+            calibration.apply(graphs)
+        self._plain = tensors(graphs["target"])
+        for graph in graphs.values():
             apply_precision(graph, settings)
         return graphs
 

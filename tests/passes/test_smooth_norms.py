@@ -87,19 +87,17 @@ def test_exponents_follow_the_size_of_channels(count: int, seed: int, spread: fl
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(100, 300), width=st.integers(8, 64), seed=st.integers(0, 2**32 - 1), spread=st.floats(0, 3))
 def test_one_scale_where_it_costs_little(rows: int, width: int, seed: int, spread: float) -> None:
-    """A range is given exactly where rounding with it is about as good as promised, and it is exceeded by few rows."""
+    """A range is given where rounding with it is about as good as promised, and only there."""
     random = np.random.default_rng(seed)
     x = random.standard_normal((rows, width)) * np.exp(spread * random.standard_normal((rows, 1)))
     largest, squares = np.abs(x).max(1), np.square(x).mean(1)
     size = shared_range(largest, squares)
-    last = np.quantile(largest, 0.99)
-    step = last / 127
-    uncut = largest <= last
-    error = np.square(np.rint(x / step) * step - x)[uncut].mean(1) / squares[uncut]
+    step = largest.max() / 127
+    error = np.square(np.rint(x / step) * step - x).mean(1) / squares
     if size is None:
         assert error.mean() > 0.001
     else:
-        assert size == last and (largest > size).mean() <= 0.01 + 1 / rows and error.mean() < 0.006
+        assert size == largest.max() and error.mean() < 0.006
 
 
 def test_no_scale_for_rows_that_are_nothing_or_not_finite() -> None:
@@ -117,7 +115,7 @@ def test_fewer_operators_and_nearly_the_same_logits(traced: Callable, tmp_path: 
     graphs = {}
     for name, chosen in (("by row", Calibration({}, {})), ("calibrated", calibration)):
         standard = optimized(traced, "llama")
-        chosen.apply(standard)
+        chosen.apply({"target": standard})
         apply_precision(standard, PrecisionSettings("w8a8"))
         graphs |= {f"{name} standard": standard, name: passes.for_ort_cpu(standard, tiny_models.MAX_POSITIONS)}
     kinds = {name: Counter(node.op_type for node in graph.graph) for name, graph in graphs.items()}
@@ -134,7 +132,7 @@ def test_fewer_operators_and_nearly_the_same_logits(traced: Callable, tmp_path: 
 def test_rows_do_not_depend_on_each_other(traced: Callable, tmp_path: Path) -> None:
     model, _ = traced("llama")
     standard = optimized(traced, "llama")
-    calibrate(model, tiny_models.tokenizer().backend_tokenizer, standard).apply(standard)
+    calibrate(model, tiny_models.tokenizer().backend_tokenizer, standard).apply({"target": standard})
     apply_precision(standard, PrecisionSettings("w8a8"))
     path = save_graphs({"cpu": passes.for_ort_cpu(standard, tiny_models.MAX_POSITIONS)}, tmp_path)["cpu"]
     whole = GraphRunner(path, batch=1).step([Tree.chain(PROMPT)])[0]
@@ -146,7 +144,7 @@ def test_a_stored_calibration_is_found_again(traced: Callable, tmp_path: Path) -
     model, _ = traced("qwen3")
     calibration = calibrate(model, tiny_models.tokenizer().backend_tokenizer, optimized(traced, "qwen3"))
     standard = optimized(traced, "qwen3")
-    calibration.apply(standard)
+    calibration.apply({"target": standard})
     apply_precision(standard, PrecisionSettings("w8a8"))
     stored = ir.load(save_graphs({"target": standard}, tmp_path)["target"])
     found = stored_calibration(stored, optimized(traced, "qwen3"))
@@ -163,7 +161,7 @@ def test_a_damaged_gain_is_no_calibration(factor: float, traced: Callable) -> No
     """Either the gain differs from what its own exponent gives, or the weights do not belong to the exponent."""
     model, _ = traced("llama")
     stored = optimized(traced, "llama")
-    calibrate(model, tiny_models.tokenizer().backend_tokenizer, stored).apply(stored)
+    calibrate(model, tiny_models.tokenizer().backend_tokenizer, stored).apply({"target": stored})
     gain, weight = ATTENTION.format(1), "model.layers.1.self_attn.qkv_proj.weight"
     value = stored.graph.initializers[gain]
     damaged = value.const_value.numpy().copy()
@@ -172,9 +170,19 @@ def test_a_damaged_gain_is_no_calibration(factor: float, traced: Callable) -> No
     fresh = optimized(traced, "llama")
     found = stored_calibration(stored, fresh)
     assert found is not None
-    found.apply(fresh)
+    found.apply({"target": fresh})
     pairs = [
         [graph.graph.initializers[name].const_value.numpy() for graph in (stored, fresh)] for name in (gain, weight)
     ]
     same = [np.array_equal(*pair) for pair in pairs]
     assert same == ([False, True] if factor == 1.25 else [True, False])
+
+
+def test_a_self_draft_is_smoothed_and_keeps_its_own_scales(traced: Callable) -> None:
+    """It shares the weights, but not the size of activations: layers in between are left out."""
+    model, _ = traced("llama")
+    graphs = {name: optimized(traced, "llama") for name in ("target", "self_draft")}
+    calibrate(model, tiny_models.tokenizer().backend_tokenizer, graphs["target"]).apply(graphs)
+    gains = [graph.graph.initializers[ATTENTION.format(1)].const_value.numpy() for graph in graphs.values()]
+    np.testing.assert_array_equal(*gains)
+    assert graphs["self_draft"].metadata_props[RANGES] == "{}" != graphs["target"].metadata_props[RANGES]
