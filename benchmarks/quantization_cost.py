@@ -1,0 +1,83 @@
+"""What quantization does to a model: how far the distributions of bundles are from those of its fp32 bundle.
+
+    python benchmarks/quantization_cost.py FP32_BUNDLE BUNDLE... [--prompts SET_OR_FILE]... [--limit 4]
+
+Every prompt is continued by the fp32 bundle; all bundles then read the same texts. Given for the positions of prompts
+and of responses: divergence (KL, nats) and the share of positions with the same likeliest token. The shipped sets are
+what w8a8 is calibrated on: take other prompts for figures to report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dspark_export.bench.prompts import SHIPPED, load_sets
+from dspark_export.bench.runner import encode
+from dspark_export.measure import row_logits
+from dspark_runtime import Bundle
+from dspark_runtime.errors import DsparkError
+
+_PREFIX = 2  # the first pass of row_logits; its positions are not compared
+
+
+def distances(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """[positions, 2]: divergence in nats, and 1 where the likeliest token is the same; of logits [positions, vocab]."""
+    p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), 1, keepdims=True) for x in (wanted, found))
+    return np.stack(((np.exp(p) * (p - q)).sum(1), p.argmax(1) == q.argmax(1)), 1)
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fp32", help="the bundle to compare with")
+    parser.add_argument("bundles", nargs="+", help="quantized bundles of the same model")
+    parser.add_argument("--prompts", action="append", help=f"set ({', '.join(SHIPPED)}) or file; default: all sets")
+    parser.add_argument("--limit", type=int, default=4, help="prompts of each set")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    try:
+        plain = Bundle.open(given.fp32, threads=given.threads)
+        others = {path: Bundle.open(path, threads=given.threads) for path in given.bundles}
+        prompts = [encode(plain, item.text) for item in load_sets(given.prompts or list(SHIPPED), given.limit)]
+    except DsparkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {path: [] for path in others}
+    for prompt in prompts:
+        options = {"max_new_tokens": given.max_new_tokens, "speculate": "off", "ignore_eos": True}
+        ids = [*prompt, *plain.generate(prompt, **options).tokens]
+        wanted = row_logits(plain.engine("target", False), ids, _PREFIX, 48)
+        for path, bundle in others.items():
+            found = distances(wanted, row_logits(bundle.engine("target", False), ids, _PREFIX, 48))
+            first = len(prompt) - 1 - _PREFIX  # of the positions that response tokens are drawn from
+            parts[path].append((found[:first], found[first:-1]))
+    table = Table(box=None, pad_edge=False)
+    for column in (
+        "bundle",
+        "of prompts: positions",
+        "KL",
+        "same token",
+        "of responses: positions",
+        "KL",
+        "same token",
+    ):
+        table.add_column(column, justify="left" if column == "bundle" else "right", overflow="fold")
+    for path, pairs in parts.items():
+        cells = []
+        for side in zip(*pairs, strict=True):
+            joined = np.concatenate(side)
+            divergence, same = joined.mean(0)
+            cells += [str(len(joined)), f"{divergence:.4f}", f"{same:.1%}"]
+        table.add_row(path, *cells)
+    Console(width=max(120, Console().width)).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
