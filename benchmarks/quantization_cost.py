@@ -10,6 +10,7 @@ what w8a8 is calibrated on: take other prompts for figures to report.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
 import numpy as np
@@ -23,6 +24,7 @@ from dspark_runtime import Bundle
 from dspark_runtime.errors import DsparkError
 
 _PREFIX = 2  # the first pass of row_logits; its positions are not compared
+_WIDTH = 1000  # of the console: a table is as wide as its rows, and paths of bundles stay in one piece
 
 
 def distances(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -40,6 +42,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=4, help="prompts of each set")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print a list of rows instead of a table")
     given = parser.parse_args()
     try:
         plain = Bundle.open(given.fp32, threads=given.threads)
@@ -57,25 +60,21 @@ def main() -> int:
             found = distances(wanted, row_logits(bundle.engine("target", False), ids, _PREFIX, 48))
             first = len(prompt) - 1 - _PREFIX  # of the positions that response tokens are drawn from
             parts[path].append((found[:first], found[first:-1]))
-    table = Table(box=None, pad_edge=False)
-    for column in (
-        "bundle",
-        "of prompts: positions",
-        "KL",
-        "same token",
-        "of responses: positions",
-        "KL",
-        "same token",
-    ):
-        table.add_column(column, justify="left" if column == "bundle" else "right", overflow="fold")
+    rows = []
     for path, pairs in parts.items():
-        cells = []
-        for side in zip(*pairs, strict=True):
+        for name, side in zip(("prompts", "responses"), zip(*pairs, strict=True), strict=True):
             joined = np.concatenate(side)
-            divergence, same = joined.mean(0)
-            cells += [str(len(joined)), f"{divergence:.4f}", f"{same:.1%}"]
-        table.add_row(path, *cells)
-    Console(width=max(120, Console().width)).print(table)
+            divergence, same = (float(x) for x in joined.mean(0))
+            rows.append({"bundle": path, "of": name, "positions": len(joined), "kl": divergence, "same_token": same})
+    if given.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = Table("bundle", "positions of", box=None, pad_edge=False)
+    for column in ("positions", "KL", "same token"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row["bundle"], row["of"], str(row["positions"]), f"{row['kl']:.4f}", f"{row['same_token']:.1%}")
+    Console(width=_WIDTH).print(table)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -35,9 +36,17 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     for path, precision in zip(bundles, ("fp32", "w8a8"), strict=True):
         build(BuildOptions(str(model), Path(path), precision=precision, self_draft="none", threads=1))  # type: ignore[arg-type]
     (tmp_path / "prompts.txt").write_text("one two three\nfour five six seven\n")
-    given_ = [bundles[0], bundles[0], bundles[1], "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "12"]
-    monkeypatch.setattr(sys, "argv", ["quantization_cost.py", *given_, "--threads", "1"])
+    given = [bundles[0], bundles[1], "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "12"]
+    command = ["quantization_cost.py", bundles[0], *given, "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json"])
     assert quantization_cost.main() == 0
-    itself, quantized = capsys.readouterr().out.splitlines()[-2:]
-    assert itself.split()[-1] == "100.0%" and float(itself.split()[-2]) < 1e-6
-    assert quantized.split()[-3] == "24" and 0 < float(quantized.split()[-2]) < 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["bundle"], row["of"]) for row in rows] == [(b, of) for b in bundles for of in ("prompts", "responses")]
+    itself, quantized = rows[1], rows[3]
+    assert itself["same_token"] == 1 and itself["kl"] < 1e-6
+    assert quantized["positions"] == itself["positions"] == 24 and 0 < quantized["kl"] < 1
+
+    monkeypatch.setattr(sys, "argv", command)
+    assert quantization_cost.main() == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[:3] for line in lines] == [[row["bundle"], row["of"], str(row["positions"])] for row in rows]
