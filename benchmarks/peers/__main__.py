@@ -66,7 +66,7 @@ def main() -> int:
         sources = (own, transformers_peer, genai_peer, llama_cpp_peer)
         all_candidates = [c for source in sources for c in source.candidates(model, given.threads)]
         peers, missing = load_all([c for c in all_candidates if re.search(given.only, c.name)])
-        ids, conditions = _conditions(given, model, items)
+        ids, conditions = _conditions(given, model, items, peers)
     except (DsparkError, Missing) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -87,10 +87,11 @@ def main() -> int:
 
 
 def _conditions(
-    given: argparse.Namespace, model: SharedModel, items: list[PromptItem]
+    given: argparse.Namespace, model: SharedModel, items: list[PromptItem], peers: list[Peer]
 ) -> tuple[list[list[int]], Conditions]:
     """Prompts as token ids of the one tokenizer all peers share, and the facts of the run."""
-    bundles = {precision: Bundle.open(model.bundle(precision), verify_digests=False) for precision in own.PRECISIONS}
+    measured = {"fp32", *(peer.precision for peer in peers if isinstance(peer, own.OwnPeer))}
+    bundles = {p: Bundle.open(model.bundle(p), verify_digests=False) for p in own.PRECISIONS if p in measured}
     ids = [encode(bundles["fp32"], item.text) for item in items]
     return ids, Conditions(
         model=Path(given.model).name,

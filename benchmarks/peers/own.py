@@ -1,4 +1,4 @@
-"""This project: plain in both settings of ``exact``, and speculating, on one bundle."""
+"""This project, plain and speculating, each with ``exact`` and without, on one bundle of every precision."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from benchmarks.peers.models import SharedModel
 from benchmarks.peers.protocol import Candidate, Stopwatch, Timed
 from dspark_runtime import Bundle
 
-PLAIN_EXACT, PLAIN_INEXACT, AUTO = "plain, exact", "plain, not exact", "speculating"
-PRECISIONS = ("fp32", "w8a8", "int4")
-SETTINGS = (PLAIN_EXACT, PLAIN_INEXACT, AUTO)
+PRECISIONS = ("fp32", "w8a8", "int8", "int4")
+PLAIN_EXACT = "plain, exact"
+SETTINGS = (PLAIN_EXACT, "plain, not exact", "speculating, exact", "speculating, not exact")
 
 
 class OwnPeer:
@@ -23,7 +23,7 @@ class OwnPeer:
         self.precision = self.family = precision
         self.setting = setting
         self._bundle = bundle.with_fresh_schedule()
-        self._mode = "auto" if setting == AUTO else "off"
+        self._mode = "auto" if setting.startswith("speculating") else "off"
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> Timed:
         """Streamed; turning tokens into text is part of the time."""
@@ -35,19 +35,14 @@ class OwnPeer:
 
 
 def candidates(model: SharedModel, threads: int) -> Iterator[Candidate]:
-    """Every precision. Speculation runs in the bundle's default setting of ``exact``."""
+    """Every precision in every setting."""
 
     @cache
     def opened(path: Path, exact: bool) -> Bundle:
         return Bundle.open(path, threads=threads, exact=exact)
 
     def load(precision: str, setting: str) -> OwnPeer:
-        path = model.bundle(precision)
-        if setting == AUTO:
-            exact = Bundle.open(path, threads=threads, verify_digests=False).exact
-        else:
-            exact = setting == PLAIN_EXACT
-        return OwnPeer(opened(path, exact), precision, setting)
+        return OwnPeer(opened(model.bundle(precision), not setting.endswith("not exact")), precision, setting)
 
     for precision in PRECISIONS:
         for setting in SETTINGS:
