@@ -257,11 +257,12 @@ def _describe(
 
 def _measure(writer: BundleWriter, manifest: Manifest, options: BuildOptions) -> Manifest:
     """The manifest with step costs and row noise, measured on the files as they will be shipped."""
+    from dspark_export.manifest import measured_precision
     from dspark_export.measure import measure
 
     writer.preview(manifest)
     found = measure(BundleFiles.open(writer.dir, verify=False), options.threads)
-    precision = manifest.precision.model_copy(update={"row_noise": found.row_noise})
+    precision = measured_precision(manifest.precision, found.row_noise, options)
     return manifest.model_copy(update={"costs": found.costs, "precision": precision})
 
 

@@ -143,9 +143,8 @@ def _block(
 
         chosen = read_draft_vocab(options.draft_vocab, config.vocab_size)
     vocab = config.draft_vocab_size if chosen is None else len(chosen)
-    chain = options.precision == "w8a8"  # the only shape that is exact there, so nothing else is asked of the graph
-    beams = 0 if chain else BEAMS
-    candidates = 1 if chain else min(CANDIDATES, vocab, options.markov_topk or vocab)
+    beams = 0 if options.chains_only else BEAMS  # what is not verified is not asked of the graph either
+    candidates = 1 if options.chains_only else min(CANDIDATES, vocab, options.markov_topk or vocab)
     graph = export_block_drafter(
         checkpoint,
         embedding=model.get_input_embeddings().weight,

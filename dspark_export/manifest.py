@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -11,16 +12,20 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from dspark_export.build_options import BuildOptions
+from dspark_export.build_options import BLOCKED, BuildOptions
 from dspark_export.checkpoints import Checkpoint
 from dspark_runtime.backends.engine import ROUNDED_ACTIVATIONS
 from dspark_runtime.bundle import GRAPH_DIR
 from dspark_runtime.contract import CacheLayer, TensorSpec
 from dspark_runtime.errors import ExportError
-from dspark_runtime.manifest import DrafterEntry, GraphEntry, Manifest, ModelFacts, Precision, Variant
+from dspark_runtime.manifest import DrafterEntry, GraphEntry, Manifest, ModelFacts, Precision, RowNoise, Variant
 
 _TOOLS = ("torch", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+
+
+class ExactnessWarning(UserWarning):
+    """Exact text was asked for where it is dear."""
 
 
 def file_stem(name: str, variant: str) -> str:
@@ -144,6 +149,27 @@ def precision(options: BuildOptions) -> Precision:
         exact=options.exact_text,
         accuracy_level=ROUNDED_ACTIVATIONS,
     )
+
+
+def measured_precision(stored: Precision, noise: RowNoise | None, options: BuildOptions) -> Precision:
+    """``stored`` with what was measured of it.
+
+    int8 and int4 are exact only where that is asked for, or where it costs nothing: with noise among several rows,
+    exact text needs float32 products, which take several times as long. ExactnessWarning where it was asked for.
+    """
+    stored = stored.model_copy(update={"row_noise": noise})
+    if stored.weights not in BLOCKED or not stored.exact or stored.rows_agree:
+        return stored
+    if options.exact is None:
+        return stored.model_copy(update={"exact": False})
+    found = "was not measured" if noise is None else f"is {noise.without_single_rows:.3g}"
+    warnings.warn(
+        f"exact text of this {stored.weights} bundle takes float32 products here, which are slower: the difference of "
+        f"logits between passes over two rows and more {found}; leave out --exact, or try another --block-size",
+        ExactnessWarning,
+        stacklevel=2,
+    )
+    return stored
 
 
 def manifest(

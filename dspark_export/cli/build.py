@@ -77,7 +77,7 @@ def build(
             show_default=False,
         ),
     ] = None,
-    block_size: Annotated[int | None, typer.Option(help="int8, int4: weights per scale (default: 32).")] = None,
+    block_size: Annotated[int | None, typer.Option(help="int8, int4: weights per scale (default: 64, 32).")] = None,
     activations: Annotated[
         ActivationsName | None,
         typer.Option(help="int8, int4: what the graph computes in (default: fp32; fp16 with --backend)."),
@@ -86,7 +86,8 @@ def build(
         bool | None,
         typer.Option(
             "--exact/--no-exact",
-            help="Never run a row alone, so that speculation cannot change a rounding (default: unless int8 or int4).",
+            help="Never run a row alone, so that speculation cannot change a rounding (default: but for int8 and int4 "
+            "without --draft).",
             show_default=False,
         ),
     ] = None,

@@ -11,11 +11,10 @@ from typing import get_args
 
 import onnx_ir as ir
 
-from dspark_export.passes.quantize_weights import MIN_ELEMENTS, BlockQuantization, QuantizeWeights
+from dspark_export.passes.quantize_weights import MIN_BLOCK, MIN_ELEMENTS, BlockQuantization, QuantizeWeights
 from dspark_runtime.errors import ExportError, UsageError
 from dspark_runtime.manifest import Weights
 
-BLOCK_SIZES = (16, 32, 64, 128, 256)
 _WORTH_NAMING = 1 << 14
 
 
@@ -69,8 +68,8 @@ def apply_precision(model: ir.Model, settings: PrecisionSettings) -> PrecisionRe
             )
         raise ExportError(
             f"precision {settings.weights} with block_size {settings.block_size} quantized no weight: the matrix "
-            f"products of this model have input widths that are no multiple of it; choose a smaller --block-size "
-            f"({', '.join(map(str, BLOCK_SIZES))}) or another --precision"
+            f"products of this model have fewer than {MIN_ELEMENTS} numbers or input widths that are no multiple of "
+            f"{MIN_BLOCK}; choose another --precision"
         )
     left = [
         name

@@ -1,7 +1,8 @@
 """Weight-only block quantization in standard operators.
 
 Every large matrix product reads its weight through a blocked ``DequantizeLinear``: integers [in, out], one scale (and,
-asymmetric, one zero point) per ``block_size`` inputs of each output. ONNX Runtime fuses the pair into its own kernel
+asymmetric, one zero point) per ``block_size`` inputs of each output, or half as many, and so on down to 16, where that
+is what divides the inputs. ONNX Runtime fuses the pair into its own kernel
 when it loads the graph; TensorRT reads it as it stands. 4-bit blocks are made by ONNX Runtime's own quantizer, 8-bit
 blocks (which it does not write in this form) by the same rule with 8 bits: symmetric, scale = max |w| / 127.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +26,7 @@ from dspark_export.passes import match
 
 MIN_ELEMENTS = 1 << 12
 TABLE_BLOCK = 32
+MIN_BLOCK = 16  # ONNX Runtime's kernels take no smaller ones
 COLUMN_STEPS = 63
 """Of weights with one scale an output: times 255 and added in pairs, as some processors do, they fit 16 bits."""
 
@@ -84,12 +86,11 @@ class QuantizeWeights(ir.passes.InPlacePass):
         if weight is None or weight.const_value is None or match.rank(weight) != 2:
             return
         tensor = weight.const_value
-        depth = int(tensor.shape[1 if transposed else 0])
-        block = self.settings.block_size
-        if tensor.size < MIN_ELEMENTS or (block and depth % block):
+        block = fitting_block(int(tensor.shape[1 if transposed else 0]), self.settings.block_size)
+        if tensor.size < MIN_ELEMENTS or block == 0:
             self.skipped.append(weight.name or "")
             return
-        blocks = _LazyBlocks(tensor, transposed, self.settings)
+        blocks = _LazyBlocks(tensor, transposed, replace(self.settings, block_size=block))
         name = f"{weight.name}.T" if transposed else weight.name
         parts = [
             match.add_initializer(graph, f"{name}.{suffix}", part) for suffix, part in blocks.tensors(str(name)).items()
@@ -111,9 +112,10 @@ class QuantizeWeights(ir.passes.InPlacePass):
         table, ids = node.inputs
         if table is None or ids is None or not table.is_initializer() or match.rank(table) != 2:
             return
-        tensor, block = table.const_value, self.settings.block_size or TABLE_BLOCK
+        tensor = table.const_value
         width = int(tensor.shape[1])
-        if tensor.size < MIN_ELEMENTS or width <= block or width % block or not tensor.dtype.is_floating_point():
+        block = fitting_block(width, self.settings.block_size or TABLE_BLOCK)
+        if tensor.size < MIN_ELEMENTS or not block or width <= block or not tensor.dtype.is_floating_point():
             return
         blocks = _LazyBlocks(tensor, True, BlockQuantization(8, block))
         rows = {k: _transposed_rows(v) for k, v in blocks.tensors(f"{table.name}.rows").items()}
@@ -195,6 +197,16 @@ def _transposed_rows(tensor: ir.LazyTensor) -> ir.LazyTensor:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=tensor.name)
 
     return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=shape, name=tensor.name)
+
+
+def fitting_block(depth: int, most: int | None) -> int | None:
+    """The largest block that divides ``depth``, of ``most`` weights or half as many, and so on down to 16.
+
+    0 where none does; None for None, which is a scale for all of an output.
+    """
+    if most is None:
+        return None
+    return next((size for size in (most >> i for i in range(8)) if size >= MIN_BLOCK and depth % size == 0), 0)
 
 
 def quantize_blocks(weight: np.ndarray, settings: BlockQuantization) -> dict[str, np.ndarray]:

@@ -281,9 +281,7 @@ def _accuracy(manifest: Manifest, exact: bool) -> int:
     precision = manifest.precision
     if not precision.quantized:
         return 0
-    noise = precision.row_noise
-    proven = noise is not None and noise.without_single_rows == 0.0
-    return FLOAT_PRODUCTS if exact and not proven else precision.accuracy_level or ROUNDED_ACTIVATIONS
+    return FLOAT_PRODUCTS if exact and not precision.rows_agree else precision.accuracy_level or ROUNDED_ACTIVATIONS
 
 
 def _is_single(prompt: object) -> bool:

@@ -164,6 +164,11 @@ class Precision(_Record):
         return self.weights in QUANTIZED
 
     @property
+    def rows_agree(self) -> bool:
+        """Whether passes over two rows and more were measured to be bit-identical."""
+        return self.row_noise is not None and self.row_noise.without_single_rows == 0.0
+
+    @property
     def integer_products(self) -> bool:
         """Whether the CPU's forms of the graphs multiply integers, and so round activations whatever is asked for."""
         return self.weights == "w8a8"

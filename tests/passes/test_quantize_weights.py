@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dspark_export import passes
 from dspark_export.graphs.save import save_graphs
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
-from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights, quantize_blocks
+from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights, fitting_block, quantize_blocks
 from dspark_runtime.errors import ExportError
 from tests import tiny_models
 from tests.parity.harness import FloatProducts, Literal, Tree, assert_close, plain_logits
@@ -144,13 +144,51 @@ def test_weights_used_several_times(bits: int, tmp_path: Path) -> None:
         assert 0 < np.abs(result - exact).max() < (0.02 if bits == 8 else 0.2) * np.abs(exact).max()
 
 
-def test_weights_that_cannot_be_quantized_are_named(traced: Callable) -> None:
+@given(st.integers(1, 4096), st.sampled_from([16, 32, 64, 128, 256]))
+def test_blocks_divide_what_they_are_of(depth: int, most: int) -> None:
+    block = fitting_block(depth, most)
+    if depth % 16:
+        assert block == 0
+    else:
+        assert block and depth % block == 0 and most % block == 0 and block >= 16
+        assert block == most or depth % (2 * block)  # no larger one would do
+    assert fitting_block(depth, None) is None
+
+
+def test_a_matrix_has_the_largest_block_that_divides_its_inputs(traced: Callable) -> None:
     graph = passes.optimize(traced("llama")[1].clone())
     report = apply_precision(graph, PrecisionSettings("int8", block_size=64))
-    assert any("mlp.down_proj" in name for name in report.left_in_float)  # 96 inputs are no multiple of 64
+    assert not any("mlp" in name for name in report.left_in_float)
+    sizes = {n.name: n.attributes["block_size"].as_int() for n in graph.graph if n.op_type == "DequantizeLinear"}
+    assert {size for name, size in sizes.items() if "down_proj" in str(name)} == {32}  # of 96 inputs
+    assert {size for name, size in sizes.items() if "gate" in str(name)} == {64}
 
 
-def test_nothing_quantized_is_an_error(traced: Callable) -> None:
+def products(depth: int, width: int) -> ir.Model:
+    """One product with a constant weight [depth, width]."""
+    weight = onnx.numpy_helper.from_array(np.ones((depth, width), np.float32), "odd.weight")
+    given_, found = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, size])
+        for name, size in (("x", depth), ("y", width))
+    )
+    node = onnx.helper.make_node("MatMul", ["x", "odd.weight"], ["y"], name="m")
+    proto = onnx.helper.make_graph([node], "g", [given_], [found], [weight])
+    opset = [onnx.helper.make_opsetid("", 24)]
+    return ir.from_proto(onnx.helper.make_model(proto, opset_imports=opset, ir_version=11))
+
+
+def test_weights_that_cannot_be_quantized_are_named(traced: Callable) -> None:
     graph = passes.optimize(traced("llama")[1].clone())
-    with pytest.raises(ExportError, match="block_size 4096"):
-        apply_precision(graph, PrecisionSettings("int8", block_size=4096))
+    odd = products(200, 100)  # 200 is no multiple of 16
+    for node in list(odd.graph):
+        odd.graph.remove(node)
+        graph.graph.append(node)
+    weight = odd.graph.initializers.pop("odd.weight")
+    graph.graph.initializers["odd.weight"] = weight
+    report = apply_precision(graph, PrecisionSettings("int8"))
+    assert report.quantized and report.left_in_float == ("odd.weight",)
+
+
+def test_nothing_quantized_is_an_error() -> None:
+    with pytest.raises(ExportError, match="multiple of 16"):
+        apply_precision(products(200, 100), PrecisionSettings("int8"))
