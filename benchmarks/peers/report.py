@@ -176,9 +176,11 @@ def draw(conditions: Conditions, results: Sequence[Measured], path: Path) -> Non
             axes.axvline(limit, color="black", linewidth=1, linestyle="--", zorder=3)
             axes.annotate(
                 f"memory limit, {precision}",
-                (limit, len(ordered) - 0.55),
+                (limit, 0.01),
                 (3, 0),
+                xycoords=axes.get_xaxis_transform(),
                 textcoords="offset points",
+                rotation=90,  # limits of two precisions may stand close to each other
                 fontsize=7,
             )
     axes.margins(x=0.1)
