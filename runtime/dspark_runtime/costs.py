@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -76,19 +76,10 @@ class PassCosts:
         return near
 
 
-def measure_pass_ms(
-    engine: Engine, rows: Sequence[int] = MEASURED_ROWS, *, context: int = 256, repeats: int = 5
-) -> dict[int, float]:
-    """Median milliseconds of a pass over each number of rows behind ``context`` committed slots.
-
-    Row counts alternate, so that a machine that slows down meanwhile slows all of them. Before each pass that counts go
-    up to 8 like it, or 50 ms of them: where weights nearly fit the processor's last cache, it holds more of them pass
-    by pass, and one row of a 4-bit model took 7.6 ms behind a pass of 64 rows and 4.4 ms ten passes later.
-    """
-    memory = engine.allocate(1, round_up(context + max(rows)))
-    runner = engine.open(memory)
+def pass_timer(engine: Engine, most_rows: int, context: int = 256) -> Callable[[int], float]:
+    """A function that runs one pass over so many rows behind ``context`` committed slots and gives its milliseconds."""
+    runner = engine.open(engine.allocate(1, round_up(context + most_rows)))
     runner.select(0, 1)
-    times: dict[int, list[float]] = {count: [] for count in rows}
 
     def timed(count: int) -> float:
         buffers = runner.prepare(count, count, context + count)
@@ -102,12 +93,33 @@ def measure_pass_ms(
         runner.run()
         return (time.perf_counter() - started) * 1e3
 
+    return timed
+
+
+def warmed_up(timed: Callable[[int], float], rows: int) -> float:
+    """Milliseconds of a pass behind up to 8 like it, or 50 ms of them.
+
+    Where weights nearly fit the processor's last cache, it holds more of them pass by pass, and one row of a 4-bit
+    model took 7.6 ms behind a pass of 64 rows and 4.4 ms ten passes later.
+    """
+    spent = 0.0
+    for _ in range(_WARM_UP_PASSES):
+        spent += timed(rows)
+        if spent > _WARM_UP_MS:
+            break
+    return timed(rows)
+
+
+def measure_pass_ms(
+    engine: Engine, rows: Sequence[int] = MEASURED_ROWS, *, context: int = 256, repeats: int = 5
+) -> dict[int, float]:
+    """Median milliseconds of a pass over each number of rows behind ``context`` committed slots, each warmed up.
+
+    Row counts alternate, so that a machine that slows down meanwhile slows all of them.
+    """
+    timed = pass_timer(engine, max(rows), context)
+    times: dict[int, list[float]] = {count: [] for count in rows}
     for _ in range(repeats):
         for count in rows:
-            spent = 0.0
-            for _ in range(_WARM_UP_PASSES):
-                spent += timed(count)
-                if spent > _WARM_UP_MS:
-                    break
-            times[count].append(timed(count))
+            times[count].append(warmed_up(timed, count))
     return {count: float(np.median(values)) for count, values in times.items()}

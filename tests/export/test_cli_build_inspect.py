@@ -37,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_built_bundle_opens_and_tells_what_it_is(built: Path) -> None:
     manifest = BundleFiles.open(built).manifest
-    assert manifest.precision.weights == "int8" and manifest.precision.block_size == 32
+    assert manifest.precision.weights == "int8" and manifest.precision.block_size == 64
     assert manifest.model.eos_token_ids == (257, 258)
     assert {(graph.name, graph.variant) for graph in manifest.graphs} >= {
         ("target", "standard"),
@@ -56,7 +56,7 @@ def test_inspect_shows_everything(built: Path) -> None:
     assert result.exit_code == 0, result.output
     for text in (
         "LlamaForCausalLM",
-        "int8, blocks of 32",
+        "int8, blocks of 64",
         "self_draft",
         "DequantizeLinear",
         "digests verified",

@@ -1,0 +1,64 @@
+"""What a target pass of each bundle takes by its rows, bundles in turns, so that they can be compared.
+
+    python benchmarks/pass_costs.py BUNDLE... [--rows 1,2,4,8,16,32] [--context 256] [--threads 2]
+
+Prints the median over the repeats in milliseconds. A build measures its own bundle alone; two builds on a machine that
+others use differ by a tenth and more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dspark_runtime import Bundle
+from dspark_runtime.costs import pass_timer, warmed_up
+from dspark_runtime.errors import DsparkError
+
+_WIDTH = 1000  # of the console: a table is as wide as its rows, and paths of bundles stay in one piece
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", nargs="+")
+    parser.add_argument("--rows", default="1,2,4,8,16,32", help="numbers of rows, with commas between")
+    parser.add_argument("--context", type=int, default=256, help="tokens in the cache")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print {bundle: {rows: ms}} instead of a table")
+    given = parser.parse_args()
+    try:
+        rows = [int(part) for part in given.rows.split(",")]
+        if min(rows) < 1:
+            raise ValueError(f"--rows {given.rows}: a pass has one row or more")
+        opened = {path: Bundle.open(path, threads=given.threads) for path in dict.fromkeys(given.bundles)}
+    except (DsparkError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    timers = {path: pass_timer(b.engine("target", False), max(rows), given.context) for path, b in opened.items()}
+    seen: dict[str, dict[int, list[float]]] = {path: {count: [] for count in rows} for path in timers}
+    for _ in range(given.repeats):
+        for count in rows:
+            for path, timed in timers.items():
+                seen[path][count].append(warmed_up(timed, count))
+    found = {path: {n: float(np.median(ms)) for n, ms in times.items()} for path, times in seen.items()}
+    if given.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    table = Table("rows", box=None, pad_edge=False)
+    for count in rows:
+        table.add_column(str(count), justify="right")
+    for path, times in found.items():
+        table.add_row(path, *(f"{times[count]:.1f}" for count in rows))
+    Console(width=_WIDTH).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
