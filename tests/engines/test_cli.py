@@ -54,9 +54,9 @@ def codes_of(bundle: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantized_weights_compile_with_half_activations(tmp_path: Path, precision: str) -> None:
     model = tiny_models.save_checkpoint(
-        "llama", tmp_path / "model", head_dim=32, hidden_size=128, intermediate_size=128, num_hidden_layers=1
+        "llama", tmp_path / "model", head_dim=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1
     )
-    build = ["build", str(model), "--self-draft", "none", "--precision", precision]
+    build = ["build", str(model), "--self-draft", "none", "--precision", precision, "--block-size", "32"]
     result = CliRunner().invoke(app, [*build, "--out", str(tmp_path / "half"), "--backend", "tensorrt-rtx"])
     assert result.exit_code == 0, result.output
     files = BundleFiles.open(tmp_path / "half")
