@@ -56,7 +56,8 @@ def test_quantized_weights_compile_with_half_activations(tmp_path: Path, precisi
     model = tiny_models.save_checkpoint(
         "llama", tmp_path / "model", head_dim=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1
     )
-    build = ["build", str(model), "--self-draft", "none", "--precision", precision, "--block-size", "32"]
+    plain = ["build", str(model), "--self-draft", "none", "--precision", precision]
+    build = [*plain, "--block-size", "32"]  # half as wide as the embedding, which is quantized then
     result = CliRunner().invoke(app, [*build, "--out", str(tmp_path / "half"), "--backend", "tensorrt-rtx"])
     assert result.exit_code == 0, result.output
     files = BundleFiles.open(tmp_path / "half")
@@ -81,7 +82,7 @@ def test_quantized_weights_compile_with_half_activations(tmp_path: Path, precisi
     )
     assert result.exit_code == 6 and "again with --no-quantize-embedding" in result.stderr
     for given in (["--activations", "fp32"], ["--precision", "fp16", "--activations", "fp16"]):
-        refused = CliRunner().invoke(app, [*build, "--out", str(tmp_path / "no"), "--backend", "tensorrt-rtx", *given])
+        refused = CliRunner().invoke(app, [*plain, "--out", str(tmp_path / "no"), "--backend", "tensorrt-rtx", *given])
         assert refused.exit_code == 2 and "--activations" in refused.stderr and not (tmp_path / "no").exists()
 
 
