@@ -25,7 +25,7 @@ from dspark_export.validate.quantized import put_into
 from dspark_export.validate.robustness import check_robustness
 from dspark_runtime import Bundle, Generation
 from dspark_runtime.errors import BackendError, DsparkError, ModelNotFound, UsageError
-from dspark_runtime.manifest import DrafterEntry
+from dspark_runtime.manifest import DrafterEntry, Source
 from dspark_runtime.processors import default_threads
 
 if TYPE_CHECKING:
@@ -129,12 +129,11 @@ class _Validation:
             if self.options.model is not None or self.options.against == "torch":
                 raise
             return None
-        theirs = dict(checkpoint.source().files)
-        other = [f for f, digest in source.files.items() if theirs.get(f) != digest and f.endswith(_WEIGHTS)]
+        other = missing_weights(source, checkpoint.source())
         if other:
             raise UsageError(
-                f"--model {name} is not the checkpoint the bundle was built from: {other[0]} has another digest than "
-                f"the manifest's ({source.kind} {source.id}); give that one, or build the bundle again"
+                f"--model {name} is not the checkpoint the bundle was built from: it has no file with the "
+                f"digest of {other[0]} ({source.kind} {source.id}); give that one, or build the bundle again"
             )
         return checkpoint
 
@@ -393,3 +392,9 @@ def bundle_digest(files: Mapping[str, Any]) -> str:
         if not name.startswith("validation/"):
             digest.update(f"{name} {files[name].sha256}\n".encode())
     return digest.hexdigest()
+
+
+def missing_weights(built_from: Source, found: Source) -> list[str]:
+    """Weight files of a bundle's checkpoint that another one lacks; what files are called does not matter."""
+    there = set(found.files.values())
+    return [name for name, digest in built_from.files.items() if name.endswith(_WEIGHTS) and digest not in there]

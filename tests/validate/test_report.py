@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from dspark_export.build import build
 from dspark_export.build_options import BuildOptions
 from dspark_export.cli.main import app
+from dspark_export.validate.run import missing_weights
 from dspark_runtime.bundle import BundleFiles
+from dspark_runtime.manifest import Source
 from tests import tiny_models
 from tests.validate.conftest import Healthy
 
@@ -124,6 +126,18 @@ def test_another_checkpoint_is_refused(healthy: Healthy, tmp_path: Path) -> None
     tiny_models.save_checkpoint("llama", tmp_path / "other")
     result = invoke(healthy.bundle, "--model", tmp_path / "other", "--out", tmp_path / "out")
     assert result.exit_code == 2 and "is not the checkpoint" in result.output
+
+
+ONE, TWO = "1" * 64, "2" * 64
+
+
+def test_a_checkpoint_may_have_been_renamed() -> None:
+    def of(files: dict[str, str]) -> Source:
+        return Source(kind="gguf", id="model", revision=None, files=files)
+
+    built_from = of({"a.gguf": ONE, "b.safetensors": TWO, "config.json": "3" * 64})
+    assert missing_weights(built_from, of({"x.gguf": ONE, "y.safetensors": TWO})) == []
+    assert missing_weights(built_from, of({"a.gguf": ONE, "b.safetensors": "4" * 64})) == ["b.safetensors"]
 
 
 def test_the_script_for_polygraphy_runs(healthy: Healthy, tmp_path: Path) -> None:
