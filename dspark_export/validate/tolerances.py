@@ -24,7 +24,7 @@ Stored weights against the model's own, :data:`STORED`: relative root mean squar
 | fp16 | 1e-3 | 11 bits, half a unit of the last one is 2.4e-4; more for numbers below 6e-5 |
 | bf16 | 4e-3 | 8 bits, half a unit of the last one is 2.0e-3 |
 | w8a8 | 0.1 | 63 steps for a whole output: 0.024 for SmolLM2-135M, more where few weights are large |
-| int8 | 0.02 | a block's largest of 32 weights is about twice its deviation, in 127 steps |
+| int8 | 0.02 | a block's largest of 64 weights is about 2.3 times its deviation, in 127 steps |
 | int4 | 0.20 | the same in 7 steps: about 0.09 for normally distributed weights |
 """
 
