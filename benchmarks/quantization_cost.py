@@ -19,18 +19,12 @@ from rich.table import Table
 
 from dspark_export.bench.prompts import SHIPPED, load_sets
 from dspark_export.bench.runner import encode
-from dspark_export.measure import row_logits
+from dspark_export.measure import distances, row_logits
 from dspark_runtime import Bundle
 from dspark_runtime.errors import DsparkError
 
 _PREFIX = 2  # the first pass of row_logits; its positions are not compared
 _WIDTH = 1000  # of the console: a table is as wide as its rows, and paths of bundles stay in one piece
-
-
-def distances(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """[positions, 2]: divergence in nats, and 1 where the likeliest token is the same; of logits [positions, vocab]."""
-    p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), 1, keepdims=True) for x in (wanted, found))
-    return np.stack(((np.exp(p) * (p - q)).sum(1), p.argmax(1) == q.argmax(1)), 1)
 
 
 def main() -> int:

@@ -82,6 +82,12 @@ def _open(files: BundleFiles, name: str, options: EngineOptions) -> OrtEngine:
     )
 
 
+def distances(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """[positions, 2]: divergence in nats, and 1 where the likeliest token is the same; of logits [positions, vocab]."""
+    p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), 1, keepdims=True) for x in (wanted, found))
+    return np.stack(((np.exp(p) * (p - q)).sum(1), p.argmax(1) == q.argmax(1)), 1)
+
+
 def row_logits(engine: Engine, ids: Sequence[int], prefix: int, rows: int) -> np.ndarray:
     """Logits [len(ids) - prefix, vocab] of a text run as one pass over ``prefix`` tokens, then ``rows`` at a time."""
     memory = engine.allocate(1, round_up(len(ids)))

@@ -15,6 +15,7 @@ from polygraphy.comparator import Comparator
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
+from dspark_export.measure import distances
 from dspark_export.validate.activations import PAST, Pass, inputs_of, record
 from dspark_export.validate.bisect import Culprit, first_difference
 from dspark_export.validate.checks import Check
@@ -219,10 +220,8 @@ def check_quantization(
             found.append(running.whole(one)[LOGITS][0])
         plain = ModelRunner(model, [], range(files.manifest.model.num_layers))
         wanted.append(plain.logits(ids))
-    mine, theirs = np.concatenate(found).astype(np.float64), np.concatenate(wanted).astype(np.float64)
-    same = float((mine.argmax(1) == theirs.argmax(1)).mean())
-    log_p, log_q = (x - np.logaddexp.reduce(x, 1, keepdims=True) for x in (theirs, mine))
-    divergence = float((np.exp(log_p) * (log_p - log_q)).sum(1).mean())
+    mine, theirs = np.concatenate(found), np.concatenate(wanted)
+    divergence, same = (float(x) for x in distances(theirs, mine).mean(0))
     return Check(
         id="numerics.quantization",
         family="numerics",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks import quantization_cost
 from dspark_export.build import build
 from dspark_export.build_options import BuildOptions
+from dspark_export.measure import distances
 from tests import tiny_models
 
 
@@ -22,9 +23,9 @@ from tests import tiny_models
 def test_distances(positions: int, vocab: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     wanted, found = random.standard_normal((2, positions, vocab)) * 5
-    itself = quantization_cost.distances(wanted, wanted + 3.0)  # a shift of all logits is no difference
+    itself = distances(wanted, wanted + 3.0)  # a shift of all logits is no difference
     np.testing.assert_allclose(itself, np.tile([0.0, 1.0], (positions, 1)), atol=1e-9)
-    divergence, same = quantization_cost.distances(wanted, found).T
+    divergence, same = distances(wanted, found).T
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (wanted, found))
     np.testing.assert_allclose(divergence, (p * np.log(p / q)).sum(1), rtol=1e-6, atol=1e-9)
     assert (divergence >= 0).all() and (same == (wanted.argmax(1) == found.argmax(1))).all()
