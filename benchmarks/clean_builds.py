@@ -18,7 +18,7 @@ from dspark_export.build_options import BuildOptions
 from dspark_export.validate.checks import Report
 from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.run import validate
-from dspark_runtime.manifest import Weights
+from dspark_runtime.bundle.manifest import Weights
 from tests import tiny_models
 
 BUILDS: tuple[tuple[str, Weights], ...] = (

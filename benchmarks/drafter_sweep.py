@@ -43,11 +43,11 @@ from dspark_export.train.responses import ResponseFile
 from dspark_export.train.saving import load_drafter, stored_vocabulary
 from dspark_export.train.targets import embedding_and_head, frequent_tokens
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import EngineOptions
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
-from dspark_runtime.contract import CacheLayer
-from dspark_runtime.costs import PassCosts
-from dspark_runtime.manifest import Weights
+from dspark_runtime.backends.protocol import EngineOptions
+from dspark_runtime.bundle.contract import CacheLayer
+from dspark_runtime.bundle.manifest import Weights
+from dspark_runtime.speculation.costs import PassCosts
 
 CONTEXT, NEW, REPEATS = 200, 2, 40
 DRAFTS = (3, 5, 7, 11, 15, 23, 31)  # sizes of trees

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dspark_runtime import Bundle
-from dspark_runtime.costs import pass_timer, warmed_up
 from dspark_runtime.errors import DsparkError
+from dspark_runtime.speculation.costs import pass_timer, warmed_up
 
 _WIDTH = 1000  # of the console: a table is as wide as its rows, and paths of bundles stay in one piece
 

@@ -19,10 +19,10 @@ from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle_writer import BundleWriter
 from dspark_export.draft_build import DraftGraphs, export_drafts, open_drafts, taps_of, write_vocab_maps
 from dspark_export.engines.options import PluginsOption
-from dspark_runtime.bundle import GRAPH_DIR, TOKENIZER_DIR, BundleFiles
-from dspark_runtime.engine_facts import Flavour
+from dspark_runtime.bundle.engine_entry import Flavour
+from dspark_runtime.bundle.files import GRAPH_DIR, TOKENIZER_DIR, BundleFiles
+from dspark_runtime.bundle.manifest import GraphEntry, Manifest, ModelFacts, Variant
 from dspark_runtime.errors import BundleError
-from dspark_runtime.manifest import GraphEntry, Manifest, ModelFacts, Variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir

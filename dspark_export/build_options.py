@@ -8,9 +8,9 @@ from typing import Literal, get_args
 
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.engines.options import PluginsOption
-from dspark_runtime.engine_facts import Flavour
+from dspark_runtime.bundle.engine_entry import Flavour
+from dspark_runtime.bundle.manifest import QUANTIZED, Weights
 from dspark_runtime.errors import UsageError
-from dspark_runtime.manifest import QUANTIZED, Weights
 
 Activations = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {

@@ -18,9 +18,9 @@ from types import TracebackType
 import filelock
 import onnx_ir as ir
 
-from dspark_runtime.bundle import check_regular_file, sha256_of, walk_files
+from dspark_runtime.bundle.files import check_regular_file, sha256_of, walk_files
+from dspark_runtime.bundle.manifest import MANIFEST, FileEntry, Manifest
 from dspark_runtime.errors import BundleBusy, BundleError, BundleNotWritten, DamagedBundle, DsparkError
-from dspark_runtime.manifest import MANIFEST, FileEntry, Manifest
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _REASONS = {

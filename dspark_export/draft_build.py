@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dspark_runtime.contract import CacheLayer
-from dspark_runtime.draft_contract import EXTEND
+from dspark_runtime.bundle.contract import CacheLayer
+from dspark_runtime.bundle.draft_contract import EXTEND
+from dspark_runtime.bundle.manifest import BlockFacts, DrafterEntry, EagleFacts, Source
 from dspark_runtime.errors import UsageError
-from dspark_runtime.manifest import BlockFacts, DrafterEntry, EagleFacts, Source
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -45,7 +45,8 @@ import numpy as np
 import onnx
 
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import (
+from dspark_runtime.backends.ort_graph import OrtGraphEngine
+from dspark_runtime.backends.protocol import (
     AnyArray,
     CacheMemory,
     Features,
@@ -55,9 +56,8 @@ from dspark_runtime.backends.engine import (
     GraphRunner,
     StepBuffers,
 )
-from dspark_runtime.backends.ort_graph import OrtGraphEngine
-from dspark_runtime.contract import ATTENTION_MASK, OPSET, WRITE_INDICES
-from dspark_runtime.draft_contract import (
+from dspark_runtime.bundle.contract import ATTENTION_MASK, OPSET, WRITE_INDICES
+from dspark_runtime.bundle.draft_contract import (
     ANCHOR_IDS,
     BASE_LOGITS,
     BLOCK_HIDDEN,
@@ -66,17 +66,17 @@ from dspark_runtime.draft_contract import (
     TEMPERATURE,
     UNIFORMS,
 )
-from dspark_runtime.drafter_choice import DrafterChoice, DraftOptions
-from dspark_runtime.drafters.hybrid import Proposal
+from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
+from dspark_runtime.decoding.request import make_requests
+from dspark_runtime.decoding.round import Accepted
+from dspark_runtime.decoding.schedule import Schedule
+from dspark_runtime.decoding.sequence import SequenceState
+from dspark_runtime.drafters.choice import DrafterChoice, DraftOptions
+from dspark_runtime.drafters.proposal import Proposal
 from dspark_runtime.errors import UsageError
-from dspark_runtime.loop import DecodingLoop, LoopOptions
-from dspark_runtime.request import make_requests
-from dspark_runtime.round import Accepted
-from dspark_runtime.sampling import SamplingParams, distribution
-from dspark_runtime.schedule import Schedule
-from dspark_runtime.sequence import SequenceState
-from dspark_runtime.tree import TokenTree
-from dspark_runtime.verify import MIN_RESIDUAL, Verdict
+from dspark_runtime.speculation.sampling import SamplingParams, distribution
+from dspark_runtime.speculation.tree import TokenTree
+from dspark_runtime.speculation.verify import MIN_RESIDUAL, Verdict
 
 _INNER = (CTX_FEATURES, BLOCK_HIDDEN, BASE_LOGITS, CORRECTED_LOGITS)
 _INNER_PREFIXES = ("ctx_keys.", "ctx_values.")
@@ -230,7 +230,7 @@ class _RecordingLoop(DecodingLoop):
 def _of_rejection(
     drafts: Sequence[int], drawn: FloatArray, logits: FloatArray, params: SamplingParams
 ) -> dict[str, AnyArray]:
-    """What speculative sampling decides by, see :func:`dspark_runtime.verify.verify_chain`."""
+    """What speculative sampling decides by, see :func:`dspark_runtime.speculation.verify.verify_chain`."""
     target = np.stack([distribution(row, params) for row in logits[: len(drafts)]])
     places = np.arange(len(drafts)), np.array(drafts)
     rest = np.maximum(target - drawn[: len(drafts)], 0)

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from dspark_export.build_options import BLOCKED, BuildOptions
 from dspark_export.checkpoints import Checkpoint
-from dspark_runtime.backends.engine import ROUNDED_ACTIVATIONS
-from dspark_runtime.bundle import GRAPH_DIR
-from dspark_runtime.contract import CacheLayer, TensorSpec
+from dspark_runtime.backends.protocol import ROUNDED_ACTIVATIONS
+from dspark_runtime.bundle.contract import CacheLayer, TensorSpec
+from dspark_runtime.bundle.files import GRAPH_DIR
+from dspark_runtime.bundle.manifest import DrafterEntry, GraphEntry, Manifest, ModelFacts, Precision, RowNoise, Variant
 from dspark_runtime.errors import ExportError
-from dspark_runtime.manifest import DrafterEntry, GraphEntry, Manifest, ModelFacts, Precision, RowNoise, Variant
 
 _TOOLS = ("torch", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")

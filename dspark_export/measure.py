@@ -13,13 +13,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dspark_export.measure_drafts import measure_draft_ms
-from dspark_runtime.backends.engine import Engine, EngineOptions
 from dspark_runtime.backends.ort import OrtEngine
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.costs import MEASURED_ROWS, measure_pass_ms
-from dspark_runtime.kv_cache import round_up
-from dspark_runtime.manifest import RowNoise, StepCosts
+from dspark_runtime.backends.protocol import Engine, EngineOptions
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import RowNoise, StepCosts
 from dspark_runtime.processors import default_threads, described_processors
+from dspark_runtime.speculation.costs import MEASURED_ROWS, measure_pass_ms
+from dspark_runtime.speculation.kv_cache import round_up
 
 CONTEXT = 256
 DRAFT_ROWS = 4

@@ -6,12 +6,12 @@ import time
 
 import numpy as np
 
-from dspark_runtime.backends.engine import AnyArray, EngineOptions
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.contract import ATTENTION_MASK, WRITE_INDICES
-from dspark_runtime.kv_cache import round_up
-from dspark_runtime.manifest import DrafterEntry, GraphEntry
+from dspark_runtime.backends.protocol import AnyArray, EngineOptions
+from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import DrafterEntry, GraphEntry
+from dspark_runtime.speculation.kv_cache import round_up
 
 _REPEATS = 9
 _FEATURES = 2  # context rows new to the drafter in a typical round

@@ -40,8 +40,8 @@ from dspark_runtime.backends.cuda import CudaBindings
 from dspark_runtime.backends.device import DeviceEngine, Plan
 from dspark_runtime.backends.opening import BackendName, DeviceBackend
 from dspark_runtime.backends.tensorrt_device import this_device
-from dspark_runtime.costs import measure_pass_ms
 from dspark_runtime.errors import BackendError, DsparkError
+from dspark_runtime.speculation.costs import measure_pass_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("tensorrt-rtx", "tensorrt", "onnxruntime-cuda")

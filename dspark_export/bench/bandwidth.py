@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from dspark_runtime.bundle import BundleFiles
+from dspark_runtime.bundle.files import BundleFiles
 
 _BYTES = 192 << 20  # of each array: much larger than any cache
 _CHUNK = 8192  # elements of a triad step; its temporary stays in the first-level cache

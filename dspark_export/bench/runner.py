@@ -10,8 +10,8 @@ import numpy as np
 
 from dspark_export.bench.prompts import PromptItem
 from dspark_runtime import Bundle, Generation
+from dspark_runtime.decoding.statistics import Statistics
 from dspark_runtime.errors import ChatTemplateError, UsageError
-from dspark_runtime.statistics import Statistics
 
 PLAIN = "off"
 ALL_SETS = "all"

@@ -19,8 +19,8 @@ from unittest.mock import patch
 
 from dspark_runtime.backends.cuda import Cuda
 from dspark_runtime.backends.device import DeviceRunner, Plan
-from dspark_runtime.loop import DecodingLoop
-from dspark_runtime.round import Flight
+from dspark_runtime.decoding.loop import DecodingLoop
+from dspark_runtime.decoding.round import Flight
 
 HOST = "host"
 BESIDE = "text, chunks"

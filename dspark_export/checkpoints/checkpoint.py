@@ -12,9 +12,9 @@ from dspark_export.checkpoints.library_calls import first_line, no_gguf_bar, qui
 from dspark_export.checkpoints.tokenizer import TokenizerFiles, eos_token_ids
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.checkpoints.weights import WeightFiles, check_finite, explain_report
-from dspark_runtime.bundle import sha256_of
+from dspark_runtime.bundle.files import sha256_of
+from dspark_runtime.bundle.manifest import Source
 from dspark_runtime.errors import InvalidWeights
-from dspark_runtime.manifest import Source
 
 if TYPE_CHECKING:
     import torch

@@ -132,7 +132,7 @@ def end_of_turn(tokenizer: TokenizerFiles) -> int | None:
     """The special token the chat template writes after an assistant's message; None without one."""
     if tokenizer.chat_template is None:
         return None
-    from dspark_runtime.chat_template import ChatTemplate
+    from dspark_runtime.text.chat_template import ChatTemplate
 
     try:
         text = ChatTemplate(tokenizer.chat_template, tokenizer.special).render(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dspark_runtime.engine_facts import EngineEntry
+    from dspark_runtime.bundle.engine_entry import EngineEntry
 
 
 class BackendName(StrEnum):
@@ -72,7 +72,7 @@ def compile_(
     """Compile the graphs of BUNDLE to TensorRT engines and add them to it. tensorrt-rtx needs no GPU for that."""
     from dspark_export.engines.compile import compile_bundle
     from dspark_export.engines.options import CompileOptions, Ranges
-    from dspark_runtime.bundle import BundleFiles
+    from dspark_runtime.bundle.files import BundleFiles
 
     positions = BundleFiles.open(bundle, verify=False).manifest.model.max_positions
     options = CompileOptions(

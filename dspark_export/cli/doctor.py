@@ -88,10 +88,10 @@ def doctor(
 
 def _engines(bundle: Path) -> list[EngineFinding]:
     """Every engine of ``bundle``, whose files are checked first: a damaged plan is an error, not a finding."""
+    from dspark_runtime.backends.plugin_files import LIBRARY, plugin_file
+    from dspark_runtime.backends.tensorrt_check import checked_plan, refusals
     from dspark_runtime.backends.tensorrt_device import installed_version, this_device
-    from dspark_runtime.bundle import BundleFiles
-    from dspark_runtime.engine_check import checked_plan, refusals
-    from dspark_runtime.plugins import LIBRARY, plugin_file
+    from dspark_runtime.bundle.files import BundleFiles
 
     files, device, library = BundleFiles.open(bundle), this_device(), plugin_file(LIBRARY)
     found = []

@@ -36,8 +36,8 @@ def draft_trace(
     from dspark_export.cli.generate import read_ids
     from dspark_export.draft_trace import save_trace, trace_draft
     from dspark_runtime import Bundle
-    from dspark_runtime.drafter_choice import DraftOptions
-    from dspark_runtime.sampling import SamplingParams
+    from dspark_runtime.drafters.choice import DraftOptions
+    from dspark_runtime.speculation.sampling import SamplingParams
 
     ids = read_ids(prompt_ids)
     if out.is_dir() or not out.parent.is_dir():

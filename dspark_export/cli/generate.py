@@ -183,7 +183,7 @@ def _print(generation: Generation, prompt: str, stats: bool, as_json: bool) -> N
 
 
 def print_stats(generation: Generation) -> None:
-    """The statistics of one generation on stderr, under their defined names (see ``dspark_runtime.statistics``)."""
+    """Print one generation's statistics to stderr, named as in ``dspark_runtime.decoding.statistics``."""
     stats, seconds = generation.stats, generation.stats.seconds
     lines = [
         f"emitted {stats.emitted} tokens ({generation.finish_reason}) after a prompt of {generation.prompt_tokens}; "

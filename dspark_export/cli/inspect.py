@@ -12,8 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dspark_runtime.bundle import BundleFiles
-    from dspark_runtime.manifest import GraphEntry, Manifest, RowNoise
+    from dspark_runtime.bundle.files import BundleFiles
+    from dspark_runtime.bundle.manifest import GraphEntry, Manifest, RowNoise
 
 
 def inspect(
@@ -23,7 +23,7 @@ def inspect(
     operators: Annotated[bool, typer.Option("--operators", help="Count the operators of every graph.")] = False,
 ) -> None:
     """Show source, model, precision, graphs, drafters, costs and files of BUNDLE."""
-    from dspark_runtime.bundle import BundleFiles
+    from dspark_runtime.bundle.files import BundleFiles
 
     files = BundleFiles.open(bundle, verify=verify)
     counts = {graph.file: _count_operators(files, graph) for graph in files.manifest.graphs}

@@ -99,7 +99,7 @@ def validate(
     from dspark_export.validate.options import ValidateOptions
     from dspark_export.validate.run import validate as run
     from dspark_export.validate.store import store, store_outside
-    from dspark_runtime.bundle import BundleFiles
+    from dspark_runtime.bundle.files import BundleFiles
 
     if polygraphy_script is not None:
         from dspark_export.validate.polygraphy_script import write_script
@@ -139,7 +139,7 @@ def validate(
 
 def _floors(path: Path) -> dict[str, float]:
     """Accepted lengths by mode of a report, or of the validated bundle in a folder."""
-    from dspark_runtime.bundle import BundleFiles
+    from dspark_runtime.bundle.files import BundleFiles
 
     if path.is_dir():
         found = BundleFiles.open(path, verify=False).manifest.validation.get("acceptance")

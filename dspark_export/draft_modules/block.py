@@ -1,4 +1,4 @@
-"""A DSpark or DFlash drafter over the contract of :func:`dspark_runtime.draft_contract.block_contract`.
+"""A DSpark or DFlash drafter over the contract of :func:`dspark_runtime.bundle.draft_contract.block_contract`.
 
 Context rows become keys and values and nothing else. Block rows run through the layers and see the context and all
 rows of their block. Head logits get the Markov head's correction slot by slot: it depends on the token drafted before.

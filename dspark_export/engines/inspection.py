@@ -6,7 +6,7 @@ from typing import Any
 
 from dspark_export.engines.listing import Listing, from_engine, read_listing
 from dspark_export.engines.prepare import PreparedGraph
-from dspark_runtime.engine_facts import EngineInspection
+from dspark_runtime.bundle.engine_entry import EngineInspection
 from dspark_runtime.errors import AttentionNotFused, CacheNotInPlace, EngineBuildError, ProfileMismatch
 
 _FUSED = ("mha", "attention")

@@ -9,9 +9,7 @@ from pathlib import Path
 from dspark_export.engines.aot_plugins import compile_ptx
 from dspark_export.engines.options import CompileOptions
 from dspark_export.engines.plugin_forms import INLINED, Plugins
-from dspark_runtime.backends.plugin_launches import MAX_BATCH, MAX_ROWS, MAX_VOCAB
-from dspark_runtime.errors import UsageError
-from dspark_runtime.plugins import (
+from dspark_runtime.backends.plugin_files import (
     FOLDER_VARIABLE,
     LIBRARY,
     PTX,
@@ -19,6 +17,8 @@ from dspark_runtime.plugins import (
     plugin_file,
     plugin_folder,
 )
+from dspark_runtime.backends.plugin_launches import MAX_BATCH, MAX_ROWS, MAX_VOCAB
+from dspark_runtime.errors import UsageError
 
 SORT_LIMIT = 3840
 """Numbers TensorRT sorts at most: an inlined ``VerifyTree`` compiles for vocabularies up to this."""

@@ -14,8 +14,8 @@ from dspark_export.passes.draw_for_all import DrawForAll
 from dspark_export.passes.equal_attention_widths import EqualAttentionWidths
 from dspark_export.passes.gather_experts import GatherExperts
 from dspark_export.passes.pin_capacity import CAPACITY, PinCapacity
+from dspark_runtime.bundle.manifest import GraphEntry
 from dspark_runtime.errors import EngineBuildError, EnginePrecisionError
-from dspark_runtime.manifest import GraphEntry
 
 PROFILES: tuple[Profile, ...] = ("decode", "prefill")
 VERIFY = "verify"

@@ -1,4 +1,4 @@
-"""The graph of a block drafter (DSpark, DFlash); its contract stands in :mod:`dspark_runtime.draft_contract`."""
+"""The graph of a block drafter (DSpark, DFlash); its contract stands in :mod:`dspark_runtime.bundle.draft_contract`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dspark_export.draft_modules.beams import node_count
 from dspark_export.draft_modules.block import BlockModule
 from dspark_export.graphs.shared_tables import shared_tables
 from dspark_export.tracing.to_onnx import trace
-from dspark_runtime.contract import ATTENTION_MASK, WRITE_INDICES, CacheLayer, GraphContract, TensorSpec
-from dspark_runtime.draft_contract import (
+from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES, CacheLayer, GraphContract, TensorSpec
+from dspark_runtime.bundle.draft_contract import (
     BASE_LOGITS,
     BLOCK_HIDDEN,
     BLOCK_POSITIONS,

@@ -21,7 +21,7 @@ from dspark_export.tracing.operators import LAYER_NUMBER, LAYER_OUTPUT
 from dspark_export.tracing.seams import CacheSeam, Pass, pairs, seamed
 from dspark_export.tracing.tidy import remove_unreachable_nodes
 from dspark_export.tracing.to_onnx import dynamic_shapes, match_contract, trace
-from dspark_runtime.contract import HIDDEN_TAPS, GraphContract, decoder_contract
+from dspark_runtime.bundle.contract import HIDDEN_TAPS, GraphContract, decoder_contract
 from dspark_runtime.errors import ExportError
 
 EMBEDDING = -1

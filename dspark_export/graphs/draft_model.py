@@ -9,7 +9,7 @@ import onnx_ir as ir
 from transformers import PreTrainedModel
 
 from dspark_export.graphs.decoder import DecoderTrace
-from dspark_runtime.contract import decoder_contract
+from dspark_runtime.bundle.contract import decoder_contract
 
 
 def export_draft_model(source: PreTrainedModel | DecoderTrace, *, name: str) -> ir.Model:

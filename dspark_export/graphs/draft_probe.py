@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from dspark_export.graphs.decoder import decoder_layers
 from dspark_export.tracing.geometry import probe
 from dspark_export.tracing.seams import CacheSeam, Pass, seamed
-from dspark_runtime.contract import CacheLayer
+from dspark_runtime.bundle.contract import CacheLayer
 from dspark_runtime.errors import ExportError
 
 PROMPTS = (

@@ -1,4 +1,4 @@
-"""The two graphs of an EAGLE-3 drafter; their contract stands in :mod:`dspark_runtime.draft_contract`."""
+"""The two graphs of an EAGLE-3 drafter; their contract stands in :mod:`dspark_runtime.bundle.draft_contract`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dspark_export.draft_modules.eagle import EagleModule
 from dspark_export.graphs.shared_tables import shared_tables
 from dspark_export.tracing.example import example_inputs
 from dspark_export.tracing.to_onnx import trace
-from dspark_runtime.contract import CacheLayer, GraphContract
-from dspark_runtime.draft_contract import EXTEND, STEP, eagle_contract
+from dspark_runtime.bundle.contract import CacheLayer, GraphContract
+from dspark_runtime.bundle.draft_contract import EXTEND, STEP, eagle_contract
 
 
 def export_eagle3(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dspark_export.graphs.decoder import DecoderTrace
 from dspark_export.graphs.layer_choice import check_layers
-from dspark_runtime.contract import decoder_contract
+from dspark_runtime.bundle.contract import decoder_contract
 
 
 def export_self_draft(source: PreTrainedModel | DecoderTrace, layers: Sequence[int]) -> ir.Model:

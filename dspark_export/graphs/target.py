@@ -32,7 +32,7 @@ import onnx_ir as ir
 from transformers import PreTrainedModel
 
 from dspark_export.graphs.decoder import EMBEDDING, DecoderTrace
-from dspark_runtime.contract import decoder_contract
+from dspark_runtime.bundle.contract import decoder_contract
 from dspark_runtime.errors import UsageError
 
 

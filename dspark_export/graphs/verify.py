@@ -1,7 +1,7 @@
 """Verification as ONNX functions in the domain ``dspark``, made of standard operators only.
 
-They mean exactly what :mod:`dspark_runtime.verify` and :mod:`dspark_runtime.sampling` mean, and can stand alone (the
-``verify`` graph) or be called inside a target graph, so that only a few integers leave the device.
+They mean exactly what :mod:`dspark_runtime.speculation.verify` and :mod:`dspark_runtime.speculation.sampling` mean, and
+can stand alone (the ``verify`` graph) or be called inside a target graph, so that only a few integers leave the device.
 
 ``VerifyTree``: deterministic drafts, any tree.
 
@@ -33,9 +33,9 @@ import onnx_ir as ir
 from onnxscript import script
 from onnxscript.values import Opset
 
-from dspark_runtime.contract import OPSET
-from dspark_runtime.sampling import GREEDY_BELOW
-from dspark_runtime.verify import MIN_RESIDUAL
+from dspark_runtime.bundle.contract import OPSET
+from dspark_runtime.speculation.sampling import GREEDY_BELOW
+from dspark_runtime.speculation.verify import MIN_RESIDUAL
 
 op = Opset("", OPSET)
 dspark = Opset("dspark", 1)

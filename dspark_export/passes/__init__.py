@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dspark_runtime.draft_contract import BLOCK_POSITIONS
+from dspark_runtime.bundle.draft_contract import BLOCK_POSITIONS
 
 
 def optimize(model: ir.Model) -> ir.Model:

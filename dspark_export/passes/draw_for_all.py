@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dspark_export.passes import match
-from dspark_runtime.draft_contract import DRAFT_PROBS, TEMPERATURE
+from dspark_runtime.bundle.draft_contract import DRAFT_PROBS, TEMPERATURE
 
 _SAME_INDICES = ("Transpose", "Gather", "Reshape", "Unsqueeze", "Expand", "Identity")
 _DRAWN = ("drawn", "u0")

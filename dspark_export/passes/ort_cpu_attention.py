@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dspark_export.passes import match
-from dspark_runtime import contract
+from dspark_runtime.bundle import contract
 from dspark_runtime.errors import ExportError
 
 DOMAIN = "com.microsoft"

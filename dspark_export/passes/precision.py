@@ -12,8 +12,8 @@ from typing import get_args
 import onnx_ir as ir
 
 from dspark_export.passes.quantize_weights import MIN_BLOCK, MIN_ELEMENTS, BlockQuantization, QuantizeWeights
+from dspark_runtime.bundle.manifest import Weights
 from dspark_runtime.errors import ExportError, UsageError
-from dspark_runtime.manifest import Weights
 
 _WORTH_NAMING = 1 << 14
 

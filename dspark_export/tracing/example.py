@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dspark_runtime.contract import (
+from dspark_runtime.bundle.contract import (
     ATTENTION_MASK,
     INPUT_IDS,
     LOGIT_ROWS,

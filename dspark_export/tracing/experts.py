@@ -13,7 +13,7 @@ import torch
 from onnxscript import script
 from onnxscript.values import Opset
 
-from dspark_runtime.contract import OPSET
+from dspark_runtime.bundle.contract import OPSET
 from dspark_runtime.errors import UnsupportedArchitecture
 
 TRACE_DOMAIN = "dspark.trace"

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dspark_export.tracing.seams import SEAM, CacheSeam, Pass, install, seamed
-from dspark_runtime.contract import CacheLayer
+from dspark_runtime.bundle.contract import CacheLayer
 from dspark_runtime.errors import UnsupportedArchitecture
 
 _PROBE_TOKENS = 3

@@ -23,7 +23,7 @@ import torch
 from onnxscript.values import Op, Opset
 
 from dspark_export.tracing.experts import TRACE_DOMAIN, grouped_linear_body
-from dspark_runtime.contract import OPSET
+from dspark_runtime.bundle.contract import OPSET
 
 LAYER_OUTPUT, LAYER_NUMBER = "LayerOutput", "layer"
 

@@ -12,7 +12,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import optimizer
 
-from dspark_runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS
+from dspark_runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 """Node metadata: the list of module paths a node came from, outermost first (``... 'model.model.layers.3' ...``)."""

@@ -10,7 +10,7 @@ import torch
 
 from dspark_export.tracing.operators import FUNCTIONS, TRANSLATION
 from dspark_export.tracing.tidy import tidy
-from dspark_runtime.contract import OPSET, GraphContract
+from dspark_runtime.bundle.contract import OPSET, GraphContract
 from dspark_runtime.errors import ExportError
 
 _MAX_DIM = 1 << 24

@@ -16,12 +16,12 @@ from dspark_export.train.decode import DecodeOptions, Question, decode
 from dspark_export.train.features import Rows
 from dspark_export.train.responses import EVERY, Response, ResponseFile, drop_torn_line, prompt_number
 from dspark_runtime.errors import UsageError
-from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.speculation.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dspark_runtime.text import TextCodec
+    from dspark_runtime.text.codec import TextCodec
 
 OnStep = Callable[[int], None]
 _PROMPT_TOKENS = 96  # of a prompt the target writes

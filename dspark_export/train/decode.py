@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from dspark_export.tracing.geometry import probe
 from dspark_export.tracing.seams import CacheSeam, Pass, seamed
 from dspark_export.train.features import Rows, Taps, likeliest
-from dspark_runtime.kv_cache import round_up
-from dspark_runtime.sampling import Sampler, SamplingParams, request_key
+from dspark_runtime.speculation.kv_cache import round_up
+from dspark_runtime.speculation.sampling import Sampler, SamplingParams, request_key
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dspark_export.draft_modules.beams import BeamNodes, Beams
 from dspark_export.train.features import Sample, collate
 from dspark_export.train.module import TrainableDrafter
 from dspark_runtime.drafters.beams import BeamLayout
-from dspark_runtime.tree import TokenTree
+from dspark_runtime.speculation.tree import TokenTree
 
 _BLOCKS = 512  # blocks of one pass
 

@@ -37,7 +37,7 @@ from dspark_runtime.errors import BundleBusy, BundleNotWritten, UsageError
 
 if TYPE_CHECKING:
     from dspark_export.checkpoints import Checkpoint
-    from dspark_runtime.text import TextCodec
+    from dspark_runtime.text.codec import TextCodec
 
 _Result = TypeVar("_Result")
 
@@ -245,7 +245,7 @@ class _Run:
         return items
 
     def _codec(self) -> TextCodec:
-        from dspark_runtime.text import TextCodec
+        from dspark_runtime.text.codec import TextCodec
 
         if self._checkpoint.tokenizer is None:
             raise UsageError(

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dspark_runtime.backends.engine import AnyArray
-from dspark_runtime.contract import (
+from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.bundle.contract import (
     ATTENTION_MASK,
     INPUT_IDS,
     LOGIT_ROWS,

@@ -17,9 +17,9 @@ from dspark_export.validate.recorded import Call, run_recorded
 from dspark_export.validate.references import ModelRunner
 from dspark_export.validate.tolerances import ACCEPTANCE, ACCEPTANCE_QUANTIZED, AGAINST_MODEL, largest_relative
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import AnyArray
-from dspark_runtime.contract import ATTENTION_MASK, LOGIT_ROWS, WRITE_INDICES
-from dspark_runtime.draft_contract import (
+from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.bundle.contract import ATTENTION_MASK, LOGIT_ROWS, WRITE_INDICES
+from dspark_runtime.bundle.draft_contract import (
     ANCHOR_IDS,
     BLOCK_POSITIONS,
     CONFIDENCE_LOGITS,
@@ -29,9 +29,9 @@ from dspark_runtime.draft_contract import (
     TEMPERATURE,
     UNIFORMS,
 )
-from dspark_runtime.drafter_choice import DraftOptions
-from dspark_runtime.manifest import DrafterEntry
-from dspark_runtime.statistics import PositionCounts
+from dspark_runtime.bundle.manifest import DrafterEntry
+from dspark_runtime.decoding.statistics import PositionCounts
+from dspark_runtime.drafters.choice import DraftOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

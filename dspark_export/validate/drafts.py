@@ -22,17 +22,17 @@ from dspark_export.validate.tolerances import (
     relative_rms,
 )
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import AnyArray
-from dspark_runtime.contract import GraphContract
-from dspark_runtime.draft_contract import (
+from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.bundle.contract import GraphContract
+from dspark_runtime.bundle.draft_contract import (
     BEAM_PARENTS,
     BEAM_PROBS,
     CONFIDENCE_LOGITS,
     DRAFT_TOKENS,
 )
-from dspark_runtime.drafter_choice import DraftOptions
+from dspark_runtime.bundle.manifest import DrafterEntry
+from dspark_runtime.drafters.choice import DraftOptions
 from dspark_runtime.errors import UsageError
-from dspark_runtime.manifest import DrafterEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,12 +16,12 @@ from dspark_export.validate.checks import Check
 from dspark_export.validate.numerics import cache_shapes, compare, quiet, save_inputs
 from dspark_export.validate.references import GraphRunner
 from dspark_export.validate.tolerances import ENGINE, relative_rms
-from dspark_runtime.backends.engine import AnyArray
+from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.backends.tensorrt_check import checked_plan, require_device, require_version
 from dspark_runtime.backends.tensorrt_device import installed_version, this_device
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.contract import INPUT_IDS, WRITE_INDICES
-from dspark_runtime.engine_check import checked_plan, require_device, require_version
-from dspark_runtime.engine_facts import EngineEntry, Flavour
+from dspark_runtime.bundle.contract import INPUT_IDS, WRITE_INDICES
+from dspark_runtime.bundle.engine_entry import EngineEntry, Flavour
+from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.errors import UsageError
 
 

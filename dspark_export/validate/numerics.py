@@ -27,10 +27,10 @@ from dspark_export.validate.tolerances import (
     largest_relative,
     relative_rms,
 )
-from dspark_runtime.backends.engine import FLOAT_PRODUCTS, AnyArray
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.contract import LOGITS
-from dspark_runtime.manifest import GraphEntry
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, AnyArray
+from dspark_runtime.bundle.contract import LOGITS
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import GraphEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

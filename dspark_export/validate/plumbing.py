@@ -10,7 +10,7 @@ from dspark_export.validate.checks import Check
 from dspark_export.validate.lossless import Texts
 from dspark_export.validate.tolerances import ACCEPTANCE_DROP
 from dspark_runtime import Bundle, Generation
-from dspark_runtime.statistics import Statistics
+from dspark_runtime.decoding.statistics import Statistics
 
 FLOORS = "acceptance"
 """Key of the accepted lengths in ``manifest.validation``."""

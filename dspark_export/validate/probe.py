@@ -9,11 +9,11 @@ import numpy as np
 
 from dspark_export.measure import row_logits
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import FLOAT_PRODUCTS, AnyArray, FloatArray
 from dspark_runtime.backends.opening import HostBackend
-from dspark_runtime.loop import DecodingLoop, LoopOptions
-from dspark_runtime.request import make_requests
-from dspark_runtime.tree import TokenTree
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, AnyArray, FloatArray
+from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
+from dspark_runtime.decoding.request import make_requests
+from dspark_runtime.speculation.tree import TokenTree
 
 ROOM = 48  # tokens a probe may commit behind its prompts
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy.typing as npt
 
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.manifest import GraphEntry
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import GraphEntry
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -83,7 +83,7 @@ class Rebuilt:
         from dspark_export.graphs.save import save_graphs
         from dspark_export.manifest import file_stem
         from dspark_export.passes import ort_cpu_variants
-        from dspark_runtime.manifest import Variant
+        from dspark_runtime.bundle.manifest import Variant
 
         positions = self._files.manifest.model.max_positions
         forms = {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from dspark_export.draft_trace import engine_with_inner_outputs
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import (
+from dspark_runtime.backends.protocol import (
     AnyArray,
     CacheMemory,
     Features,
@@ -19,12 +19,12 @@ from dspark_runtime.backends.engine import (
     GraphRunner,
     StepBuffers,
 )
-from dspark_runtime.drafter_choice import DrafterChoice, DraftOptions
-from dspark_runtime.loop import DecodingLoop, LoopOptions
-from dspark_runtime.request import make_requests
-from dspark_runtime.schedule import Schedule
-from dspark_runtime.statistics import Statistics
-from dspark_runtime.tree import TokenTree
+from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
+from dspark_runtime.decoding.request import make_requests
+from dspark_runtime.decoding.schedule import Schedule
+from dspark_runtime.decoding.statistics import Statistics
+from dspark_runtime.drafters.choice import DrafterChoice, DraftOptions
+from dspark_runtime.speculation.tree import TokenTree
 
 _PAST = "past_key_values."
 

@@ -22,8 +22,8 @@ from transformers import DynamicCache
 
 from dspark_export.graphs.decoder import EMBEDDING, decoder_layers
 from dspark_export.validate.activations import PRESENT, Pass
-from dspark_runtime.backends.engine import AnyArray
-from dspark_runtime.contract import HIDDEN_TAPS, INPUT_IDS, LOGITS, WRITE_INDICES
+from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.bundle.contract import HIDDEN_TAPS, INPUT_IDS, LOGITS, WRITE_INDICES
 from dspark_runtime.processors import default_threads
 
 if TYPE_CHECKING:

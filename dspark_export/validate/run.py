@@ -24,8 +24,8 @@ from dspark_export.validate.options import EXTENTS, ValidateOptions
 from dspark_export.validate.quantized import put_into
 from dspark_export.validate.robustness import check_robustness
 from dspark_runtime import Bundle, Generation
+from dspark_runtime.bundle.manifest import DrafterEntry, Source
 from dspark_runtime.errors import BackendError, DsparkError, ModelNotFound, UsageError
-from dspark_runtime.manifest import DrafterEntry, Source
 from dspark_runtime.processors import default_threads
 
 if TYPE_CHECKING:

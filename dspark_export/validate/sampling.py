@@ -13,12 +13,12 @@ from dspark_export.validate.checks import Check
 from dspark_export.validate.probe import Probe, branching
 from dspark_export.validate.references import session
 from dspark_runtime import Bundle
-from dspark_runtime.backends.engine import FloatArray
-from dspark_runtime.bundle import BundleFiles
+from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.errors import DsparkError
-from dspark_runtime.sampling import Sampler, SamplingParams, distribution
-from dspark_runtime.tree import TokenTree
-from dspark_runtime.verify import verify_chain, verify_tree
+from dspark_runtime.speculation.sampling import Sampler, SamplingParams, distribution
+from dspark_runtime.speculation.tree import TokenTree
+from dspark_runtime.speculation.verify import verify_chain, verify_tree
 
 _DRAWS = 3000
 _CHANCE = 1e-5  # probability of a false alarm
@@ -58,7 +58,8 @@ def check_rules(bundle: Bundle, texts: Sequence[Sequence[int]]) -> Check:
             sampler = Sampler(params, seed, 1)
             verdict = verify_tree(tree, logits, sampler.draw, start)
             if (list(verdict.path), list(verdict.tokens)) != expected:
-                wrong.setdefault("dspark_runtime.verify.verify_tree", _told(expected, verdict.path, verdict.tokens))
+                told = _told(expected, verdict.path, verdict.tokens)
+                wrong.setdefault("dspark_runtime.speculation.verify.verify_tree", told)
             if running is not None:
                 path, emitted = _by_graph(running, tree, logits, params, Sampler(params, seed, 1), start)
                 if (path, emitted) != expected:
@@ -175,7 +176,7 @@ def check_rejection(bundle: Bundle, texts: Sequence[Sequence[int]]) -> Check:
         measured=statistic,
         limit=limit,
         unit=f"chi-square of {_DRAWS} draws",
-        where="" if passed else "dspark_runtime.verify.verify_chain",
+        where="" if passed else "dspark_runtime.speculation.verify.verify_chain",
         message=""
         if passed
         else "Tokens are emitted too often or too rarely: look at how drafts are accepted and at "

@@ -10,8 +10,8 @@ from dspark_export.bench.runner import PLAIN
 from dspark_export.validate.checks import Check
 from dspark_export.validate.lossless import Texts
 from dspark_runtime import Bundle, Generation
-from dspark_runtime.costs import measure_pass_ms
-from dspark_runtime.statistics import Statistics
+from dspark_runtime.decoding.statistics import Statistics
+from dspark_runtime.speculation.costs import measure_pass_ms
 
 _ROWS = (1, 2, 4, 8, 16)
 FORMULA = "tokens per round x plain pass / (verify pass + draft + host)"

@@ -11,9 +11,9 @@ import filelock
 
 from dspark_export.validate.checks import Report
 from dspark_export.validate.plumbing import FLOORS
-from dspark_runtime.bundle import BundleFiles
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import MANIFEST, FileEntry, Manifest
 from dspark_runtime.errors import BundleBusy, BundleNotWritten
-from dspark_runtime.manifest import MANIFEST, FileEntry, Manifest
 
 FOLDER = "validation"
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from dspark_export.validate.checks import Check
 from dspark_export.validate.quantized import quantized_weights
 from dspark_export.validate.tolerances import STORED, relative_rms
-from dspark_runtime.bundle import BundleFiles
+from dspark_runtime.bundle.files import BundleFiles
 
 if TYPE_CHECKING:
     from dspark_export.validate.rebuild import Rebuilt

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspark_runtime.api import Bundle, Stream
-    from dspark_runtime.drafter_choice import SPECULATION_MODES
+    from dspark_runtime.decoding.sequence import Chunk, Generation
+    from dspark_runtime.decoding.statistics import Statistics
     from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
+    from dspark_runtime.drafters.choice import SPECULATION_MODES
     from dspark_runtime.errors import DsparkError
-    from dspark_runtime.sequence import Chunk, Generation
-    from dspark_runtime.statistics import Statistics
-    from dspark_runtime.tree import TokenTree
+    from dspark_runtime.speculation.tree import TokenTree
 
 _PLACES = {
-    "SPECULATION_MODES": "drafter_choice",
+    "SPECULATION_MODES": "drafters.choice",
     "Bundle": "api",
-    "Chunk": "sequence",
+    "Chunk": "decoding.sequence",
     "Draft": "drafters.base",
     "DraftRequest": "drafters.base",
     "Drafter": "drafters.base",
     "DsparkError": "errors",
-    "Generation": "sequence",
-    "Statistics": "statistics",
+    "Generation": "decoding.sequence",
+    "Statistics": "decoding.statistics",
     "Stream": "api",
-    "TokenTree": "tree",
+    "TokenTree": "speculation.tree",
 }
 
 __all__ = [

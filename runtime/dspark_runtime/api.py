@@ -13,22 +13,22 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from dspark_runtime.backends.engine import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS, Engine, EngineOptions, GraphEngine
 from dspark_runtime.backends.opening import Backend, open_backend
-from dspark_runtime.bundle import TOKENIZER_DIR, BundleFiles
-from dspark_runtime.chat_template import Message
-from dspark_runtime.costs import PassCosts
-from dspark_runtime.drafter_choice import DrafterChoice, DraftOptions
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS, Engine, EngineOptions, GraphEngine
+from dspark_runtime.bundle.files import TOKENIZER_DIR, BundleFiles
+from dspark_runtime.bundle.manifest import Manifest
+from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
+from dspark_runtime.decoding.request import Limits, Request, make_requests
+from dspark_runtime.decoding.schedule import Schedule
+from dspark_runtime.decoding.sequence import Chunk, Generation
 from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.block import DraftSampling
+from dspark_runtime.drafters.choice import DrafterChoice, DraftOptions
 from dspark_runtime.errors import UsageError
-from dspark_runtime.loop import DecodingLoop, LoopOptions
-from dspark_runtime.manifest import Manifest
-from dspark_runtime.request import Limits, Request, make_requests
-from dspark_runtime.sampling import SamplingParams
-from dspark_runtime.schedule import Schedule
-from dspark_runtime.sequence import Chunk, Generation
-from dspark_runtime.text import TextCodec
+from dspark_runtime.speculation.costs import PassCosts
+from dspark_runtime.speculation.sampling import SamplingParams
+from dspark_runtime.text.chat_template import Message
+from dspark_runtime.text.codec import TextCodec
 
 Speculate = str | Drafter | Sequence[Drafter]
 Prompt = str | bytes | Sequence[int]

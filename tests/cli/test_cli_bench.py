@@ -30,8 +30,8 @@ from dspark_export.bench.runner import (
     run,
 )
 from dspark_runtime import SPECULATION_MODES, Bundle, Generation
+from dspark_runtime.decoding.statistics import DrafterCounts, Statistics
 from dspark_runtime.errors import UsageError
-from dspark_runtime.statistics import DrafterCounts, Statistics
 from tests.cli.conftest import Invoke
 
 PROMPTS = ["one two one two", "red blue red", "a b c a b"]

@@ -21,7 +21,7 @@ from dspark_export.build import Stage
 from dspark_export.cli import main as command_line
 from dspark_export.cli.validate import FAILED as VALIDATION_FAILED
 from dspark_runtime import Bundle, Chunk, Drafter, Generation, Statistics, contract, engine_facts, errors, manifest
-from dspark_runtime.statistics import DrafterCounts
+from dspark_runtime.decoding.statistics import DrafterCounts
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}

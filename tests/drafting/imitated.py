@@ -20,10 +20,10 @@ from dspark_export.passes.pin_capacity import PinCapacity
 from dspark_runtime import Bundle
 from dspark_runtime.backends.opening import DeviceBackend
 from dspark_runtime.backends.plugin_launches import Launch
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.engine_check import DeviceFacts
-from dspark_runtime.engine_facts import EngineBuild, EngineEntry, EngineInspection, EngineProfile
-from dspark_runtime.manifest import GraphEntry
+from dspark_runtime.backends.tensorrt_check import DeviceFacts
+from dspark_runtime.bundle.engine_entry import EngineBuild, EngineEntry, EngineInspection, EngineProfile
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import GraphEntry
 from tests.engines.host_cuda import HostCuda, HostPlan, host_plan
 from tests.plugins.launched import Imitated
 

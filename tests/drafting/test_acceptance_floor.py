@@ -21,7 +21,7 @@ from dspark_export.build import build
 from dspark_export.build_options import BuildOptions
 from dspark_runtime import Bundle
 from dspark_runtime.backends.ort_graph import OrtGraphRunner
-from dspark_runtime.draft_contract import BLOCK_POSITIONS
+from dspark_runtime.bundle.draft_contract import BLOCK_POSITIONS
 from dspark_runtime.drafters.block import BlockDrafter
 from tests.drafting.conftest import Pairs
 from tests.drafting.test_bundle_with_drafts import LONG, generate

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from dspark_export.cli.main import app
 from dspark_export.draft_trace import trace_draft
 from dspark_runtime import Bundle, Generation
-from dspark_runtime.drafter_choice import DraftOptions
+from dspark_runtime.drafters.choice import DraftOptions
 from dspark_runtime.errors import UsageError
-from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.speculation.sampling import SamplingParams
 from tests.drafting.conftest import Pairs
 from tests.references.block_reference import Shape, draft
 

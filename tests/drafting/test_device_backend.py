@@ -18,7 +18,7 @@ from dspark_export.build import build
 from dspark_export.build_options import BuildOptions
 from dspark_runtime import Bundle, errors
 from dspark_runtime.backends.opening import DeviceBackend, HostBackend, open_backend
-from dspark_runtime.sequence import Generation
+from dspark_runtime.decoding.sequence import Generation
 from tests import tiny_models
 from tests.drafting.conftest import Pairs
 from tests.drafting.imitated import PROMPTS, Opened

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from dspark_runtime import Bundle
-from dspark_runtime.drafter_choice import DraftOptions
+from dspark_runtime.decoding.sequence import Chunk
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
 from dspark_runtime.drafters.block import BlockDrafter
+from dspark_runtime.drafters.choice import DraftOptions
 from dspark_runtime.drafters.eagle3 import Eagle3Drafter
 from dspark_runtime.errors import BackendError
-from dspark_runtime.sequence import Chunk
-from dspark_runtime.tree import TokenTree
+from dspark_runtime.speculation.tree import TokenTree
 from tests.drafting.conftest import Pairs
 from tests.drafting.imitated import PROMPTS, RANGES, Opened
 from tests.drafting.test_device_backend import counts

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dspark_runtime.sampling import Sampler, SamplingParams
-from dspark_runtime.verify import verify_chain
+from dspark_runtime.speculation.sampling import Sampler, SamplingParams
+from dspark_runtime.speculation.verify import verify_chain
 from tests.parity.test_block_drafter import export, run
 from tests.references.draft_samples import HIDDEN, TAPS, VOCAB
 

@@ -14,16 +14,16 @@ import pytest
 from dspark_runtime.backends.device import DeviceEngine, DeviceRunner, Plan
 from dspark_runtime.backends.device_graph import DeviceGraphEngine, DeviceGraphRunner
 from dspark_runtime.backends.device_shapes import largest_sizes
-from dspark_runtime.backends.engine import StepBuffers, TreeCheck, TreeVerdicts
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.costs import PassCosts
-from dspark_runtime.drafter_choice import DrafterChoice, DraftOptions
+from dspark_runtime.backends.protocol import StepBuffers, TreeCheck, TreeVerdicts
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
+from dspark_runtime.decoding.request import Limits, make_requests
+from dspark_runtime.decoding.round import Accepted
+from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
-from dspark_runtime.loop import DecodingLoop, LoopOptions
-from dspark_runtime.request import Limits, make_requests
-from dspark_runtime.round import Accepted
-from dspark_runtime.schedule import Schedule
-from dspark_runtime.tree import TokenTree
+from dspark_runtime.drafters.choice import DrafterChoice, DraftOptions
+from dspark_runtime.speculation.costs import PassCosts
+from dspark_runtime.speculation.tree import TokenTree
 from tests.drafting.conftest import Pairs
 from tests.drafting.imitated import entry_of
 from tests.engines.recorded_cuda import RecordedCuda, RecordedKernels, RecordedPlan

@@ -16,9 +16,9 @@ from dspark_export.graphs.self_draft import export_self_draft
 from dspark_export.graphs.target import export_target
 from dspark_export.manifest import graph_entry
 from dspark_export.passes import optimize
-from dspark_runtime.bundle import GRAPH_DIR, sha256_of
-from dspark_runtime.engine_facts import EngineEntry
-from dspark_runtime.manifest import GraphEntry
+from dspark_runtime.bundle.engine_entry import EngineEntry
+from dspark_runtime.bundle.files import GRAPH_DIR, sha256_of
+from dspark_runtime.bundle.manifest import GraphEntry
 from tests import tiny_models
 
 RANGES = Ranges(batch=2, max_length=128, verify_rows=8, chunk=32)

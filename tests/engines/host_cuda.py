@@ -21,8 +21,8 @@ import numpy.typing as npt
 from dspark_runtime.backends.cuda import Bytes, Pieces
 from dspark_runtime.backends.device_shapes import PassRanges
 from dspark_runtime.backends.ort_device import OrtContext, OrtPlan
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.manifest import GraphEntry
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import GraphEntry
 
 _ALIGNMENT = 256
 Step = Callable[[], Any]

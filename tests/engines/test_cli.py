@@ -16,8 +16,8 @@ from dspark_export.measure import row_logits
 from dspark_export.validate.probe import with_float_products
 from dspark_runtime import Bundle
 from dspark_runtime.backends.tensorrt_device import this_device
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.engine_facts import EngineEntry
+from dspark_runtime.bundle.engine_entry import EngineEntry
+from dspark_runtime.bundle.files import BundleFiles
 from tests import tiny_models
 
 

@@ -11,7 +11,7 @@ import torch
 from dspark_export.engines.listing import read_listing
 from dspark_export.engines.options import CompileOptions
 from dspark_export.engines.prepare import prepare
-from dspark_runtime.engine_facts import EngineEntry
+from dspark_runtime.bundle.engine_entry import EngineEntry
 from tests.engines.graphs import DTYPES, HEADS, OPTIONS, RANGES, Saved, decoder_graphs
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dspark_export.cli.main import app
 from dspark_runtime.backends import tensorrt_device
-from dspark_runtime.engine_check import DeviceFacts
+from dspark_runtime.backends.tensorrt_check import DeviceFacts
 from tests.engines.test_plan_checks import change, flip
 
 

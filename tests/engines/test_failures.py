@@ -20,7 +20,7 @@ from dspark_export.engines.inspection import inspect
 from dspark_export.engines.options import CompileOptions, Ranges
 from dspark_export.engines.prepare import PreparedGraph, prepare
 from dspark_runtime import errors
-from dspark_runtime.bundle import BundleFiles
+from dspark_runtime.bundle.files import BundleFiles
 from tests.engines.graphs import OPTIONS, Saved, decoder_graphs
 
 

@@ -17,7 +17,7 @@ from dspark_export.passes.equal_attention_widths import EqualAttentionWidths
 from dspark_export.passes.gather_experts import GatherExperts
 from dspark_export.passes.pin_capacity import PinCapacity
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
-from dspark_runtime.contract import CacheLayer
+from dspark_runtime.bundle.contract import CacheLayer
 from tests import tiny_models
 from tests.engines.test_drafters import BLOCKS, block_graph
 from tests.parity.harness import CAPACITY, GraphRunner, Tree, assert_close

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from dspark_runtime import errors
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.engine_check import (
+from dspark_runtime.backends.tensorrt_check import (
     DeviceFacts,
     checked_plan,
     refusals,
     require_device,
     require_version,
 )
-from dspark_runtime.engine_facts import EngineEntry
-from dspark_runtime.manifest import MANIFEST, Manifest
+from dspark_runtime.bundle.engine_entry import EngineEntry
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import MANIFEST, Manifest
 
 AMPERE = DeviceFacts("8.6", "NVIDIA RTX A4000", 13000)
 HOPPER = DeviceFacts("9.0", "NVIDIA H200", 13000)

@@ -27,12 +27,12 @@ from dspark_export.engines.plugins import LIMITS, find_plugins, require_limits
 from dspark_export.engines.prepare import prepare
 from dspark_export.graphs.verify import build_verify_chain_model, build_verify_model
 from dspark_runtime import errors
-from dspark_runtime import plugins as names
+from dspark_runtime.backends import plugin_files as names
+from dspark_runtime.backends.tensorrt_check import DeviceFacts, require_plugins
 from dspark_runtime.backends.tensorrt_plan import LoadedPlan
 from dspark_runtime.backends.tensorrt_plugins import load_plugins
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.engine_check import DeviceFacts, require_plugins
-from dspark_runtime.engine_facts import EngineEntry
+from dspark_runtime.bundle.engine_entry import EngineEntry
+from dspark_runtime.bundle.files import BundleFiles
 from tests.engines.graphs import OPTIONS, Saved, save
 from tests.engines.recorded_cuda import RecordedCuda
 from tests.plugins.conftest import PLUGINS as SOURCES

@@ -19,9 +19,9 @@ from dspark_runtime.backends.device_cache import DeviceCache
 from dspark_runtime.backends.device_graph import _stored
 from dspark_runtime.backends.device_layout import to_float32
 from dspark_runtime.backends.device_shapes import pass_shape
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.engine_facts import EngineEntry
-from dspark_runtime.kv_cache import KvCache
+from dspark_runtime.bundle.engine_entry import EngineEntry
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.speculation.kv_cache import KvCache
 from tests.engines.recorded_cuda import RecordedCuda, RecordedPlan
 
 

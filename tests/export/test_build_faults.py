@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dspark_runtime.bundle import BundleFiles
+from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.errors import BundleNotWritten, ModelNotFound
 from tests.export.checkpoint_samples import write_checkpoint
 from tests.export.fault_driver import STAGES

@@ -15,10 +15,10 @@ import onnx_ir as ir
 import pytest
 
 from dspark_export.bundle_writer import BundleWriter
-from dspark_runtime.bundle import BundleFiles
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import Manifest
 from dspark_runtime.errors import BundleBusy, BundleError, BundleNotWritten, DamagedBundle
-from dspark_runtime.manifest import Manifest
-from tests.runtime.test_bundle import manifest_dict
+from tests.runtime.bundle.test_bundle import manifest_dict
 
 
 def manifest() -> Manifest:

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from dspark_export.cli import main
 from dspark_export.cli.main import app
-from dspark_runtime.bundle import BundleFiles
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import Manifest
 from dspark_runtime.errors import DsparkError, IncompatibleBundle
-from dspark_runtime.manifest import Manifest
 from tests.export.checkpoint_samples import edit_config, write_checkpoint
-from tests.runtime.test_bundle import flipped
-from tests.runtime.test_bundle import write_bundle as write_fake_bundle
+from tests.runtime.bundle.test_bundle import flipped
+from tests.runtime.bundle.test_bundle import write_bundle as write_fake_bundle
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from dspark_export.build_options import BuildOptions
 from dspark_export.manifest import ExactnessWarning, measured_precision, precision
-from dspark_runtime.manifest import Precision, RowNoise
+from dspark_runtime.bundle.manifest import Precision, RowNoise
 
 
 def noise(among_several: float) -> RowNoise:

@@ -16,7 +16,7 @@ from dspark_export.graphs.self_draft import export_self_draft
 from dspark_export.graphs.target import export_target
 from dspark_export.tracing.geometry import probe
 from dspark_export.tracing.tidy import SCOPES_KEY
-from dspark_runtime.contract import decoder_contract
+from dspark_runtime.bundle.contract import decoder_contract
 from dspark_runtime.errors import UsageError
 from tests import tiny_models
 

@@ -21,8 +21,8 @@ from dspark_export.engines.options import CompileOptions, Ranges
 from dspark_export.measure import row_logits
 from dspark_runtime import Bundle
 from dspark_runtime.backends.opening import DeviceBackend
+from dspark_runtime.backends.tensorrt_check import RTX_DEFAULT_TARGETS
 from dspark_runtime.backends.tensorrt_device import this_device
-from dspark_runtime.engine_check import RTX_DEFAULT_TARGETS
 from tests import tiny_models
 
 pytestmark = [

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from dspark_runtime.backends.cuda import CudaBindings
+from dspark_runtime.backends.plugin_files import FATBIN, plugin_file
 from dspark_runtime.backends.plugin_kernels import PluginKernels
 from dspark_runtime.backends.plugin_launches import DeviceTensor, Element, Launch, Markov, verify_tree, verify_workspace
 from dspark_runtime.backends.tensorrt_device import this_device
-from dspark_runtime.plugins import FATBIN, plugin_file
-from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.speculation.sampling import SamplingParams
 from tests.plugins.conftest import host  # noqa: F401  (a fixture)
 from tests.plugins.host_library import DTYPES, KINDS, Array, HostLibrary
 from tests.plugins.launched import assert_equal, check_compaction, check_drafting, check_verification, verdicts

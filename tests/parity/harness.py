@@ -15,7 +15,7 @@ import onnxruntime as ort
 import torch
 from transformers import PreTrainedModel
 
-from dspark_runtime.backends.engine import FLOAT_PRODUCTS
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS
 
 CAPACITY = 96
 

@@ -16,7 +16,7 @@ from dspark_export.graphs.block_drafter import export_block_drafter, hide_inner_
 from dspark_export.graphs.save import save_graphs
 from dspark_export.passes import optimize, ort_cpu_variants
 from dspark_runtime.backends.ort_graph import OrtGraphEngine, OrtGraphRunner
-from dspark_runtime.contract import CacheLayer
+from dspark_runtime.bundle.contract import CacheLayer
 from dspark_runtime.errors import UsageError
 from tests.references.block_reference import Shape, draft
 from tests.references.draft_samples import HIDDEN, KV_HEADS, TAPS, VOCAB, WIDTH, random_block

@@ -20,8 +20,8 @@ from dspark_export.graphs.target import export_target
 from dspark_export.passes import optimize, ort_cpu_variants
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.tracing.geometry import probe
-from dspark_runtime.contract import GraphContract, decoder_contract
-from dspark_runtime.manifest import Weights
+from dspark_runtime.bundle.contract import GraphContract, decoder_contract
+from dspark_runtime.bundle.manifest import Weights
 from tests import tiny_models
 from tests.export.drafts.writers import Sizes, eagle_tensors
 from tests.parity.harness import GraphRunner, Tree, plain_logits

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.speculation.sampling import SamplingParams
 
 Array = np.ndarray[Any, Any]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.speculation.sampling import SamplingParams
 from tests.plugins.conftest import compile_host
 from tests.plugins.draft_cases import draft_case
 from tests.plugins.host_library import DTYPES, KINDS, Array, HostLibrary, sampling_inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dspark_runtime.sampling import inverse_cdf
+from dspark_runtime.speculation.sampling import inverse_cdf
 from tests.plugins.draft_cases import draft_case, reference
 from tests.plugins.host_library import DTYPES, KINDS, Array, HostLibrary
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dspark_runtime.errors import BackendError
-from dspark_runtime.sampling import SamplingParams, distribution, draw_token
+from dspark_runtime.speculation.sampling import SamplingParams, distribution, draw_token
 from tests.plugins.host_library import DTYPES, Array, HostLibrary, rounded
 
 NEAR = 2e-6  # how close to a rounding boundary the reference's own float sums decide

@@ -12,9 +12,9 @@ import pytest
 
 from dspark_export.graphs.verify import build_verify_chain_model, build_verify_model
 from dspark_runtime.errors import BackendError, InvalidTree
-from dspark_runtime.sampling import SamplingParams, distribution, draw_token, inverse_cdf
-from dspark_runtime.tree import TokenTree
-from dspark_runtime.verify import verify_chain, verify_tree
+from dspark_runtime.speculation.sampling import SamplingParams, distribution, draw_token, inverse_cdf
+from dspark_runtime.speculation.tree import TokenTree
+from dspark_runtime.speculation.verify import verify_chain, verify_tree
 from tests.plugins.host_library import DTYPES, Array, HostLibrary, rounded, sampling_inputs
 
 VOCAB = 24

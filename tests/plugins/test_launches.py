@@ -23,7 +23,7 @@ from dspark_runtime.backends.plugin_launches import (
     verify_workspace,
 )
 from dspark_runtime.backends.tensorrt_device import this_device
-from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.speculation.sampling import SamplingParams
 from tests.plugins.conftest import PLUGINS
 from tests.plugins.host_library import DTYPES, KINDS, HostLibrary
 from tests.plugins.launched import Imitated, check_compaction, check_drafting, check_verification, verdicts

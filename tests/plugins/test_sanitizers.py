@@ -17,7 +17,7 @@ OVERRUN = """
 import sys
 import numpy as np
 from pathlib import Path
-from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.speculation.sampling import SamplingParams
 from tests.plugins.host_library import HostLibrary
 HostLibrary(Path(sys.argv[1])).draw(np.zeros((2, 500), np.float32), [SamplingParams()] * 2, [0.5])
 """

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.speculation.sampling import SamplingParams
 from tests.plugins.conftest import FLAGS, PLUGINS, ROOT
 from tests.plugins.draft_cases import draft_case
 from tests.plugins.host_library import KINDS, Array, HostLibrary

@@ -12,7 +12,7 @@ import pytest
 from dspark_export.engines.compile import compile_bundle
 from dspark_export.engines.options import CompileOptions, Ranges
 from dspark_runtime import Bundle
-from dspark_runtime.bundle import BundleFiles
+from dspark_runtime.bundle.files import BundleFiles
 from tests.engines.graphs import Saved
 from tests.engines.test_compile import check
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from dspark_runtime.backends.engine import EngineOptions
 from dspark_runtime.backends.ort import OrtEngine
-from dspark_runtime.contract import CacheLayer
-from dspark_runtime.costs import PassCosts
+from dspark_runtime.backends.protocol import EngineOptions
+from dspark_runtime.bundle.contract import CacheLayer
+from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
+from dspark_runtime.decoding.request import Limits, make_requests
+from dspark_runtime.decoding.schedule import Schedule
+from dspark_runtime.decoding.sequence import Generation
 from dspark_runtime.drafters.base import Drafter
-from dspark_runtime.loop import DecodingLoop, LoopOptions
-from dspark_runtime.request import Limits, make_requests
-from dspark_runtime.sampling import SamplingParams
-from dspark_runtime.schedule import Schedule
-from dspark_runtime.sequence import Generation
+from dspark_runtime.speculation.costs import PassCosts
+from dspark_runtime.speculation.sampling import SamplingParams
 from tests import tiny_models
 
 

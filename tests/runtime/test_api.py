@@ -12,7 +12,7 @@ from dspark_export.build import build
 from dspark_export.build_options import BuildOptions
 from dspark_runtime import Bundle, Chunk, Drafter, DraftRequest, Generation
 from dspark_runtime.errors import BundleError, CapacityError, ChatTemplateError, UsageError
-from dspark_runtime.text import TextCodec
+from dspark_runtime.text.codec import TextCodec
 from tests import tiny_models
 
 PROMPTS = ["def f(x):\n    return x", "the cat sat on the mat, the cat sat on", "0 1 2 3 4 5 6 7 8 9", "é"]

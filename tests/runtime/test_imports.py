@@ -28,12 +28,12 @@ for module in pkgutil.walk_packages(dspark_runtime.__path__, "dspark_runtime."):
 
 GENERATE = """
 from dspark_runtime.backends.ort import OrtEngine
-from dspark_runtime.contract import CacheLayer
-from dspark_runtime.costs import PassCosts
+from dspark_runtime.bundle.contract import CacheLayer
+from dspark_runtime.speculation.costs import PassCosts
 from dspark_runtime.drafters.ngram import NgramDrafter
-from dspark_runtime.loop import DecodingLoop
-from dspark_runtime.request import Limits, make_requests
-from dspark_runtime.schedule import Schedule
+from dspark_runtime.decoding.loop import DecodingLoop
+from dspark_runtime.decoding.request import Limits, make_requests
+from dspark_runtime.decoding.schedule import Schedule
 
 engine = OrtEngine({path!r}, name="target", cache={cache!r})
 requests = make_requests([[1, 2, 3]], Limits(384, 512), max_new_tokens=9)

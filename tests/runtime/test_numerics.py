@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dspark_runtime.backends.engine import FloatArray
 from dspark_runtime.backends.ort import HostCache, OrtRunner
+from dspark_runtime.backends.protocol import FloatArray
 from dspark_runtime.errors import CapacityError
-from dspark_runtime.kv_cache import KvCache
-from dspark_runtime.tree import TokenTree
+from dspark_runtime.speculation.kv_cache import KvCache
+from dspark_runtime.speculation.tree import TokenTree
 from tests.runtime.conftest import Tiny
 
 PROMPT = [5, 9, 20, 33, 47, 8, 8, 100, 41, 17, 300, 2, 61]

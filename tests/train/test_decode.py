@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from dspark_export.train.decode import Answer, DecodeOptions, Question, decode
 from dspark_export.train.features import TappedTarget
-from dspark_runtime.sampling import SamplingParams
+from dspark_runtime.speculation.sampling import SamplingParams
 from tests import tiny_models
 
 TAPS, TOP = (-1, 0), 8

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from dspark_runtime.bundle import sha256_of
-from dspark_runtime.manifest import MANIFEST, FileEntry, Manifest
+from dspark_runtime.bundle.files import sha256_of
+from dspark_runtime.bundle.manifest import MANIFEST, FileEntry, Manifest
 
 
 def copied(bundle: Path, to: Path) -> Path:

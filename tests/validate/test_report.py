@@ -17,8 +17,8 @@ from dspark_export.build import build
 from dspark_export.build_options import BuildOptions
 from dspark_export.cli.main import app
 from dspark_export.validate.run import missing_weights
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.manifest import Source
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import Source
 from tests import tiny_models
 from tests.validate.conftest import Healthy
 

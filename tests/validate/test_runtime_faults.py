@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import dspark_runtime.verify
-from dspark_runtime.backends.engine import BoolArray
+import dspark_runtime.speculation.verify
 from dspark_runtime.backends.ort import HostCache
+from dspark_runtime.backends.protocol import BoolArray
+from dspark_runtime.decoding.loop import DecodingLoop
 from dspark_runtime.drafters.block import BlockDrafter
-from dspark_runtime.loop import DecodingLoop
-from dspark_runtime.tree import TokenTree
-from dspark_runtime.verify import Verdict
+from dspark_runtime.speculation.tree import TokenTree
+from dspark_runtime.speculation.verify import Verdict
 from tests.validate.conftest import Healthy, Validated
 from tests.validate.test_graph_faults import failure
 
@@ -53,7 +53,7 @@ def test_a_slot_one_off(healthy: Healthy, validated: Validated, monkeypatch: pyt
 def test_an_accept_rule_that_takes_one_too_many(
     healthy: Healthy, validated: Validated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = dspark_runtime.verify.verify_tree
+    right = dspark_runtime.speculation.verify.verify_tree
 
     def wrong(tree: TokenTree, *rest: Any) -> Verdict:
         verdict = right(tree, *rest)
@@ -63,7 +63,11 @@ def test_an_accept_rule_that_takes_one_too_many(
         tokens = [*verdict.tokens[:-1], tree.tokens[following], verdict.tokens[-1]]
         return Verdict([*verdict.path, following], tokens)
 
-    for module in ("dspark_runtime.verify", "dspark_runtime.loop", "dspark_export.validate.sampling"):
+    for module in (
+        "dspark_runtime.speculation.verify",
+        "dspark_runtime.decoding.loop",
+        "dspark_export.validate.sampling",
+    ):
         monkeypatch.setattr(f"{module}.verify_tree", wrong)
     report = validated(healthy.bundle)
     assert "verify_tree" in failure(report, "losslessness.rules").where

@@ -16,7 +16,7 @@ from dspark_export.checkpoints.resolve import resolve
 from dspark_export.checkpoints.tokenizer import has_tokenizer
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.checkpoints.weights import INDEX, SINGLE, WeightFiles, find_weights, shard_names
-from dspark_runtime.bundle import sha256_of
+from dspark_runtime.bundle.files import sha256_of
 from dspark_runtime.errors import InvalidConfig, UnsupportedArchitecture, UsageError
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 // One row of logits: its filtered distribution, and a draw from it.
 //
-// The same as `dspark_runtime.sampling`: temperature, top-k, top-p, min-p, each on what the one before it left; ties at
+// The same as `dspark_runtime.speculation.sampling`: temperature, top-k, top-p, min-p, each on what the one before it left; ties at
 // a cut keep the lower ids; a token is drawn by inverse CDF over ascending ids. All filters keep a prefix of the order
 // (weight falling, id rising), so what is kept is described by two numbers, `cut` and `last`, found by radix selection
 // over the bits of the weights. Probabilities are never stored.

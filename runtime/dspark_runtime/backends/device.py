@@ -22,18 +22,18 @@ from dspark_runtime.backends.device_features import DeviceTaps
 from dspark_runtime.backends.device_layout import ALIGNMENT, INPUTS, layout, widened
 from dspark_runtime.backends.device_shapes import PassRanges, PassShape, largest_sizes, pass_shape
 from dspark_runtime.backends.device_verify import Kernels, Staging, Verifier
-from dspark_runtime.backends.engine import CacheMemory, ResidentTaps, StepBuffers, TreeCheck, TreeVerdicts
 from dspark_runtime.backends.plugin_launches import DeviceTensor
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.contract import (
+from dspark_runtime.backends.protocol import CacheMemory, ResidentTaps, StepBuffers, TreeCheck, TreeVerdicts
+from dspark_runtime.bundle.contract import (
     ATTENTION_MASK,
     HIDDEN_TAPS,
     LOGITS,
     past_name,
     present_name,
 )
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import GraphEntry
 from dspark_runtime.errors import BackendError, EngineRangeExceeded
-from dspark_runtime.manifest import GraphEntry
 
 PARTS = ("key", "value")
 _GRAPHS = 512  # of one runner; beyond that passes are enqueued one by one
@@ -104,7 +104,7 @@ class DeviceEngine:
         return largest_sizes(self.entry)
 
     def allocate(self, batch: int, capacity: int) -> LentCache:
-        """See :class:`dspark_runtime.backends.engine.Engine`; always of the engine's own capacity."""
+        """See :class:`dspark_runtime.backends.protocol.Engine`; always of the engine's own capacity."""
         if batch > self.largest["batch"]:
             raise EngineRangeExceeded(
                 f"{batch} sequences together, and the engine of {self.name} takes {self.largest['batch']}; lower "
@@ -113,7 +113,7 @@ class DeviceEngine:
         return self._pool.lend(batch, capacity)
 
     def open(self, memory: CacheMemory) -> DeviceRunner:
-        """See :class:`dspark_runtime.backends.engine.Engine`."""
+        """See :class:`dspark_runtime.backends.protocol.Engine`."""
         cache = device_cache(self.name, self.entry, memory)
         runner = cache.runner(self.name, lambda: DeviceRunner(self, cache))
         runner.select(0, memory.batch)
@@ -169,11 +169,11 @@ class DeviceRunner:
         self.resident: ResidentTaps | None = self._resident
 
     def select(self, first: int, count: int) -> None:
-        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        """See :class:`dspark_runtime.backends.protocol.Runner`."""
         self._first, self._count = first, count
 
     def prepare(self, tokens: int, rows: int, kv_len: int) -> StepBuffers:
-        """See :class:`dspark_runtime.backends.engine.Runner`; raises EngineRangeExceeded."""
+        """See :class:`dspark_runtime.backends.protocol.Runner`; raises EngineRangeExceeded."""
         self.finish()  # of a pass that nobody waited for: its arrays are still read
         engine = self._engine
         shape = self._shape = pass_shape(engine.entry, self._count, tokens, rows, kv_len)
@@ -196,7 +196,7 @@ class DeviceRunner:
         return self._buffers
 
     def start(self, check: TreeCheck | None = None) -> None:
-        """See :class:`dspark_runtime.backends.engine.Runner`: everything is enqueued, nothing waits."""
+        """See :class:`dspark_runtime.backends.protocol.Runner`: everything is enqueued, nothing waits."""
         shape, memory, cuda = self._shape, self._memory, self._cuda
         if shape is None or self._buffers is None:
             raise BackendError(f"{self._engine.name} was run before its pass was prepared")
@@ -223,7 +223,7 @@ class DeviceRunner:
         self._flying = key
 
     def finish(self) -> TreeVerdicts | None:
-        """See :class:`dspark_runtime.backends.engine.Runner`; the only wait of the host."""
+        """See :class:`dspark_runtime.backends.protocol.Runner`; the only wait of the host."""
         key, self._flying = self._flying, None
         if key is None:
             return None
@@ -236,7 +236,7 @@ class DeviceRunner:
         return self._verifier.verdicts(self._checked) if key[2] and self._verifier is not None else None
 
     def run(self) -> None:
-        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        """See :class:`dspark_runtime.backends.protocol.Runner`."""
         self.start()
         self.finish()
 

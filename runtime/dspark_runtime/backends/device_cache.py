@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dspark_runtime.backends.cuda import Bytes, Cuda
 from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes
-from dspark_runtime.contract import CacheLayer
+from dspark_runtime.bundle.contract import CacheLayer
 from dspark_runtime.errors import CapacityError
 
 R = TypeVar("R")
@@ -24,7 +24,7 @@ _MOST_ROWS = 1024
 class DeviceCache:
     """Key and value memory of all layers, and the stream that every pass over it is enqueued on.
 
-    See :class:`dspark_runtime.backends.engine.CacheMemory`. One stream orders passes and moves, whatever engine runs
+    See :class:`dspark_runtime.backends.protocol.CacheMemory`. One stream orders passes and moves, whatever engine runs
     them, so that nothing has to wait for the host. ``copies`` is the stream on which their results leave the device:
     one of its own, or the same without ``overlap``. ``limit`` is the engines' capacity: the memory never grows.
     ``dtype`` is the element type of the caches, ``stream`` the one to use, None for a new one, and ``lock`` that of

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from dspark_runtime.backends.cuda import Cuda
 from dspark_runtime.backends.device_cache import ELEMENT_BYTES, DeviceCache, LentCache
-from dspark_runtime.backends.engine import AnyArray, CacheMemory, ResidentTaps, Runs
-from dspark_runtime.contract import TensorSpec
+from dspark_runtime.backends.protocol import AnyArray, CacheMemory, ResidentTaps, Runs
+from dspark_runtime.bundle.contract import TensorSpec
 from dspark_runtime.errors import BackendError
 
 _BLOCK_ROWS = 256
@@ -68,7 +68,7 @@ class TakenRows:
 
 
 class DeviceFeatures:
-    """See :class:`dspark_runtime.backends.engine.FeatureStore`.
+    """See :class:`dspark_runtime.backends.protocol.FeatureStore`.
 
     Args:
         memory: the drafter's cache, whose stream everything is enqueued on.

@@ -17,13 +17,13 @@ from dspark_runtime.backends.device_cache import CachePool, DeviceCache, LentCac
 from dspark_runtime.backends.device_features import DeviceFeatures, TakenRows, takes_resident
 from dspark_runtime.backends.device_layout import to_float32
 from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes, profile_for
-from dspark_runtime.backends.engine import AnyArray, CacheMemory, Features, FeatureStore
 from dspark_runtime.backends.host_features import HostFeatures
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.contract import TensorSpec, past_name, present_name
-from dspark_runtime.draft_contract import TARGET_FEATURES, TEMPERATURE
+from dspark_runtime.backends.protocol import AnyArray, CacheMemory, Features, FeatureStore
+from dspark_runtime.bundle.contract import TensorSpec, past_name, present_name
+from dspark_runtime.bundle.draft_contract import TARGET_FEATURES, TEMPERATURE
+from dspark_runtime.bundle.files import BundleFiles
+from dspark_runtime.bundle.manifest import GraphEntry
 from dspark_runtime.errors import BackendError
-from dspark_runtime.manifest import GraphEntry
 
 _DRAWN = "drawn"
 _ALIGNMENT = 256
@@ -60,12 +60,12 @@ class DeviceGraphEngine:
         self.outputs = tuple(spec for spec in graph.outputs if spec.name not in caches)
 
     def allocate(self, batch: int, capacity: int) -> LentCache:
-        """See :class:`dspark_runtime.backends.engine.GraphEngine`; always of the engine's own capacity."""
+        """See :class:`dspark_runtime.backends.protocol.GraphEngine`; always of the engine's own capacity."""
         profile_for(self.entry, {"batch": batch})
         return self._pool.lend(batch, capacity)
 
     def open(self, memory: CacheMemory) -> DeviceGraphRunner:
-        """See :class:`dspark_runtime.backends.engine.GraphEngine`."""
+        """See :class:`dspark_runtime.backends.protocol.GraphEngine`."""
         cache = device_cache(self.name, self.entry, memory)
         runner = cache.runner(self.name, lambda: DeviceGraphRunner(self, cache))
         runner.select(0, memory.batch)
@@ -91,11 +91,11 @@ class DeviceGraphRunner:
         self._device = self._cuda.allocate(end)
 
     def select(self, first: int, count: int) -> None:
-        """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
+        """See :class:`dspark_runtime.backends.protocol.GraphRunner`."""
         self._first, self._count = first, count
 
     def features(self, target: CacheMemory) -> FeatureStore:
-        """See :class:`dspark_runtime.backends.engine.GraphRunner`; on the GPU if the target's are, of the same type."""
+        """See :class:`~dspark_runtime.backends.protocol.GraphRunner`; on the GPU if the target's are."""
         spec = next((spec for spec in self._engine.inputs if spec.name == TARGET_FEATURES), None)
         if spec is None or not takes_resident(self._memory, target, spec):
             return HostFeatures()
@@ -105,13 +105,13 @@ class DeviceGraphRunner:
         return self._features
 
     def feed(self, inputs: Mapping[str, Features]) -> None:
-        """See :class:`dspark_runtime.backends.engine.GraphRunner`; nothing is copied out and nothing waits."""
+        """See :class:`dspark_runtime.backends.protocol.GraphRunner`; nothing is copied out and nothing waits."""
         self._start(inputs, self._measured(inputs))
         if not self._memory.overlap:
             self._cuda.synchronize(self._ran)
 
     def run(self, inputs: Mapping[str, Features]) -> dict[str, AnyArray]:
-        """See :class:`dspark_runtime.backends.engine.GraphRunner`; one wait of the host, at the end."""
+        """See :class:`dspark_runtime.backends.protocol.GraphRunner`; one wait of the host, at the end."""
         sizes, cuda, stream = self._measured(inputs), self._cuda, self._memory.copies
         mark = self._start(inputs, sizes)
         if self._memory.overlap:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from dspark_runtime.backends.cuda import Bytes
 from dspark_runtime.backends.device_cache import ELEMENT_BYTES
 from dspark_runtime.backends.device_shapes import PassShape
-from dspark_runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, POSITION_IDS, WRITE_INDICES
+from dspark_runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, POSITION_IDS, WRITE_INDICES
 
 INPUTS = (INPUT_IDS, POSITION_IDS, WRITE_INDICES, LOGIT_ROWS, ATTENTION_MASK)
 ALIGNMENT = 256

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dspark_runtime.engine_facts import EngineProfile
+from dspark_runtime.bundle.engine_entry import EngineProfile
 from dspark_runtime.errors import EngineRangeExceeded
 
 _KV_PIECES = 16
@@ -18,7 +18,7 @@ _KV_STEP = 64
 
 
 class PassRanges(Protocol):
-    """What a plan takes: an :class:`dspark_runtime.engine_facts.EngineEntry`, or the ranges chosen for a graph."""
+    """What a plan takes: a :class:`~dspark_runtime.bundle.engine_entry.EngineEntry`, or a graph's chosen ranges."""
 
     @property
     def graph(self) -> str:

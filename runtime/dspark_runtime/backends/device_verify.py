@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_runtime.backends.cuda import Bytes, Cuda
-from dspark_runtime.backends.engine import TreeCheck, TreeVerdicts
 from dspark_runtime.backends.plugin_launches import DeviceTensor, Element, Launch, verify_tree, verify_workspace
+from dspark_runtime.backends.protocol import TreeCheck, TreeVerdicts
 
 _ALIGNMENT = 256
 _INPUTS: dict[str, tuple[Element, str]] = {  # type, and dims: b(atch) and r(ows)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.engine import AnyArray, ResidentTaps, Runs
+from dspark_runtime.backends.protocol import AnyArray, ResidentTaps, Runs
 from dspark_runtime.errors import BackendError
 
 
 class HostFeatures:
-    """See :class:`dspark_runtime.backends.engine.FeatureStore`."""
+    """See :class:`dspark_runtime.backends.protocol.FeatureStore`."""
 
     resident = False
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspark_runtime.backends.engine import CacheMemory, EngineOptions, ResidentTaps, StepBuffers, TreeCheck
-from dspark_runtime.contract import (
+from dspark_runtime.backends.protocol import CacheMemory, EngineOptions, ResidentTaps, StepBuffers, TreeCheck
+from dspark_runtime.bundle.contract import (
     ATTENTION_MASK,
     HIDDEN_TAPS,
     INPUT_IDS,
@@ -149,7 +149,7 @@ class OrtEngine:
         self.taps_width = int(outputs[HIDDEN_TAPS].shape[-1]) if HIDDEN_TAPS in outputs else 0
 
     def allocate(self, batch: int, capacity: int) -> HostCache:
-        """See :class:`dspark_runtime.backends.engine.Engine`."""
+        """See :class:`dspark_runtime.backends.protocol.Engine`."""
         try:
             return HostCache(self._cache, self.dtype, batch, capacity)
         except MemoryError as error:
@@ -158,7 +158,7 @@ class OrtEngine:
             ) from error
 
     def open(self, memory: CacheMemory) -> OrtRunner:
-        """See :class:`dspark_runtime.backends.engine.Engine`."""
+        """See :class:`dspark_runtime.backends.protocol.Engine`."""
         if not isinstance(memory, HostCache):
             raise BackendError(f"{self.name} runs in host memory and cannot use a {type(memory).__name__}")
         return OrtRunner(self, memory)
@@ -189,11 +189,11 @@ class OrtRunner:
         self.taps_wanted = True
 
     def select(self, first: int, count: int) -> None:
-        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        """See :class:`dspark_runtime.backends.protocol.Runner`."""
         self._first, self._count = first, count
 
     def prepare(self, tokens: int, rows: int, kv_len: int) -> StepBuffers:
-        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        """See :class:`dspark_runtime.backends.protocol.Runner`."""
         if kv_len > self._memory.capacity:
             raise CapacityError(f"a pass over {kv_len} cache slots, but only {self._memory.capacity} are allocated")
         if self._bound_cache != (self._first, self._count, self._memory.version):
@@ -214,7 +214,7 @@ class OrtRunner:
         return buffers
 
     def start(self, check: TreeCheck | None = None) -> None:
-        """See :class:`dspark_runtime.backends.engine.Runner`; the pass is done when this returns."""
+        """See :class:`dspark_runtime.backends.protocol.Runner`; the pass is done when this returns."""
         if check is not None:
             raise BackendError(f"{self._engine.name} runs in host memory, where the caller verifies")
         try:
@@ -223,10 +223,10 @@ class OrtRunner:
             raise BackendError(f"ONNX Runtime failed in {self._engine.name}: {error}") from error
 
     def finish(self) -> None:
-        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        """See :class:`dspark_runtime.backends.protocol.Runner`."""
 
     def run(self) -> None:
-        """See :class:`dspark_runtime.backends.engine.Runner`."""
+        """See :class:`dspark_runtime.backends.protocol.Runner`."""
         self.start()
 
     def _bind_mask(self, tokens: int, kv_len: int) -> npt.NDArray[np.bool_]:

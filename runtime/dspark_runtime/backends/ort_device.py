@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_runtime.engine_facts import EngineProfile
+from dspark_runtime.bundle.engine_entry import EngineProfile
+from dspark_runtime.bundle.manifest import GraphEntry
 from dspark_runtime.errors import BackendError, IncompatibleBundle
-from dspark_runtime.manifest import GraphEntry
 
 try:
     import onnxruntime as ort

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dspark_runtime.backends.engine import AnyArray, CacheMemory, EngineOptions, Features
 from dspark_runtime.backends.host_features import HostFeatures
 from dspark_runtime.backends.ort import HostCache, load_session, value_over
-from dspark_runtime.contract import CacheLayer, past_name, present_name
+from dspark_runtime.backends.protocol import AnyArray, CacheMemory, EngineOptions, Features
+from dspark_runtime.bundle.contract import CacheLayer, past_name, present_name
 from dspark_runtime.errors import BackendError, CapacityError, IncompatibleBundle
 
 _PARTS = ("key", "value")
@@ -60,14 +60,14 @@ class OrtGraphEngine:
         self.outputs = tuple(sorted(have_out - present))
 
     def allocate(self, batch: int, capacity: int) -> HostCache:
-        """See :class:`dspark_runtime.backends.engine.GraphEngine`."""
+        """See :class:`dspark_runtime.backends.protocol.GraphEngine`."""
         try:
             return HostCache(self.cache, self.dtype, batch, capacity)
         except MemoryError as error:
             raise CapacityError(f"no memory for a draft cache of {batch} x {capacity}; lower the batch") from error
 
     def open(self, memory: CacheMemory) -> OrtGraphRunner:
-        """See :class:`dspark_runtime.backends.engine.GraphEngine`."""
+        """See :class:`dspark_runtime.backends.protocol.GraphEngine`."""
         if not isinstance(memory, HostCache):
             raise BackendError(f"{self.name} runs in host memory and cannot use a {type(memory).__name__}")
         return OrtGraphRunner(self, memory)
@@ -86,19 +86,19 @@ class OrtGraphRunner:
         self._order: list[str] = []  # of the bound outputs
 
     def select(self, first: int, count: int) -> None:
-        """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
+        """See :class:`dspark_runtime.backends.protocol.GraphRunner`."""
         self._first, self._count = first, count
 
     def features(self, target: CacheMemory) -> HostFeatures:
-        """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
+        """See :class:`dspark_runtime.backends.protocol.GraphRunner`."""
         return HostFeatures()
 
     def feed(self, inputs: Mapping[str, Features]) -> None:
-        """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
+        """See :class:`dspark_runtime.backends.protocol.GraphRunner`."""
         self.run(inputs)
 
     def run(self, inputs: Mapping[str, Features]) -> dict[str, AnyArray]:
-        """See :class:`dspark_runtime.backends.engine.GraphRunner`."""
+        """See :class:`dspark_runtime.backends.protocol.GraphRunner`."""
         if inputs.keys() != self._engine.inputs:
             wrong = ", ".join(sorted(inputs.keys() ^ self._engine.inputs))
             raise BackendError(f"{self._engine.name} was called with other inputs than it has (differing: {wrong})")

@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dspark_runtime.backends.plugin_files import FATBIN, how_to_build, plugin_file
 from dspark_runtime.backends.plugin_launches import Launch
 from dspark_runtime.errors import BackendError, EngineWithoutDevice
-from dspark_runtime.plugins import FATBIN, how_to_build, plugin_file
 
 
 class PluginKernels:
@@ -24,7 +24,8 @@ class PluginKernels:
 
     Args:
         device: number of the GPU.
-        fatbin: the compiled kernels; None: ``dspark.fatbin`` of :func:`dspark_runtime.plugins.plugin_folder`.
+        fatbin: the compiled kernels; None: ``dspark.fatbin`` of
+            :func:`dspark_runtime.backends.plugin_files.plugin_folder`.
 
     Raises:
         BackendError: ``cuda-core`` is not installed, the kernels are not there or have no code for this GPU.

@@ -7,8 +7,8 @@ import platform
 from importlib import import_module
 from importlib.util import find_spec
 
-from dspark_runtime.engine_check import DeviceFacts
-from dspark_runtime.engine_facts import Flavour
+from dspark_runtime.backends.tensorrt_check import DeviceFacts
+from dspark_runtime.bundle.engine_entry import Flavour
 
 MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from dspark_runtime.backends.cuda import Cuda
+from dspark_runtime.backends.plugin_files import LIBRARY, plugin_file
+from dspark_runtime.backends.tensorrt_check import (
+    DeviceFacts,
+    checked_plan,
+    require_device,
+    require_plugins,
+    require_version,
+)
 from dspark_runtime.backends.tensorrt_device import MODULES, installed_version, this_device
 from dspark_runtime.backends.tensorrt_plugins import load_plugins
-from dspark_runtime.bundle import BundleFiles
-from dspark_runtime.engine_check import DeviceFacts, checked_plan, require_device, require_plugins, require_version
-from dspark_runtime.engine_facts import EngineEntry, Flavour
+from dspark_runtime.bundle.engine_entry import EngineEntry, Flavour
+from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.errors import BackendError, EngineRefused, IncompatibleBundle
-from dspark_runtime.plugins import LIBRARY, plugin_file
 
 
 class LoadedPlan:
@@ -30,7 +36,7 @@ class LoadedPlan:
         plugins: finds the plugin library; None: there is none.
 
     Raises:
-        PlanDamaged, EngineRefused: before the plan reaches TensorRT, see :mod:`dspark_runtime.engine_check`.
+        PlanDamaged, EngineRefused: before the plan reaches TensorRT, see :mod:`dspark_runtime.backends.tensorrt_check`.
     """
 
     def __init__(

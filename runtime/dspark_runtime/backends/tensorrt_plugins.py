@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dspark_runtime.backends.plugin_files import LIBRARY, NAMESPACE, how_to_build
 from dspark_runtime.errors import EnginePluginMismatch, EngineRefused
-from dspark_runtime.plugins import LIBRARY, NAMESPACE, how_to_build
 
 
 def load_plugins(trt: Any, library: Path | None, plugins: Mapping[str, str]) -> None:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dspark_runtime.backends.engine import AnyArray, FloatArray, ResidentTaps, Runs
-from dspark_runtime.sampling import Sampler
-from dspark_runtime.tree import TokenTree
+from dspark_runtime.backends.protocol import AnyArray, FloatArray, ResidentTaps, Runs
+from dspark_runtime.speculation.sampling import Sampler
+from dspark_runtime.speculation.tree import TokenTree
 
 if TYPE_CHECKING:
-    from dspark_runtime.kv_cache import KvCache
+    from dspark_runtime.speculation.kv_cache import KvCache
 
 Rate = Callable[[Hashable], float]
 

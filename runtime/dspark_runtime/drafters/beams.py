@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from dspark_runtime.backends.engine import FloatArray, IntArray
+from dspark_runtime.backends.protocol import FloatArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BeamLayout:
         ``children`` of each parent.
 
         Nodes that are reached with a chance below ``least`` are left out; the main chain is not, however unlikely.
-        Arguments are arrays [nodes] of one sequence, see :func:`dspark_runtime.draft_contract.block_contract`.
+        Arguments are arrays [nodes] of one sequence, see :func:`dspark_runtime.bundle.draft_contract.block_contract`.
         """
         reach = self.reach(probs, parents)
         kept = (reach >= least) & (self._place_among_siblings < children)

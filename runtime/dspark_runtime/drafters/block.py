@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from dspark_runtime.backends.engine import (
+from dspark_runtime.backends.protocol import (
     AnyArray,
     CacheMemory,
     Features,
@@ -32,8 +32,8 @@ from dspark_runtime.backends.engine import (
     ResidentTaps,
     Runs,
 )
-from dspark_runtime.contract import ATTENTION_MASK, WRITE_INDICES
-from dspark_runtime.draft_contract import (
+from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES
+from dspark_runtime.bundle.draft_contract import (
     ANCHOR_IDS,
     BEAM_PARENTS,
     BEAM_PROBS,
@@ -49,13 +49,13 @@ from dspark_runtime.draft_contract import (
     TEMPERATURE,
     UNIFORMS,
 )
+from dspark_runtime.bundle.manifest import BlockFacts
 from dspark_runtime.drafters.base import Draft, DraftRequest
 from dspark_runtime.drafters.beams import BeamLayout
-from dspark_runtime.drafters.own_cache import CachedDrafter, alone
+from dspark_runtime.drafters.cached import CachedDrafter, alone
 from dspark_runtime.errors import BackendError, UsageError
-from dspark_runtime.kv_cache import KvCache
-from dspark_runtime.manifest import BlockFacts
-from dspark_runtime.tree import TokenTree
+from dspark_runtime.speculation.kv_cache import KvCache
+from dspark_runtime.speculation.tree import TokenTree
 
 DraftSampling = Literal["greedy", "coupled", "rejection"]
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspark_runtime.backends.engine import CacheMemory, Features, FloatArray, GraphEngine, GraphRunner, IntArray
-from dspark_runtime.contract import LOGITS
+from dspark_runtime.backends.protocol import CacheMemory, Features, FloatArray, GraphEngine, GraphRunner, IntArray
+from dspark_runtime.bundle.contract import LOGITS
 from dspark_runtime.drafters.block import DraftSampling
 from dspark_runtime.drafters.stepping import SteppingDrafter
 from dspark_runtime.errors import BackendError
-from dspark_runtime.kv_cache import KvCache
+from dspark_runtime.speculation.kv_cache import KvCache
 
 
 class DraftModelDrafter(SteppingDrafter):

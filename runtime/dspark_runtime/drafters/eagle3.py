@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.engine import (
+from dspark_runtime.backends.protocol import (
     AnyArray,
     CacheMemory,
     Features,
@@ -23,13 +23,13 @@ from dspark_runtime.backends.engine import (
     ResidentTaps,
     Runs,
 )
-from dspark_runtime.contract import LOGIT_ROWS, LOGITS
-from dspark_runtime.draft_contract import DRAFT_HIDDEN, RECURRENT_HIDDEN, TARGET_FEATURES
+from dspark_runtime.bundle.contract import LOGIT_ROWS, LOGITS
+from dspark_runtime.bundle.draft_contract import DRAFT_HIDDEN, RECURRENT_HIDDEN, TARGET_FEATURES
+from dspark_runtime.bundle.manifest import EagleFacts
 from dspark_runtime.drafters.block import DraftSampling
 from dspark_runtime.drafters.stepping import SteppingDrafter
 from dspark_runtime.errors import BackendError
-from dspark_runtime.kv_cache import KvCache
-from dspark_runtime.manifest import EagleFacts
+from dspark_runtime.speculation.kv_cache import KvCache
 
 
 class Eagle3Drafter(SteppingDrafter):

@@ -10,11 +10,11 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from dspark_runtime.backends.engine import FloatArray, IntArray
+from dspark_runtime.backends.protocol import FloatArray, IntArray
 from dspark_runtime.drafters.base import Draft, DraftRequest
 from dspark_runtime.drafters.block import DraftSampling, bucket
-from dspark_runtime.sampling import inverse_cdf
-from dspark_runtime.tree import MAX_ROWS, TokenTree
+from dspark_runtime.speculation.sampling import inverse_cdf
+from dspark_runtime.speculation.tree import MAX_ROWS, TokenTree
 
 
 class Growth:

@@ -6,7 +6,7 @@ occurrences disagree about the next token, the runner-up is offered as a second 
 end of the text repeats itself from there, which drafts periodic text of any length.
 
 Class of a row: (how long the agreement is, whether the occurrences are of one mind, place). They separate proposals
-that are nearly always right from those that are mostly wrong, see :mod:`dspark_runtime.schedule`.
+that are nearly always right from those that are mostly wrong, see :mod:`dspark_runtime.decoding.schedule`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
-from dspark_runtime.tree import TokenTree
+from dspark_runtime.speculation.tree import TokenTree
 
 _BITS = 20  # per token id in a packed n-gram
 _LONGEST = 32  # agreement is measured up to here

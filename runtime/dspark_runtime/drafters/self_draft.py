@@ -14,11 +14,11 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.engine import Engine, FloatArray, Runner
+from dspark_runtime.backends.protocol import Engine, FloatArray, Runner
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
 from dspark_runtime.errors import BackendError
-from dspark_runtime.kv_cache import KvCache
-from dspark_runtime.tree import TokenTree
+from dspark_runtime.speculation.kv_cache import KvCache
+from dspark_runtime.speculation.tree import TokenTree
 
 _EDGES = (0.3, 0.5, 0.7, 0.85, 0.95)
 

@@ -12,12 +12,12 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.engine import AnyArray, Features, FloatArray, GraphEngine, IntArray
-from dspark_runtime.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, POSITION_IDS, WRITE_INDICES
+from dspark_runtime.backends.protocol import AnyArray, Features, FloatArray, GraphEngine, IntArray
+from dspark_runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, POSITION_IDS, WRITE_INDICES
 from dspark_runtime.drafters.base import Draft, DraftRequest
 from dspark_runtime.drafters.block import _CENTRES, DraftSampling
+from dspark_runtime.drafters.cached import CachedDrafter, alone
 from dspark_runtime.drafters.growth import Growth
-from dspark_runtime.drafters.own_cache import CachedDrafter, alone
 
 
 class SteppingDrafter(CachedDrafter):

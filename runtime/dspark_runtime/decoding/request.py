@@ -1,0 +1,128 @@
+"""One request, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dspark_runtime.errors import CapacityError, UsageError
+from dspark_runtime.speculation.sampling import SamplingParams, request_key
+
+DEFAULT_NEW_TOKENS = 256
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests must fit: vocabulary, positions of the model and cache slots of the opened bundle."""
+
+    vocab_size: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request. ``key`` is its identity for random numbers; ``eos`` are the token ids that end a text."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    params: SamplingParams
+    seed: int
+    key: int
+    stops: tuple[str, ...]
+    eos: frozenset[int]
+
+
+def make_requests(
+    prompts: Sequence[Sequence[int]],
+    limits: Limits,
+    *,
+    max_new_tokens: int | None = None,
+    params: SamplingParams | None = None,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    eos: Sequence[int] = (),
+) -> list[Request]:
+    """Check the prompts and options of one call.
+
+    ``max_new_tokens`` None means 256 or what still fits. Raises UsageError, or CapacityError where a prompt with its
+    new tokens has no room.
+    """
+    params = params or SamplingParams()
+    params.check_vocabulary(limits.vocab_size)
+    _check_seed(seed)
+    if max_new_tokens is not None:
+        _check_count(max_new_tokens)
+    stops = _checked_stops(stop)
+    if not prompts:
+        raise UsageError("there is no prompt; give at least one")
+    requests = []
+    seen: Counter[tuple[int, ...]] = Counter()
+    for prompt in prompts:
+        tokens = _checked_prompt(prompt, limits)
+        requests.append(
+            Request(
+                prompt=tokens,
+                max_new_tokens=_room(len(tokens), max_new_tokens, limits),
+                params=params,
+                seed=seed,
+                key=request_key(tokens, seen[tokens]),
+                stops=stops,
+                eos=frozenset(eos),
+            )
+        )
+        seen[tokens] += 1
+    return requests
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise UsageError(f"seed={seed!r}: give a whole number from 0 to 2**64 - 1")
+
+
+def _check_count(count: object) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UsageError(f"max_new_tokens={count!r}: give a whole number of at least 1")
+
+
+def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOPS:
+        raise UsageError(f"{len(stops)} stop strings; at most {MAX_STOPS} are possible")
+    for text in stops:
+        if not isinstance(text, str) or not text:
+            raise UsageError(f"stop string {text!r}: stop strings are non-empty text")
+        if len(text) > MAX_STOP_LENGTH:
+            raise UsageError(f"a stop string of {len(text)} characters; at most {MAX_STOP_LENGTH} are possible")
+    return stops
+
+
+def _checked_prompt(prompt: Sequence[int], limits: Limits) -> tuple[int, ...]:
+    tokens = tuple(prompt)
+    if not tokens:
+        raise UsageError("the prompt is empty: it holds no token; give some text or token ids")
+    for place, token in enumerate(tokens):
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise UsageError(f"prompt token {place} is {token!r}, not a token id")
+        if not 0 <= int(token) < limits.vocab_size:
+            raise UsageError(f"prompt token {place} is {token}, outside the vocabulary of {limits.vocab_size}")
+    return tuple(int(token) for token in tokens)
+
+
+def _room(prompt: int, wanted: int | None, limits: Limits) -> int:
+    room = limits.positions - prompt
+    if room < 1:
+        raise CapacityError(
+            f"the prompt has {prompt} tokens and the limit is {limits.positions} for prompt and text together; "
+            "shorten the prompt"
+        )
+    if wanted is None:
+        return min(DEFAULT_NEW_TOKENS, room)
+    if wanted > room:
+        raise CapacityError(
+            f"{prompt} prompt tokens and max_new_tokens={wanted} exceed the limit of {limits.positions}; "
+            f"ask for at most {room}"
+        )
+    return wanted

@@ -1,0 +1,61 @@
+"""One round of the loop: what is on its way, what came of it, and the work that can wait until the next pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dspark_runtime.backends.protocol import StepBuffers
+from dspark_runtime.decoding.sequence import Chunk, SequenceState
+from dspark_runtime.decoding.statistics import DrafterCounts
+from dspark_runtime.drafters.proposal import Proposal
+from dspark_runtime.speculation.tree import TokenTree
+from dspark_runtime.speculation.verify import Verdict
+
+
+@dataclass(slots=True)
+class Flight:
+    """A pass on its way. ``began``, ``drafted`` and ``passed`` are when proposing, filling and the pass began, in
+    seconds; ``away`` is how long the caller has kept the loop meanwhile."""
+
+    proposals: Sequence[Proposal]
+    trees: Sequence[TokenTree]
+    buffers: StepBuffers
+    began: float
+    drafted: float
+    passed: float
+    away: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a pass gave one sequence: ``tokens`` are committed, the last of ``verdict`` may be beyond the text's end."""
+
+    sequence: SequenceState
+    proposal: Proposal
+    tree: TokenTree
+    verdict: Verdict
+    tokens: list[int]
+
+    def settle(self) -> Chunk:
+        """Text and statistics. No pass depends on them: only the tokens had to be known for the next one."""
+        self._count()
+        return self.sequence.chunk(self.tokens)
+
+    def _count(self) -> None:
+        stats, tree, proposal = self.sequence.stats, self.tree, self.proposal
+        stats.rounds += 1
+        stats.drafted += len(proposal.tree.tokens) - 1
+        if len(tree) == 1:
+            return
+        accepted = min(len(self.verdict.path) - 1, len(self.tokens))
+        stats.verified += len(tree) - 1
+        stats.accepted += accepted
+        # Every drafter is credited for what it proposed of the verified rows, shared ones included.
+        for part in proposal.parts:
+            counts = stats.per_drafter.setdefault(part.drafter.name, DrafterCounts())
+            drafted, hits = proposal.credit(part, tree, self.verdict.tokens[:accepted])
+            counts.drafted += drafted
+            counts.accepted += hits
+            chain = proposal.main_chain(part, tree, self.verdict.tokens[:accepted])
+            counts.count_chain(*chain, part.draft.confidences)

@@ -1,0 +1,135 @@
+"""The state of one running sequence: its committed text and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from dspark_runtime.decoding.request import Request
+from dspark_runtime.decoding.statistics import Statistics
+from dspark_runtime.speculation.sampling import Sampler
+from dspark_runtime.text.stream import TextStream
+
+FinishReason = Literal["eos", "stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New text of sequence ``index`` (its place in the call). ``finish_reason`` is set on its last chunk only."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text. ``tokens`` holds the token that ended it (EOS, or the one that completed a stop string);
+    ``text`` does not. ``prompt_tokens`` counts the prompt."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    stats: Statistics = field(compare=False)
+
+
+class SequenceState:
+    """One sequence between its request and its :class:`Generation`.
+
+    ``tokens`` is the committed text, prompt included; its last token is the anchor, which no pass has seen yet. A block
+    of accepted tokens is committed one token at a time, so that it ends where plain decoding would have ended. Tokens
+    come before their text: the next pass needs the ones and not the other.
+    """
+
+    __slots__ = (
+        "_finish", "_ready", "_stops", "_stream", "_text", "index", "request", "row", "sampler", "stats", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
+        self.index = index
+        self.request = request
+        self.row = index
+        self.tokens = list(request.prompt)
+        self.sampler = Sampler(request.params, request.seed, request.key)
+        self.stats = Statistics()
+        self._stream = TextStream(tokenizer, request.prompt, request.stops) if tokenizer is not None else None
+        self._stops = self._stream if request.stops else None
+        self._ready = ""
+        self._text: list[str] = []
+        self._finish: FinishReason | None = None
+
+    @property
+    def emitted(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return self.request.max_new_tokens - self.emitted
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text has ended."""
+        return self._finish is not None
+
+    def append(self, tokens: Sequence[int]) -> list[int]:
+        """Commit verified tokens up to the end of the text; those that were kept. :meth:`chunk` has their text.
+
+        Only stop strings need the text to tell whether it ends, so that only for them it is made here.
+        """
+        kept: list[int] = []
+        for token in tokens:
+            kept.append(token)
+            self.tokens.append(token)
+            if token in self.request.eos:
+                self._finish = "eos"
+            elif self._stops is not None:
+                self._ready += self._stops.push(token)
+                if self._stops.stopped:
+                    self._finish = "stop"
+            if self._finish is None and self.remaining == 0:
+                self._finish = "length"
+            if self._finish is not None:
+                break
+        if self._stops is not None and self._finish is not None:
+            self._ready += self._stops.finish()
+            if self._stops.stopped:
+                self._finish = "stop"
+        self.stats.emitted = self.emitted
+        return kept
+
+    def chunk(self, kept: list[int]) -> Chunk:
+        """What :meth:`append` committed last, with its text; once for every call of it, before the next one."""
+        if self._stops is not None:
+            text, self._ready = self._ready, ""
+        else:
+            text = self._decoded(kept)
+        self._text.append(text)
+        return Chunk(self.index, text, kept, self._finish)
+
+    def cancel(self) -> Chunk:
+        """End the text where it stands."""
+        self._finish = "cancelled"
+        text = "" if self._stream is None else self._stream.finish()
+        self._text.append(text)
+        return Chunk(self.index, text, [], "cancelled")
+
+    def _decoded(self, kept: Sequence[int]) -> str:
+        if self._stream is None:
+            return ""
+        ended = self._finish == "eos"
+        text = "".join([self._stream.push(token) for token in (kept[:-1] if ended else kept)])
+        return text if self._finish is None else text + self._stream.finish()
+
+    def generation(self) -> Generation:
+        """The result; only once finished."""
+        if self._finish is None:
+            raise RuntimeError("the sequence is still running")
+        prompt = len(self.request.prompt)
+        return Generation("".join(self._text), self.tokens[prompt:], self._finish, prompt, self.stats)

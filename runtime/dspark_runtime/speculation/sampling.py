@@ -1,0 +1,251 @@
+"""From logits to a token: temperature, top-k, top-p, min-p, and random numbers that depend on nothing but position.
+
+The filters apply in this order, each on the distribution the one before it left: temperature, ``top_k``, ``top_p``
+(fewest tokens whose mass reaches it), ``min_p`` (share of the largest probability). Where probabilities tie at a cut,
+lower token ids stay. A token is drawn by inverse CDF over ids in ascending order, from one uniform number.
+
+The uniform numbers come from a counter-based generator (SplitMix64, Steele, Lea and Flood 2014, as a keyed hash) over
+(seed, request, stream, position). Whatever is drafted, verified or batched, the draw at a position uses the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.errors import BackendError, UsageError
+
+GREEDY_BELOW = 1e-5  # lower temperatures are taken as 0
+DRAW, ACCEPT, DRAFT = 0, 1, 2  # streams: drawing a token, accepting a sampled draft, drawing one
+
+_MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 switch a filter off.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UsageError(f"{name}={value!r} is not a finite number")
+        if self.temperature < 0:
+            raise UsageError(f"temperature={self.temperature} is negative; give 0 for greedy text or a positive number")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise UsageError(f"top_k={self.top_k!r}: give a number of tokens, or 0 to switch the filter off")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p={self.top_p}: give a number above 0 and at most 1 (1 switches the filter off)")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p={self.min_p}: give a number from 0 (which switches the filter off) to 1")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def filtered(self) -> bool:
+        """Whether any filter is on."""
+        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """UsageError if ``top_k`` asks for more tokens than there are."""
+        if self.top_k > vocab_size:
+            raise UsageError(f"top_k={self.top_k}, but the vocabulary has {vocab_size} tokens; 0 means no filter")
+
+
+def request_key(prompt: Sequence[int], occurrence: int = 0) -> int:
+    """Number of a request for :func:`uniforms`: its prompt, and how many equal prompts precede it in the same call.
+
+    So a request keeps its text whatever it is batched with, and equal prompts in one call get different texts.
+    """
+    digest = hashlib.blake2b(np.asarray(prompt, "<i8").tobytes(), digest_size=8, key=occurrence.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    value = (value ^ (value >> np.uint64(30))) * _MIX1
+    value = (value ^ (value >> np.uint64(27))) * _MIX2
+    return value ^ (value >> np.uint64(31))
+
+
+def uniforms(seed: int, request: int, stream: int, positions: npt.ArrayLike) -> FloatArray:
+    """float32 uniforms in [0, 1) of the given positions; ``seed`` and ``request`` are 64-bit numbers."""
+    key = _mix(np.array([seed], np.uint64) + _GOLDEN)
+    key = _mix(key ^ np.array([request], np.uint64)) + np.array([stream], np.uint64) * _MIX1
+    bits = _mix(_mix(key) + np.asarray(positions, np.uint64) * _GOLDEN)
+    return ((bits >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
+
+
+class UniformStream:
+    """The uniforms of one (seed, request, stream), computed in blocks as positions are asked for."""
+
+    def __init__(self, seed: int, request: int, stream: int) -> None:
+        self._key = (seed, request, stream)
+        self._block = -1
+        self._values: FloatArray = np.zeros(0, np.float32)
+
+    def at(self, position: int) -> float:
+        """The uniform of ``position``, in [0, 1)."""
+        block, offset = divmod(position, _BLOCK)
+        if block != self._block:
+            self._values = uniforms(*self._key, np.arange(block * _BLOCK, (block + 1) * _BLOCK))
+            self._block = block
+        return float(self._values[offset])
+
+
+def greedy_token(logits: FloatArray) -> int:
+    """Token of the largest logit of one row [vocab], the lowest id where several tie; BackendError if it is NaN."""
+    token = int(logits.argmax())
+    if logits[token] != logits[token]:
+        raise BackendError("the model gave logits that are not numbers; its weights or its precision are damaged")
+    return token
+
+
+def draw_token(logits: FloatArray, params: SamplingParams, uniform: float) -> int:
+    """Token of one row [vocab] for one uniform number in [0, 1)."""
+    if params.greedy:
+        return greedy_token(logits)
+    if not params.filtered:
+        return inverse_cdf(_weights(logits, params.temperature), uniform)
+    ids, weights = _candidates(_weights(logits, params.temperature), params)
+    return int(ids[inverse_cdf(weights, uniform)])
+
+
+def distribution(logits: FloatArray, params: SamplingParams) -> FloatArray:
+    """Probabilities [vocab] that :func:`draw_token` draws from; one-hot for greedy."""
+    result = np.zeros(logits.shape[-1], np.float32)
+    if params.greedy:
+        result[greedy_token(logits)] = 1
+        return result
+    ids, weights = _candidates(_weights(logits, params.temperature), params)
+    result[ids] = weights / weights.sum()
+    return result
+
+
+def inverse_cdf(weights: FloatArray, uniform: float) -> int:
+    """First index at which the cumulative weight passes ``uniform`` times the total; it always has weight above 0."""
+    size = len(weights)
+    blocks = size // _BLOCK
+    start = 0
+    if blocks > 4:
+        # Sums of blocks first: a fifth of the time of a cumulative sum over a whole vocabulary.
+        sums = weights[: blocks * _BLOCK].reshape(blocks, _BLOCK).sum(axis=1, dtype=np.float64)
+        totals = np.cumsum(sums)
+        tail = float(weights[blocks * _BLOCK :].sum(dtype=np.float64))
+        goal = uniform * (float(totals[-1]) + tail)
+        block = int(np.searchsorted(totals, goal, side="right"))
+        start = block * _BLOCK
+        goal -= float(totals[block - 1]) if block else 0.0
+        part = weights[start : start + _BLOCK] if block < blocks else weights[start:]
+    else:
+        part = weights
+        goal = uniform * float(part.sum(dtype=np.float64))
+    index = start + int(np.searchsorted(np.cumsum(part, dtype=np.float64), goal, side="right"))
+    if index < size and weights[index] > 0:
+        return index
+    # Rounding at the end of a block or of the row: the nearest token with weight, below if there is one.
+    positive = np.flatnonzero(weights)
+    below = positive[positive < index]
+    return int(below[-1] if len(below) else positive[0])
+
+
+def _weights(logits: FloatArray, temperature: float) -> FloatArray:
+    top = logits.max()
+    if not np.isfinite(top):
+        raise BackendError("the model gave logits that are not finite; its weights or its precision are damaged")
+    scaled: FloatArray = logits - top
+    scaled *= np.float32(1.0 / temperature)
+    np.exp(scaled, out=scaled)
+    return scaled
+
+
+def _candidates(weights: FloatArray, params: SamplingParams) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """Ids, ascending, and weights of the tokens that pass the filters."""
+    ids = np.arange(len(weights))
+    if 0 < params.top_k < len(weights):
+        ids = _largest(weights, params.top_k)
+    if params.top_p < 1:
+        ids = ids[_nucleus(weights[ids], params.top_p)]
+    kept = weights[ids]
+    if params.min_p > 0:
+        stay = kept >= params.min_p * kept.max()
+        ids, kept = ids[stay], kept[stay]
+    stay = kept > 0
+    return ids[stay], kept[stay]
+
+
+def _largest(weights: FloatArray, count: int) -> npt.NDArray[np.int64]:
+    """Ascending indices of the ``count`` largest weights; among equals at the cut, the lowest indices."""
+    cut = np.partition(weights, len(weights) - count)[len(weights) - count]
+    above = np.flatnonzero(weights > cut)
+    equal = np.flatnonzero(weights == cut)[: count - len(above)]
+    return np.sort(np.concatenate([above, equal]))
+
+
+def _nucleus(weights: FloatArray, top_p: float) -> npt.NDArray[np.int64]:
+    """Ascending indices of the fewest weights, largest first, whose share of the total reaches ``top_p``."""
+    goal = top_p * float(weights.sum(dtype=np.float64))
+    count = min(256, len(weights))
+    while True:
+        few = _largest(weights, count) if count < len(weights) else np.arange(len(weights))
+        order = few[np.argsort(-weights[few], kind="stable")]
+        mass = np.cumsum(weights[order], dtype=np.float64)
+        if mass[-1] >= goal or count == len(weights):
+            return np.sort(order[: int(np.searchsorted(mass, goal, side="left")) + 1])
+        count = min(count * 8, len(weights))
+
+
+class Sampler:
+    """Draws the tokens of one request; the draw at a position does not depend on any other draw."""
+
+    def __init__(self, params: SamplingParams, seed: int, request: int) -> None:
+        self.params = params
+        self._draws = UniformStream(seed, request, DRAW)
+        self._accepts = UniformStream(seed, request, ACCEPT)
+        self._drafts = UniformStream(seed, request, DRAFT)
+
+    def draw(self, logits: FloatArray, position: int) -> int:
+        """Token for ``position``, from the logits [vocab] of the row before it."""
+        if self.params.greedy:
+            return greedy_token(logits)
+        return draw_token(logits, self.params, self._draws.at(position))
+
+    def draw_from(self, weights: FloatArray, position: int) -> int:
+        """Token for ``position`` from weights [vocab] instead of logits."""
+        return inverse_cdf(weights, self._draws.at(position))
+
+    def uniform_at(self, position: int) -> float:
+        """The uniform that :meth:`draw` uses at ``position``."""
+        return self._draws.at(position)
+
+    def accept_at(self, position: int) -> float:
+        """Uniform deciding about a sampled draft at ``position``."""
+        return self._accepts.at(position)
+
+    def draft_uniforms(self, start: int, count: int, coupled: bool) -> FloatArray:
+        """float32 [count]: uniforms a drafter draws the tokens of positions ``start``, ... with.
+
+        ``coupled``: the very ones :meth:`draw` uses, so that a draft distribution close to the target's gives the
+        token the target will draw. Otherwise independent ones, as rejection sampling needs them.
+        """
+        stream = self._draws if coupled else self._drafts
+        return np.array([stream.at(position) for position in range(start, start + count)], np.float32)

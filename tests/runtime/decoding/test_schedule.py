@@ -1,0 +1,192 @@
+"""The schedule: what it chooses, and that its mistakes stay cheap."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Hashable, Sequence
+
+import pytest
+
+from dspark_runtime.decoding.schedule import HOST_MS, Acceptance, Schedule
+from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
+from dspark_runtime.drafters.proposal import Proposal
+from dspark_runtime.speculation.costs import PassCosts, measure_pass_ms
+from dspark_runtime.speculation.tree import TokenTree
+from dspark_runtime.speculation.verify import verify_tree
+from tests.runtime.conftest import Tiny
+
+FLAT = {1: 20.0, 2: 20.4, 4: 21.0, 8: 22.0, 16: 25.0, 32: 40.0}
+STEEP = {1: 6.3, 2: 7.0, 4: 9.4, 8: 14.8, 16: 25.7, 32: 46.0}
+
+
+class Guess(Drafter):
+    """Drafts chains of one class; each token is right with probability ``skill``."""
+
+    def __init__(self, skill: float, prior: float = 0.5, name: str = "guess", pass_ms: float = 0.0) -> None:
+        self.skill, self._prior, self.name, self.pass_ms = skill, prior, name, pass_ms
+
+    def prior(self, kind: Hashable) -> float:
+        return self._prior
+
+    def draft(self, request: DraftRequest) -> Sequence[int]:
+        return [1] * request.limit
+
+
+class World:
+    """A simulated target: passes take what a cost table says, drafts are right by chance."""
+
+    def __init__(self, truth: dict[int, float], believed: dict[int, float], drafter: Guess, seed: int = 0) -> None:
+        self.truth, self.drafter = PassCosts(truth), drafter
+        self.schedule = Schedule(PassCosts(believed))
+        self._random = random.Random(seed)
+        self.ms = self.drafted = 0.0
+        self.tokens = 0
+
+    def run(self, rounds: int, length: int = 15) -> World:
+        for _ in range(rounds):
+            proposal = Proposal.empty(0, 9)
+            proposal.add(self.drafter, Draft(TokenTree.chain(9, [1] * length), [0] * length))
+            tree = self.schedule.choose([proposal], 1)[0]
+            emitted: list[int] = []
+            while len(emitted) < len(tree):
+                right = self._random.random() < self.drafter.skill
+                emitted.append(1 if right else 2)
+                if not right:
+                    break
+            verdict = verify_tree(tree, ROWS, lambda _, at, e=emitted: e[at - 1], 0)  # type: ignore[misc]
+            cost = self.truth.ms(len(tree)) * self._random.uniform(0.97, 1.05)
+            self.schedule.acceptance.learn(self.drafter, proposal.parts[0].draft, verdict.tokens, 0)
+            self.schedule.observe(1, len(tree), len(verdict.tokens), cost, cost + HOST_MS)
+            self.ms += cost + HOST_MS
+            self.tokens += len(verdict.tokens)
+            self.drafted += len(tree) - 1
+        return self
+
+    @property
+    def speed_up(self) -> float:
+        return self.tokens * (self.truth.ms(1) * 1.01 + HOST_MS) / self.ms
+
+
+def seasoned(table: dict[int, float], *batches: int) -> Schedule:
+    """A schedule that has seen a plain round of each batch size."""
+    schedule = Schedule(PassCosts(table))
+    for batch in batches or (1,):
+        ms = schedule.costs.ms(batch)
+        schedule.observe(batch, 1, batch, ms, ms + HOST_MS)
+    return schedule
+
+
+ROWS = [[float(row)] for row in range(300)]
+
+
+@pytest.mark.parametrize("table", [FLAT, STEEP], ids=["flat", "steep"])
+@pytest.mark.parametrize("skill", [0.0, 0.05, 0.2, 0.5, 0.8, 0.97])
+@pytest.mark.parametrize("prior", [0.1, 0.9])
+def test_never_much_slower_than_plain_and_near_the_best_fixed_length(
+    table: dict[int, float], skill: float, prior: float
+) -> None:
+    world = World(table, table, Guess(skill, prior)).run(600)
+    costs = PassCosts(table)
+    best = max(sum(skill**k for k in range(n + 1)) * costs.ms(1) / costs.ms(n + 1) for n in range(16))
+    assert world.speed_up > 0.97
+    assert world.speed_up > 0.9 * best
+
+
+@pytest.mark.parametrize("skill", [0.0, 0.1, 0.3])
+def test_wrong_costs_are_found_out(skill: float) -> None:
+    """Passes believed to be flat are steep: what that costs is bounded."""
+    assert World(STEEP, FLAT, Guess(skill, 0.9)).run(500).speed_up > 0.97
+
+
+def test_a_drafter_that_becomes_good_is_noticed_without_verifying() -> None:
+    drafter = Guess(0.0, 0.02)
+    world = World(STEEP, STEEP, drafter).run(200)
+    assert world.drafted < 40
+    drafter.skill = 0.95
+    world.tokens, world.ms = 0, 0.0
+    assert world.run(200).speed_up > 2.0
+
+
+def test_a_tree_is_cut_where_it_stops_paying() -> None:
+    schedule = seasoned(FLAT)
+    tree = TokenTree.from_paths(9, [[1, 2, 3, 4], [5, 6]])
+    rates = {0: 0.9, 1: 0.9, 2: 0.01}
+    sure_then_not = Draft(tree, [0, 1, 2, 2, 2, 2])
+
+    class Classes(Guess):
+        def prior(self, kind: Hashable) -> float:
+            return rates[kind]  # type: ignore[index]
+
+    proposal = Proposal.empty(0, 9)
+    proposal.add(Classes(0.5), sure_then_not)
+    assert schedule.choose([proposal], 1)[0] == TokenTree.chain(9, [1, 2])
+    assert Schedule(PassCosts(FLAT), fixed=0).choose([proposal], 1)[0] == TokenTree.chain(9, [])
+    assert Schedule(PassCosts(FLAT), fixed=99).choose([proposal], 1)[0] == tree
+
+
+def test_a_batch_is_cut_together() -> None:
+    schedule = seasoned(STEEP, 1, 4)
+    good, bad = Guess(1.0, 0.97, "good"), Guess(0.0, 0.01, "bad")
+    proposals = []
+    for drafter in (good, bad, bad, bad):
+        proposal = Proposal.empty(len(proposals), 9)
+        proposal.add(drafter, Draft(TokenTree.chain(9, [1] * 8)))
+        proposals.append(proposal)
+    alone = schedule.choose(proposals[:1], 1)
+    together = schedule.choose(proposals, 4)
+    assert len(together[0]) < len(alone[0])  # rows that only pad the other sequences are paid for too
+
+
+def test_chains_drawn_at_random_are_cut_by_depth_only() -> None:
+    import numpy as np
+
+    acceptance = Acceptance()
+    drafter = Guess(0.5)
+    probs = np.full((2, 4), 0.25, np.float32)
+    draft = Draft(TokenTree.chain(9, [1, 2]), ["sure", "unsure"], probs)
+    acceptance.learn(drafter, draft, [1, 3], 0)
+    assert acceptance.rate(drafter, 1, 0) > 0.5 > acceptance.rate(drafter, 2, 0)
+    assert acceptance.rate(drafter, "sure", 0) == 0.5
+
+
+def test_a_slow_drafter_is_used_only_where_it_pays() -> None:
+    schedule = seasoned(FLAT)
+    empty = Proposal.empty(0, 9)
+    assert schedule.worth_drafting(Guess(1, 0.9, "cheap", 1.0), 0, empty, 15, 1) >= 4
+    assert schedule.worth_drafting(Guess(1, 0.6, "dear", 18.0), 0, empty, 15, 1) == 0
+    full = Proposal.empty(0, 9)
+    full.add(Guess(1, 0.97, "free"), Draft(TokenTree.chain(9, [1] * 15)))
+    assert schedule.worth_drafting(Guess(1, 0.8, "cheap", 2.0), 0, full, 15, 1) == 0
+    assert 0 < schedule.floor(Guess(1, 0.9, "cheap", 1.0), 1) < 0.2
+
+
+def test_costs_between_and_beyond_the_measured_rows() -> None:
+    costs = PassCosts({1: 10.0, 3: 14.0, 4: 16.0})
+    assert [costs.ms(n) for n in (1, 2, 3, 4)] == [10, 12, 14, 16]
+    assert costs.ms(5) == pytest.approx(18.0)
+    assert costs.ms(300) > costs.ms(100)
+    slower = PassCosts({1: 10.0, 8: 20.0})
+    for _ in range(40):
+        slower.observe(1, 30.0, True)
+    assert slower.ms(1) == pytest.approx(30, rel=0.02)
+    assert slower.ms(8) == pytest.approx(60, rel=0.3)
+    slower.observe(1, 0.0, True)
+    slower.observe(1, 1e9, True)
+    assert slower.ms(1) < 40
+    assert PassCosts().ms(1) > 0
+
+
+def test_costs_can_be_measured(tiny: Tiny) -> None:
+    costs = measure_pass_ms(tiny.target, (1, 4), context=16, repeats=2)
+    assert sorted(costs) == [1, 4]
+    assert all(ms > 0 for ms in costs.values())
+
+
+def test_exact_quantized_passes_hold_chains_only() -> None:
+    tree = TokenTree([1, 2, 3, 4, 5, 6], [-1, 0, 0, 1, 2, 4])
+    proposal = Proposal.empty(0, 1)
+    proposal.add(Guess(0.5, 0.5), Draft(tree, ["low", "high", "low", "high", "high"]))
+    schedule = Schedule(PassCosts(FLAT), fixed=5, chains=True)
+    schedule.acceptance.rate = lambda drafter, kind, request: {"low": 0.2, "high": 0.9}[kind]  # type: ignore[method-assign]
+    (chosen,) = schedule.choose([proposal], 1)
+    assert chosen == TokenTree.chain(1, [3, 5, 6])
