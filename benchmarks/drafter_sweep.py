@@ -29,10 +29,10 @@ import numpy as np
 import torch
 
 from dspark_export.checkpoints import resolve
-from dspark_export.checkpoints.drafts import recognise
-from dspark_export.checkpoints.drafts.draft import BlockConfig, DraftCheckpoint
-from dspark_export.draft_build import BEAMS, CANDIDATES
-from dspark_export.graphs.block_drafter import export_block_drafter, hide_inner_values
+from dspark_export.drafts.export import BEAMS, CANDIDATES
+from dspark_export.drafts.formats import recognise
+from dspark_export.drafts.formats.draft import BlockConfig, DraftCheckpoint
+from dspark_export.drafts.graphs.block import export_block_drafter, hide_inner_values
 from dspark_export.graphs.save import save_graphs
 from dspark_export.passes import optimize, ort_cpu_variants
 from dspark_export.passes.precision import PrecisionSettings, apply_precision

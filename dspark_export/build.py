@@ -17,7 +17,7 @@ from pydantic import JsonValue
 
 from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle_writer import BundleWriter
-from dspark_export.draft_build import DraftGraphs, export_drafts, open_drafts, taps_of, write_vocab_maps
+from dspark_export.drafts.export import DraftGraphs, export_drafts, open_drafts, taps_of, write_vocab_maps
 from dspark_export.engines.options import PluginsOption
 from dspark_runtime.bundle.engine_entry import Flavour
 from dspark_runtime.bundle.files import GRAPH_DIR, TOKENIZER_DIR, BundleFiles
@@ -204,7 +204,7 @@ def _save(
     taps: Sequence[int],
 ) -> list[GraphEntry]:
     """Write every graph, standard and for ONNX Runtime's CPU provider, and the verify graph; return their entries."""
-    from dspark_export.graphs.block_drafter import hide_inner_values
+    from dspark_export.drafts.graphs.block import hide_inner_values
     from dspark_export.graphs.save import save_graphs
     from dspark_export.graphs.verify import build_verify_model
     from dspark_export.manifest import file_stem, graph_entry

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dspark_export.pair_check import PairReport
+    from dspark_export.drafts.pair_check import PairReport
 
 _MARKS = {"ok": "ok", "warning": "warning", "error": "ERROR"}
 
@@ -41,8 +41,8 @@ def check(
     Ends with 0 if a build would take the pair, with 9 if not, and with the code of the error if a file is damaged.
     """
     from dspark_export.checkpoints import Trust, resolve
-    from dspark_export.checkpoints.drafts import recognise
-    from dspark_export.pair_check import check_pair
+    from dspark_export.drafts.formats import recognise
+    from dspark_export.drafts.pair_check import check_pair
 
     trust = Trust.opened() if allow_unsafe_checkpoint else Trust.closed()
     target = resolve(model, revision, trust, allow_untested_architecture)

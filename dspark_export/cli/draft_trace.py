@@ -34,7 +34,7 @@ def draft_trace(
     For debugging a draft that is rarely right: compare the arrays with those of the code it was trained with.
     """
     from dspark_export.cli.generate import read_ids
-    from dspark_export.draft_trace import save_trace, trace_draft
+    from dspark_export.drafts.trace import save_trace, trace_draft
     from dspark_runtime import Bundle
     from dspark_runtime.drafters.choice import DraftOptions
     from dspark_runtime.speculation.sampling import SamplingParams

@@ -1,6 +1,6 @@
 """The drafter as it is trained: many blocks of many sequences in one pass.
 
-The arithmetic is that of :mod:`dspark_export.draft_modules.block`, which the bundle's graph is traced from; parameters
+The arithmetic is that of :mod:`dspark_export.drafts.modules.block`, which the bundle's graph is traced from; parameters
 have the names of a DeepSpec checkpoint. A block sees the features of all positions before its anchor's and all of
 its own rows. Context rows are projected once per sequence and shared by its blocks.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dspark_export.checkpoints.drafts.draft import DraftLayers, Rope
-from dspark_export.draft_modules.layers import inverse_frequencies
+from dspark_export.drafts.formats.draft import DraftLayers, Rope
+from dspark_export.drafts.modules.layers import inverse_frequencies
 
 _INITIAL = 0.02
 _FIRST_LOGITS = 1.5  # their standard deviation at first: a target's head makes unit rows sure of nonsense

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dspark_export.checkpoints import Checkpoint
-    from dspark_export.checkpoints.drafts.draft import DraftCheckpoint
+    from dspark_export.drafts.formats.draft import DraftCheckpoint
 
 _AFTER_A_CHOICE = ("corrected_logits", "confidence_logits", "candidate_probs")
 _REACHES = "beam_reaches"
@@ -79,9 +79,9 @@ def references(
     Raises:
         UsageError: a draft that no drafter of the bundle was made from.
     """
-    from dspark_export.checkpoints.drafts import recognise
-    from dspark_export.checkpoints.drafts.draft import DraftCheckpoint
-    from dspark_export.pair_check import require_pair
+    from dspark_export.drafts.formats import recognise
+    from dspark_export.drafts.formats.draft import DraftCheckpoint
+    from dspark_export.drafts.pair_check import require_pair
 
     found: dict[str, Reference] = {}
     trained = [e for e in bundle.manifest.drafters if e.kind in ("block", "eagle3", "draft_model")]
@@ -109,9 +109,9 @@ def references(
 def _modules(
     bundle: Bundle, entry: DrafterEntry, checkpoint: DraftCheckpoint, model: PreTrainedModel
 ) -> dict[str, tuple[torch.nn.Module, GraphContract]]:
-    from dspark_export.draft_build import embedding_scale
-    from dspark_export.graphs.block_drafter import block_module
-    from dspark_export.graphs.eagle3 import eagle_modules
+    from dspark_export.drafts.export import embedding_scale
+    from dspark_export.drafts.graphs.block import block_module
+    from dspark_export.drafts.graphs.eagle3 import eagle_modules
 
     kind = getattr(torch, bundle.files.graph(entry.graph or entry.name).dtype)
     rounded = {name: tensor.to(kind).float() for name, tensor in checkpoint.tensors.items()}

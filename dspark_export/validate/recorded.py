@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark_export.draft_trace import engine_with_inner_outputs
+from dspark_export.drafts.trace import engine_with_inner_outputs
 from dspark_runtime import Bundle
 from dspark_runtime.backends.protocol import (
     AnyArray,

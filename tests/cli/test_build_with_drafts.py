@@ -10,8 +10,8 @@ import pytest
 
 from dspark_runtime import Bundle
 from tests.cli.conftest import Invoke
-from tests.export.drafts.tensors import Sizes
-from tests.export.drafts.writers import target_tables, write_deepspec, write_target
+from tests.drafts.tensors import Sizes
+from tests.drafts.writers import target_tables, write_deepspec, write_target
 
 IDS = [5, 6, 7, 8, 9, 30, 31, 32]
 

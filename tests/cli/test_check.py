@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Invoke
-from tests.export.drafts.writers import (
+from tests.drafts.writers import (
     Sizes,
     target_tables,
     write_classic_eagle3,

@@ -11,7 +11,7 @@ import torch
 from dspark_export.build import build
 from dspark_export.build_options import BuildOptions
 from dspark_runtime import Bundle
-from tests.export.drafts.writers import (
+from tests.drafts.writers import (
     Sizes,
     Written,
     target_tables,

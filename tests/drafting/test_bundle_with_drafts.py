@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dspark_export.cli.main import app
-from dspark_export.draft_trace import trace_draft
+from dspark_export.drafts.trace import trace_draft
 from dspark_runtime import Bundle, Generation
 from dspark_runtime.drafters.choice import DraftOptions
 from dspark_runtime.errors import UsageError

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from dspark_export.build import build
 from dspark_export.build_options import BuildOptions
-from dspark_export.draft_trace import trace_draft
+from dspark_export.drafts.trace import trace_draft
 from dspark_runtime import Bundle
-from tests.export.drafts.writers import target_tables, write_deepspec, write_target
+from tests.drafts.writers import target_tables, write_deepspec, write_target
 from tests.references.block_reference import Shape, draft
 
 PROMPT = list(range(30, 60))

@@ -15,7 +15,7 @@ from dspark_export.build_options import BuildOptions
 from dspark_export.measure import row_logits
 from dspark_runtime import Bundle
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS
-from tests.export.drafts.writers import target_tables, write_deepspec, write_target
+from tests.drafts.writers import target_tables, write_deepspec, write_target
 
 PROMPTS = [[5, 9, 13, 40, 41, 42, 9, 13], [7, 8, 9] * 6, [100]]
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from dspark_export.checkpoints.drafts.draft import DraftCheckpoint, DraftLayers, EagleConfig, Rope
-from dspark_export.graphs.block_drafter import block_module, export_block_drafter, hide_inner_values
-from dspark_export.graphs.draft_model import export_draft_model
-from dspark_export.graphs.eagle3 import eagle_modules, export_eagle3
+from dspark_export.drafts.formats.draft import DraftCheckpoint, DraftLayers, EagleConfig, Rope
+from dspark_export.drafts.graphs.block import block_module, export_block_drafter, hide_inner_values
+from dspark_export.drafts.graphs.draft_model import export_draft_model
+from dspark_export.drafts.graphs.eagle3 import eagle_modules, export_eagle3
 from dspark_export.graphs.save import save_graphs
 from dspark_export.graphs.target import export_target
 from dspark_export.passes import optimize, ort_cpu_variants
@@ -23,7 +23,7 @@ from dspark_export.tracing.geometry import probe
 from dspark_runtime.bundle.contract import GraphContract, decoder_contract
 from dspark_runtime.bundle.manifest import Weights
 from tests import tiny_models
-from tests.export.drafts.writers import Sizes, eagle_tensors
+from tests.drafts.writers import Sizes, eagle_tensors
 from tests.parity.harness import GraphRunner, Tree, plain_logits
 from tests.references.draft_samples import random_block
 

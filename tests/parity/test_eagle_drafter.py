@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from dspark_export.checkpoints.drafts.draft import DraftCheckpoint, DraftLayers, EagleConfig, Rope
-from dspark_export.graphs.eagle3 import export_eagle3
+from dspark_export.drafts.formats.draft import DraftCheckpoint, DraftLayers, EagleConfig, Rope
+from dspark_export.drafts.graphs.eagle3 import export_eagle3
 from dspark_export.graphs.save import save_graphs
 from dspark_export.passes import optimize, ort_cpu_variants
 from dspark_runtime.backends.ort_graph import OrtGraphEngine, OrtGraphRunner
 from dspark_runtime.bundle.contract import CacheLayer
-from tests.export.drafts.writers import Sizes, draft_ids, eagle_tensors, random_tables
+from tests.drafts.writers import Sizes, draft_ids, eagle_tensors, random_tables
 from tests.references.eagle_reference import EagleRound, EagleShape, draft, hidden_rows, linear, logits_of
 
 CAPACITY, SIZES = 64, Sizes()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dspark_export.draft_modules.markov import MarkovHead
+from dspark_export.drafts.modules.markov import MarkovHead
 from tests.plugins.host_library import DTYPES, Array
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dspark_export.checkpoints.drafts.draft import BlockConfig, DraftCheckpoint, DraftLayers, Rope
+from dspark_export.drafts.formats.draft import BlockConfig, DraftCheckpoint, DraftLayers, Rope
 from tests.references.block_reference import Shape
 
 HIDDEN, VOCAB, HEADS, KV_HEADS, WIDTH, INNER, RANK, TAPS = 48, 97, 4, 2, 16, 64, 8, 3

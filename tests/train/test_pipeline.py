@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dspark_export.pair_check import PairWarning
+from dspark_export.drafts.pair_check import PairWarning
 from dspark_export.train.answering import Plan
 from dspark_export.train.features import FeatureStore
 from dspark_export.train.options import DrafterShape, TrainOptions

@@ -14,7 +14,7 @@ from dspark_export.build_options import BuildOptions
 from dspark_export.validate.checks import Report
 from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.run import validate
-from tests.export.drafts.writers import target_tables, write_deepspec, write_target
+from tests.drafts.writers import target_tables, write_deepspec, write_target
 from tests.validate.faults import copied
 
 

@@ -1,9 +1,10 @@
 """Names, shapes and dtypes of the graphs of trained drafters.
 
 Beside the symbolic dimensions of :mod:`dspark_runtime.bundle.contract`: ``features`` (context rows new to the
-drafter). Fixed for a drafter: ``block`` (rows of its block: the anchor and the masks), ``drafts`` (tokens it drafts, ``block`` or
-``block`` - 1), ``draft_vocab`` (tokens it can draft), ``candidates`` (most likely tokens given per slot), ``nodes`` (of
-the tree of likely texts: ``candidates`` of the first slot, of every other one those of each text that is followed).
+drafter). Fixed for a drafter: ``block`` (rows of its block: the anchor and the masks), ``drafts`` (tokens it drafts,
+``block`` or ``block`` - 1), ``draft_vocab`` (tokens it can draft), ``candidates`` (most likely tokens given per slot),
+``nodes`` (of the tree of likely texts: ``candidates`` of the first slot, of every other one those of each text that is
+followed).
 
 A **block** drafter (DSpark, DFlash) is one graph. Its pass appends the keys and values of new context rows to the
 drafter's own cache, runs the block over them and returns tokens, distributions and confidences. Context rows go to the

@@ -1,6 +1,0 @@
-"""Draft checkpoints of every supported format, read strictly into one form."""
-
-from dspark_export.checkpoints.drafts.draft import BlockConfig, DraftCheckpoint, DraftLayers, EagleConfig, Rope
-from dspark_export.checkpoints.drafts.recognise import recognise
-
-__all__ = ["BlockConfig", "DraftCheckpoint", "DraftLayers", "EagleConfig", "Rope", "recognise"]

@@ -1,0 +1,267 @@
+"""The weights of a draft: names and shapes against its config, finite values, vocabulary maps, read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dspark_export.checkpoints.files import checked_file
+from dspark_export.checkpoints.safetensors_file import FLOAT_DTYPES
+from dspark_export.checkpoints.trust import Trust
+from dspark_export.checkpoints.weights import WeightFiles, read_headers
+from dspark_export.drafts.formats.description import (
+    D2T,
+    EMBEDDING,
+    HEAD,
+    MAPS,
+    T2D,
+    Description,
+    Shape,
+    expected_tensors,
+)
+from dspark_runtime.errors import InvalidVocabMap, InvalidWeights
+
+if TYPE_CHECKING:
+    import torch
+
+_MAIN_PICKLE = "pytorch_model"
+_LISTED = 12
+
+
+class StoredTensors(Mapping[str, "torch.Tensor"]):
+    """Tensors of safetensors files by name, each read when it is asked for and not kept."""
+
+    def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
+        self._places = dict(places)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        path, stored = self._places[name]
+        with safe_open(path, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(stored)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def renamed(self, stored: Mapping[str, str]) -> StoredTensors:
+        """The tensors ``stored`` (new name to name here), under their new names."""
+        return StoredTensors({key: self._places[name] for key, name in stored.items()})
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, from the header alone."""
+        from safetensors import safe_open
+
+        path, stored = self._places[name]
+        with safe_open(path, "pt") as file:
+            return tuple(file.get_slice(stored).get_shape())
+
+    def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows of a matrix without reading the others; ``rows`` int64, ascending."""
+        from safetensors import safe_open
+
+        path, stored = self._places[name]
+        with safe_open(path, "pt") as file:
+            part = file.get_slice(stored)
+            if len(rows) == part.get_shape()[0]:
+                whole: torch.Tensor = part[:]
+                return whole
+            import torch
+
+            return torch.cat([part[row : row + 1] for row in rows.tolist()])
+
+
+@dataclass(frozen=True)
+class Header:
+    """Names, shapes and dtypes (safetensors' words) of what is stored, and how to read it."""
+
+    shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor]
+
+
+def read_stored(files: WeightFiles, name: str, trust: Trust) -> Header:
+    """What the weight files of a draft hold, by stored name; InvalidWeights for damaged files."""
+    if files.pickled:
+        return _unpickled(files, name, trust)
+    found = read_headers(files, name, MAPS)
+    return Header(
+        {key: stored.shape for key, (_, stored) in found.items()},
+        {key: stored.dtype for key, (_, stored) in found.items()},
+        StoredTensors({key: (path, key) for key, (path, _) in found.items()}),
+    )
+
+
+def _unpickled(files: WeightFiles, name: str, trust: Trust) -> Header:
+    main = [file for file in files.names if file.startswith(_MAIN_PICKLE)] or list(files.names)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in main:
+        loaded = trust.unpickle(checked_file(files.folder, file, InvalidWeights), name)
+        if twice := sorted(set(tensors) & set(loaded)):
+            raise InvalidWeights(f"{name} stores {twice[0]!r} twice, the second time in {file}")
+        tensors |= loaded
+    words = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
+    return Header(
+        {key: tuple(tensor.shape) for key, tensor in tensors.items()},
+        {key: words.get(str(tensor.dtype), str(tensor.dtype)) for key, tensor in tensors.items()},
+        tensors,
+    )
+
+
+@dataclass(frozen=True)
+class DraftWeights:
+    """Weights under DeepSpec's names: the draft's own, and copies of the target's embedding and head."""
+
+    own: Mapping[str, torch.Tensor]
+    copies: Mapping[str, torch.Tensor]
+    target_ids: torch.Tensor | None
+    own_embedding: bool
+    own_head: bool
+
+
+def check_tensors(header: Header, description: Description, name: str) -> DraftWeights:
+    """The weights that ``description`` asks for, and nothing else.
+
+    Raises InvalidWeights with all missing and unknown names and all wrong shapes, for NaN and infinity, and
+    InvalidVocabMap for maps that contradict themselves.
+    """
+    stored = {description.rename(key): key for key in header.shapes}
+    if len(stored) != len(header.shapes):
+        raise InvalidWeights(f"{name} stores a tensor under two names; get the checkpoint again")
+    config = description.config
+    shapes = dict(expected_tensors(description))
+    table = (config.vocab_size, config.layers.hidden_size)
+    copied = {EMBEDDING: table, HEAD: (config.draft_vocab_size, config.layers.hidden_size)}
+    shapes |= {key: shape for key, shape in copied.items() if key in stored}
+    if description.maps:
+        lengths = {D2T: (config.draft_vocab_size,), T2D: (config.vocab_size,)}
+        _check_maps(stored, header, lengths, name)
+        shapes |= {key: shape for key, shape in lengths.items() if key in stored}
+    _check_names(stored, shapes, description, name)
+    _check_shapes(header, stored, shapes, name)
+    _check_dtypes(header, stored, name)
+    tensors = _renamed(header.tensors, stored)
+    _check_finite(tensors, name)
+    ids = _target_ids(tensors, config.vocab_size, config.draft_vocab_size, name)
+    own_embedding = description.trained_embedding and EMBEDDING in stored
+    own_head = description.trained_head and HEAD in stored
+    kept = {EMBEDDING: own_embedding, HEAD: own_head}
+    own = {key: stored[key] for key in shapes if kept.get(key, True) and key not in MAPS}
+    copies = {key: stored[key] for key in shapes if not kept.get(key, True)}
+    return DraftWeights(_renamed(header.tensors, own), _renamed(header.tensors, copies), ids, own_embedding, own_head)
+
+
+def _renamed(tensors: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> Mapping[str, torch.Tensor]:
+    if isinstance(tensors, StoredTensors):
+        return tensors.renamed(stored)
+    return {key: tensors[name] for key, name in stored.items()}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _check_names(stored: Mapping[str, str], shapes: Mapping[str, Shape], description: Description, name: str) -> None:
+    missing = sorted(set(shapes) - set(stored))
+    unknown = sorted(stored[key] for key in set(stored) - set(shapes))
+    parts = []
+    if missing:
+        parts.append(f"lacks {_some(missing)}")
+    if unknown:
+        parts.append(f"has {_some(unknown)}, which a {description.format} draft of its config does not have")
+    if parts:
+        raise InvalidWeights(f"{name} {'; it '.join(parts)}; its weights and its config.json do not belong together")
+
+
+def _check_shapes(header: Header, stored: Mapping[str, str], shapes: Mapping[str, Shape], name: str) -> None:
+    wrong = [
+        f"{stored[key]} is {list(header.shapes[stored[key]])} instead of {list(shape)}"
+        for key, shape in shapes.items()
+        if tuple(header.shapes[stored[key]]) != shape
+    ]
+    if wrong:
+        raise InvalidWeights(f"{name}: {'; '.join(wrong[:_LISTED])}; its weights do not fit its config.json")
+
+
+def _check_dtypes(header: Header, stored: Mapping[str, str], name: str) -> None:
+    wrong = [
+        f"{key} is {header.dtypes[old]}" for key, old in stored.items() if not _dtype_fits(key, header.dtypes[old])
+    ]
+    if wrong:
+        raise InvalidWeights(
+            f"{name}: {_some(wrong)}; weights must be {', '.join(FLOAT_DTYPES)}, {D2T} whole numbers, {T2D} booleans"
+        )
+
+
+def _dtype_fits(key: str, dtype: str) -> bool:
+    word = dtype.removeprefix("torch.").upper()
+    if key == D2T:
+        return word in ("I64", "I32", "INT64", "INT32")
+    return word == "BOOL" if key == T2D else dtype in FLOAT_DTYPES
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    import torch
+
+    bad = []
+    for key in tensors:
+        tensor = tensors[key]
+        if tensor.is_floating_point():
+            low, high = torch.aminmax(tensor)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                bad.append(f"{key} has {'NaN' if torch.isnan(low) else 'infinite values'}")
+    if bad:
+        raise InvalidWeights(f"{name}: {_some(bad)}; the checkpoint is damaged or its training diverged")
+
+
+def _check_maps(stored: Mapping[str, str], header: Header, lengths: Mapping[str, Shape], name: str) -> None:
+    (draft,), (full,) = lengths[D2T], lengths[T2D]
+    if D2T not in stored and draft != full:
+        raise InvalidVocabMap(
+            f"{name} drafts from {draft} of {full} tokens and has no {D2T}, so nothing says which; use the checkpoint "
+            "with its map, or a draft of the whole vocabulary"
+        )
+    for key, shape in lengths.items():
+        if key in stored and tuple(header.shapes[stored[key]]) != shape:
+            raise InvalidVocabMap(
+                f"{name}: {key} is {list(header.shapes[stored[key]])} instead of {list(shape)}, one entry for each of "
+                f"the {shape[0]} {'draft' if key == D2T else 'target'} tokens; get the checkpoint again"
+            )
+
+
+def _target_ids(tensors: Mapping[str, torch.Tensor], vocab: int, draft_vocab: int, name: str) -> torch.Tensor | None:
+    """int64 [draft_vocab] from the offsets in d2t; None where draft and target ids are the same."""
+    import torch
+
+    if D2T not in tensors:
+        if T2D in tensors and not bool(tensors[T2D].all()):
+            raise InvalidVocabMap(f"{name} has {T2D} that leaves tokens out, and no {D2T}; get the checkpoint again")
+        return None
+    own = torch.arange(draft_vocab)
+    ids = own + tensors[D2T].to(torch.int64)
+    if outside := ids[(ids < 0) | (ids >= vocab)].tolist():
+        raise InvalidVocabMap(
+            f"{name}: {D2T} leads to {len(outside)} ids outside the vocabulary of {vocab}, e.g. {outside[0]}; its "
+            "entries are offsets from draft ids to target ids: get the checkpoint again"
+        )
+    if len(torch.unique(ids)) != len(ids):
+        values, counts = torch.unique(ids, return_counts=True)
+        raise InvalidVocabMap(
+            f"{name}: {D2T} leads to target id {int(values[counts > 1][0])} twice; get the checkpoint again"
+        )
+    if T2D in tensors:
+        members = torch.zeros(vocab, dtype=torch.bool)
+        members[ids] = True
+        wrong = torch.nonzero(members != tensors[T2D])[:, 0].tolist()
+        if wrong:
+            raise InvalidVocabMap(
+                f"{name}: {T2D} and {D2T} disagree about {len(wrong)} tokens, e.g. {wrong[0]}; get the checkpoint again"
+            )
+    return None if torch.equal(ids, own) and draft_vocab == vocab else ids
