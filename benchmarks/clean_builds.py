@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_export.validate.checks import Report
 from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.run import validate

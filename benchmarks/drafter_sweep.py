@@ -28,12 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.checkpoints import resolve
 from dspark_export.drafts.export import BEAMS, CANDIDATES
 from dspark_export.drafts.formats import recognise
 from dspark_export.drafts.formats.draft import BlockConfig, DraftCheckpoint
 from dspark_export.drafts.graphs.block import export_block_drafter, hide_inner_values
-from dspark_export.graphs.save import save_graphs
 from dspark_export.passes import optimize, ort_cpu_variants
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.train.evaluate import evaluate, tree_lengths

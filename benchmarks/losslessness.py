@@ -22,8 +22,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from dspark_export.bench.prompts import PromptItem, load_sets
 from dspark_export.bench.runner import checked_modes, modes_of
+from dspark_export.prompts.sets import PromptItem, load_sets
 from dspark_export.validate.lossless import WRONG, compare
 from dspark_runtime import Bundle
 from dspark_runtime.errors import DsparkError, UsageError

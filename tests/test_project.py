@@ -157,7 +157,7 @@ def test_the_wheel_holds_both_packages_whole(packages: tuple[list[str], list[str
         wanted = {package + n.removeprefix(source) for n in texts() if n.startswith(source)}
         assert wanted and wanted <= set(wheel)
     assert "dspark_runtime/py.typed" in wheel
-    assert "dspark_export/bench/prompts/repeat.jsonl" in wheel
+    assert "dspark_export/prompts/repeat.jsonl" in wheel
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
     assert any(name.endswith("entry_points.txt") for name in wheel)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dspark_export.bench.prompts import PromptItem
+from dspark_export.prompts.sets import PromptItem
 from dspark_runtime import Bundle, Generation
 from dspark_runtime.decoding.statistics import Statistics
 from dspark_runtime.errors import ChatTemplateError, UsageError

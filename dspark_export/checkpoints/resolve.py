@@ -111,6 +111,6 @@ def _with_weights(
 
 
 def _check_supported(config: PretrainedConfig, allow_untested: bool) -> None:
-    from dspark_export.graphs.support import check_supported
+    from dspark_export.checkpoints.architectures import check_supported
 
     check_supported(config, allow_untested=allow_untested)

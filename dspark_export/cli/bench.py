@@ -42,9 +42,9 @@ def bench(
     """
     from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
     from dspark_export.bench.machine import this_machine
-    from dspark_export.bench.prompts import SHIPPED, load_sets
     from dspark_export.bench.report import Conditions, heading, over_all_sets, print_report, shown_summaries, to_json
     from dspark_export.bench.runner import checked_modes, modes_of, run
+    from dspark_export.prompts.sets import SHIPPED, load_sets
     from dspark_runtime import Bundle
 
     if plot is not None:

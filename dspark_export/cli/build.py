@@ -17,7 +17,7 @@ import typer
 from dspark_export.cli.compile import BackendName, PluginsName, describe
 
 if TYPE_CHECKING:
-    from dspark_export.build import BuildResult, Stage
+    from dspark_export.build.pipeline import BuildResult, Stage
 
 TERMINATED = 143
 DESCRIPTIONS = {
@@ -129,8 +129,8 @@ def build(
     progress: Annotated[ProgressName, typer.Option(help="Progress on stderr.")] = ProgressName.AUTO,
 ) -> None:
     """Turn MODEL into a bundle: ONNX graphs, tokenizer, measured costs and a manifest."""
-    from dspark_export.build import build as run
-    from dspark_export.build_options import BuildOptions
+    from dspark_export.build.options import BuildOptions
+    from dspark_export.build.pipeline import build as run
     from dspark_export.checkpoints.trust import Trust
 
     options = BuildOptions(

@@ -119,7 +119,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
         return [prompt]
     if file is None:
         return [_text(sys.stdin.buffer.read(), "standard input")]
-    from dspark_export.bench.prompts import read_prompts
+    from dspark_export.prompts.sets import read_prompts
 
     return [item.text for item in read_prompts(file)]
 

@@ -122,7 +122,7 @@ def train_drafter(
 ) -> None:
     """Train a drafter for MODEL; the same command continues a training that was interrupted."""
     from dspark_export.checkpoints.trust import Trust
-    from dspark_export.train.answering import Plan
+    from dspark_export.train.asking import Plan
     from dspark_export.train.card import CardFacts
     from dspark_export.train.options import DrafterShape, TrainOptions
     from dspark_export.train.pipeline import DrafterJob

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-    from dspark_export.build_options import BuildOptions
+    from dspark_export.build.options import BuildOptions
     from dspark_export.checkpoints import Checkpoint
     from dspark_export.drafts.formats.draft import DraftCheckpoint, DraftLayers
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from dspark_export.bundle_writer import BundleWriter
+from dspark_export.bundle.writer import BundleWriter
 from dspark_export.engines.compiler import compile_graph
 from dspark_export.engines.failures import compiler_missing
 from dspark_export.engines.inspection import inspect

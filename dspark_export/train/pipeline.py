@@ -21,7 +21,7 @@ import torch
 
 from dspark_export.checkpoints import resolve
 from dspark_export.checkpoints.trust import Trust
-from dspark_export.train.answering import Plan, PromptFile, make_responses, read_prompts, synthesise_prompts
+from dspark_export.train.asking import Plan, PromptFile, make_responses, read_prompts, synthesise_prompts
 from dspark_export.train.calibration import Calibration, calibrated
 from dspark_export.train.card import CardFacts, record, write_card
 from dspark_export.train.curves import draw_curves

@@ -33,7 +33,7 @@ class Rebuilt:
         """Standard graphs by name, weights as the bundle should store them."""
         import onnx_ir as ir
 
-        from dspark_export.calibrate import stored_calibration
+        from dspark_export.build.calibrate import stored_calibration
         from dspark_export.graphs.decoder import DecoderTrace
         from dspark_export.graphs.self_draft import export_self_draft
         from dspark_export.graphs.target import export_target
@@ -65,7 +65,7 @@ class Rebuilt:
 
     def graph(self, entry: GraphEntry) -> Path:
         """File of the clean graph in the same form."""
-        from dspark_export.manifest import file_stem
+        from dspark_export.build.manifest import file_stem
 
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="dspark-clean-")
@@ -79,9 +79,9 @@ class Rebuilt:
             self._folder = None
 
     def _save(self, folder: Path) -> None:
-        from dspark_export.build import DATA_FILE
-        from dspark_export.graphs.save import save_graphs
-        from dspark_export.manifest import file_stem
+        from dspark_export.build.manifest import file_stem
+        from dspark_export.build.pipeline import DATA_FILE
+        from dspark_export.bundle.weights import save_graphs
         from dspark_export.passes import ort_cpu_variants
         from dspark_runtime.bundle.manifest import Variant
 

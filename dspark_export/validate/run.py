@@ -12,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from dspark_export.bench.machine import this_machine
-from dspark_export.bench.prompts import SHIPPED, load_sets
 from dspark_export.bench.runner import PLAIN, encode
-from dspark_export.manifest import own_version
-from dspark_export.validate import draft_acceptance, lossless, plumbing, sampling, speed
+from dspark_export.build.manifest import own_version
+from dspark_export.prompts.sets import SHIPPED, load_sets
+from dspark_export.validate import acceptance, draft_acceptance, lossless, sampling, speed
 from dspark_export.validate import drafts as trained
 from dspark_export.validate.checks import Check, Report
 from dspark_export.validate.engines import check_engines, engines_of
@@ -280,8 +280,8 @@ class _Validation:
     def _plumbing(self) -> Iterator[Check]:
         floors = {**_recorded_floors(self.files.manifest.validation, self.options), **self.options.floors}
         for mode in self.modes:
-            if mode in self.texts.alone and plumbing.fixed_length(self.bundle, mode) is not None:
-                yield plumbing.check_floor(mode, self.texts, floors)
+            if mode in self.texts.alone and acceptance.fixed_length(self.bundle, mode) is not None:
+                yield acceptance.check_floor(mode, self.texts, floors)
         for entry in self.files.manifest.drafters:
             yield from self._trained(entry)
 
@@ -321,7 +321,7 @@ class _Validation:
     def _generate(self, mode: str) -> list[Generation]:
         """Texts of a mode; drafts have a fixed length where accepted lengths are compared with other builds."""
         runs = self.bundle.with_fresh_schedule()
-        length = plumbing.fixed_length(self.bundle, mode)
+        length = acceptance.fixed_length(self.bundle, mode)
         named: dict[str, Any] = {} if length is None else {"draft_length": length, "draft_branches": 1}
         return [runs.generate(ids, speculate=mode, max_new_tokens=self.extent.new, **named) for ids in self.ids]
 
@@ -350,8 +350,8 @@ class _Validation:
         manifest, machine = self.files.manifest, this_machine()
         lengths = {
             mode: length
-            for mode, length in plumbing.accepted_lengths(self.bundle, self.texts).items()
-            if plumbing.fixed_length(self.bundle, mode) is not None
+            for mode, length in acceptance.accepted_lengths(self.bundle, self.texts).items()
+            if acceptance.fixed_length(self.bundle, mode) is not None
         }
         return Report(
             created_by=own_version(),
@@ -379,7 +379,7 @@ def _recorded_floors(validation: Mapping[str, Any], options: ValidateOptions) ->
     """Accepted lengths of an earlier validation at the same level; those of other prompts say nothing."""
     if options.prompts or validation.get("level") != options.level:
         return {}
-    floors = validation.get(plumbing.FLOORS)
+    floors = validation.get(acceptance.FLOORS)
     return {str(k): float(v) for k, v in floors.items()} if isinstance(floors, dict) else {}
 
 

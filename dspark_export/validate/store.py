@@ -9,8 +9,8 @@ from typing import Any
 
 import filelock
 
+from dspark_export.validate.acceptance import FLOORS
 from dspark_export.validate.checks import Report
-from dspark_export.validate.plumbing import FLOORS
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import MANIFEST, FileEntry, Manifest
 from dspark_runtime.errors import BundleBusy, BundleNotWritten

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_runtime.backends.tensorrt_device import this_device
 from tests import tiny_models
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_report.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_report.py"
 
 
 @pytest.fixture(scope="module")

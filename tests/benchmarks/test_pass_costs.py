@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pass_costs
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from tests import tiny_models
 
 

@@ -16,7 +16,6 @@ from dspark_export.bench import bandwidth
 from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
 from dspark_export.bench.machine import this_machine
 from dspark_export.bench.plot import draw
-from dspark_export.bench.prompts import SHIPPED, load_sets
 from dspark_export.bench.report import _drafters_table, over_all_sets, shown_summaries
 from dspark_export.bench.runner import (
     ALL_SETS,
@@ -29,6 +28,7 @@ from dspark_export.bench.runner import (
     modes_of,
     run,
 )
+from dspark_export.prompts.sets import SHIPPED, load_sets
 from dspark_runtime import SPECULATION_MODES, Bundle, Generation
 from dspark_runtime.decoding.statistics import DrafterCounts, Statistics
 from dspark_runtime.errors import UsageError

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from dspark_export.bench.prompts import PromptItem
+from dspark_export.prompts.sets import PromptItem
 from dspark_export.validate import lossless
 from dspark_runtime import Bundle
 

@@ -17,10 +17,11 @@ import typer
 from pydantic import BaseModel
 
 import dspark_runtime
-from dspark_export.build import Stage
+from dspark_export.build.pipeline import Stage
 from dspark_export.cli import main as command_line
 from dspark_export.cli.validate import FAILED as VALIDATION_FAILED
-from dspark_runtime import Bundle, Chunk, Drafter, Generation, Statistics, contract, engine_facts, errors, manifest
+from dspark_runtime import Bundle, Chunk, Drafter, Generation, Statistics, errors
+from dspark_runtime.bundle import contract, engine_entry, manifest
 from dspark_runtime.decoding.statistics import DrafterCounts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +106,7 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 def test_the_error_table_lists_every_error() -> None:
     import_everything()
-    importlib.import_module("dspark_export.build")
+    importlib.import_module("dspark_export.build.pipeline")
     expected = {
         (e.__name__, e.__base__.__name__, str(e.exit_code))
         for e in all_errors()
@@ -127,7 +128,7 @@ def test_the_manifest_fields_are_those_of_the_models() -> None:
     described = {heading: None for heading in re.findall(r"^### `(\w+)`$", DOCS["bundle.md"], re.MULTILINE)}
     models = {
         name: model
-        for name, model in {**vars(engine_facts), **vars(manifest)}.items()
+        for name, model in {**vars(engine_entry), **vars(manifest)}.items()
         if isinstance(model, type) and issubclass(model, BaseModel) and not name.startswith("_")
     }
     models |= {"CacheLayer": contract.CacheLayer, "TensorSpec": contract.TensorSpec}

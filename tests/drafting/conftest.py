@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_runtime import Bundle
 from tests.drafts.writers import (
     Sizes,

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_runtime import Bundle
 from dspark_runtime.backends.ort_graph import OrtGraphRunner
 from dspark_runtime.bundle.draft_contract import BLOCK_POSITIONS

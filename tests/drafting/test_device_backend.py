@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_runtime import Bundle, errors
 from dspark_runtime.backends.opening import DeviceBackend, HostBackend, open_backend
 from dspark_runtime.decoding.sequence import Generation

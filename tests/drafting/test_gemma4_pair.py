@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_export.drafts.trace import trace_draft
 from dspark_runtime import Bundle
 from tests.drafts.writers import target_tables, write_deepspec, write_target

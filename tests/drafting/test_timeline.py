@@ -32,7 +32,7 @@ def watched(pairs: Pairs, folder: Path, overlap: bool = True) -> tuple[Opened, S
 
 @pytest.fixture(scope="module")
 def report() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "scripts" / "gpu_report.py")
+    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "benchmarks" / "gpu_report.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules["gpu_report"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

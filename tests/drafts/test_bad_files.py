@@ -14,6 +14,15 @@ import torch
 
 from dspark_export.drafts.formats import recognise
 from dspark_runtime.errors import CheckpointError, InvalidConfig, InvalidVocabMap, InvalidWeights
+from tests.checkpoints.checkpoint_samples import edit_config
+from tests.checkpoints.test_weights import (
+    FILE,
+    hole,
+    missing_shard,
+    raw,
+    shards,
+    write_index,
+)
 from tests.drafts.conftest import change
 from tests.drafts.writers import (
     Sizes,
@@ -24,15 +33,6 @@ from tests.drafts.writers import (
     write_specforge,
     write_speculators,
     write_zlab,
-)
-from tests.export.checkpoint_samples import edit_config
-from tests.export.test_checkpoints_weights import (
-    FILE,
-    hole,
-    missing_shard,
-    raw,
-    shards,
-    write_index,
 )
 
 Write = Callable[..., Written]

@@ -22,6 +22,8 @@ from dspark_runtime.errors import (
     UntrustedCheckpoint,
     UsageError,
 )
+from tests.checkpoints.checkpoint_samples import write_checkpoint
+from tests.checkpoints.test_weights import shards
 from tests.drafts.conftest import Target, change
 from tests.drafts.writers import (
     Sizes,
@@ -32,8 +34,6 @@ from tests.drafts.writers import (
     write_speculators,
     write_zlab,
 )
-from tests.export.checkpoint_samples import write_checkpoint
-from tests.export.test_checkpoints_weights import shards
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 

@@ -21,12 +21,12 @@ from dspark_runtime.errors import (
     TapsMismatch,
     UntrustedCheckpoint,
 )
+from tests.checkpoints.checkpoint_samples import edit_config, refusal
+from tests.checkpoints.hub_server import COMMIT, Hub
+from tests.checkpoints.test_hub import hub  # noqa: F401  (a fixture)
+from tests.checkpoints.test_weights import shards
 from tests.drafts.conftest import Target, change
 from tests.drafts.writers import Sizes, Written, write_classic_eagle3, write_deepspec, write_zlab
-from tests.export.checkpoint_samples import edit_config, refusal
-from tests.export.hub_server import COMMIT, Hub
-from tests.export.test_checkpoints_hub import hub  # noqa: F401  (a fixture)
-from tests.export.test_checkpoints_weights import shards
 
 
 def opened(name: str, **options: Any) -> DraftCheckpoint:

@@ -19,6 +19,7 @@ from dspark_runtime.errors import (
     VocabularyMismatch,
 )
 from tests import tiny_models
+from tests.checkpoints.checkpoint_samples import edit_config
 from tests.drafts.conftest import Target, change
 from tests.drafts.pair_reports import Edit, give_tokenizer, of, only_error, report, zlab_config
 from tests.drafts.writers import (
@@ -28,7 +29,6 @@ from tests.drafts.writers import (
     write_specforge,
     write_zlab,
 )
-from tests.export.checkpoint_samples import edit_config
 
 # Tokenizers
 

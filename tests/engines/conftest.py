@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_export.engines.compile import compile_bundle
 from tests import tiny_models
 from tests.engines.graphs import OPTIONS, Saved, decoder_graphs

@@ -8,13 +8,13 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from dspark_export.build.manifest import graph_entry
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.engines.compile import compile_entry
 from dspark_export.engines.options import CompileOptions, Ranges
 from dspark_export.graphs.decoder import DecoderTrace
-from dspark_export.graphs.save import save_graphs
 from dspark_export.graphs.self_draft import export_self_draft
 from dspark_export.graphs.target import export_target
-from dspark_export.manifest import graph_entry
 from dspark_export.passes import optimize
 from dspark_runtime.bundle.engine_entry import EngineEntry
 from dspark_runtime.bundle.files import GRAPH_DIR, sha256_of

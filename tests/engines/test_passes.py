@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dspark_export.graphs.save import save_graphs
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.graphs.target import export_target
 from dspark_export.passes import optimize
 from dspark_export.passes.draw_for_all import DrawForAll

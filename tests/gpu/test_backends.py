@@ -14,11 +14,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.measure import row_logits
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_export.engines.compile import compile_bundle
 from dspark_export.engines.options import CompileOptions, Ranges
-from dspark_export.measure import row_logits
 from dspark_runtime import Bundle
 from dspark_runtime.backends.opening import DeviceBackend
 from dspark_runtime.backends.tensorrt_check import RTX_DEFAULT_TARGETS

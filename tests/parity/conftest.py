@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from dspark_export.graphs.save import save_graphs
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.graphs.self_draft import export_self_draft
 from dspark_export.graphs.target import export_target
 from tests.traced import traced

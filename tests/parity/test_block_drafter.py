@@ -12,8 +12,8 @@ import onnx
 import pytest
 import torch
 
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.drafts.graphs.block import export_block_drafter, hide_inner_values
-from dspark_export.graphs.save import save_graphs
 from dspark_export.passes import optimize, ort_cpu_variants
 from dspark_runtime.backends.ort_graph import OrtGraphEngine, OrtGraphRunner
 from dspark_runtime.bundle.contract import CacheLayer

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.drafts.formats.draft import DraftCheckpoint, DraftLayers, EagleConfig, Rope
 from dspark_export.drafts.graphs.eagle3 import export_eagle3
-from dspark_export.graphs.save import save_graphs
 from dspark_export.passes import optimize, ort_cpu_variants
 from dspark_runtime.backends.ort_graph import OrtGraphEngine, OrtGraphRunner
 from dspark_runtime.bundle.contract import CacheLayer

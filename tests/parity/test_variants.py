@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_export.graphs.save import save_graphs
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.graphs.target import export_target
 from tests import tiny_models
 from tests.parity.harness import GraphRunner, Tree, assert_close, plain_logits, tree_logits

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from dspark_export import passes
-from dspark_export.graphs.save import save_graphs
+from dspark_export.bundle.weights import save_graphs
 from tests import tiny_models
 from tests.parity.harness import GraphRunner, Tree, assert_close, plain_logits, tree_logits
 from tests.tiny_models import ARCHITECTURES, MAX_POSITIONS, VOCAB, WINDOW

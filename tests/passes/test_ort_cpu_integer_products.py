@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dspark_export import passes
-from dspark_export.graphs.save import save_graphs
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.passes.ort_cpu_integer_products import OrtCpuIntegerProducts
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights, quantize_blocks

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_export import passes
-from dspark_export.graphs.save import save_graphs
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.passes.quantize_weights import BlockQuantization, QuantizeWeights, fitting_block, quantize_blocks
 from dspark_runtime.errors import ExportError

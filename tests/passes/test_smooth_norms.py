@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_export import passes
-from dspark_export.calibrate import Calibration, calibrate, shared_range, smoothing, stored_calibration
-from dspark_export.graphs.save import save_graphs
+from dspark_export.build.calibrate import Calibration, calibrate, shared_range, smoothing, stored_calibration
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.passes.match import RANGES
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.passes.smooth_norms import SmoothNorms, norms_of_products

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dspark_export import passes
-from dspark_export.graphs.save import save_graphs
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.graphs.target import export_target
 from tests import tiny_models
 from tests.parity.harness import GraphRunner, Tree, assert_close, plain_logits

@@ -76,8 +76,8 @@ class Tiny:
 
 def export_tiny(arch: str, directory: Path) -> Tiny:
     """Export target and two self-draft graphs of a tiny model and load them."""
+    from dspark_export.bundle.weights import save_graphs
     from dspark_export.graphs.decoder import DecoderTrace
-    from dspark_export.graphs.save import save_graphs
     from dspark_export.graphs.self_draft import export_self_draft
     from dspark_export.graphs.target import export_target
     from dspark_export.tracing.geometry import probe

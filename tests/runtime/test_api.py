@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_runtime import Bundle, Chunk, Drafter, DraftRequest, Generation
 from dspark_runtime.errors import BundleError, CapacityError, ChatTemplateError, UsageError
 from dspark_runtime.text.codec import TextCodec

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dspark_export.drafts.pair_check import PairWarning
-from dspark_export.train.answering import Plan
+from dspark_export.train.asking import Plan
 from dspark_export.train.features import FeatureStore
 from dspark_export.train.options import DrafterShape, TrainOptions
 from dspark_export.train.pipeline import DrafterJob, train_drafter

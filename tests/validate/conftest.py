@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_export.validate.checks import Report
 from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.run import validate

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_export.cli.main import app
 from dspark_export.validate.run import missing_weights
 from dspark_runtime.bundle.files import BundleFiles

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dspark_export.build import build
-from dspark_export.build_options import BuildOptions
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_export.checkpoints.tokenizer import MissingTokenizer
 from dspark_runtime import Bundle
 from dspark_runtime.errors import UsageError
-from tests.export.checkpoint_samples import write_checkpoint
+from tests.checkpoints.checkpoint_samples import write_checkpoint
 
 
 def test_a_folder_without_tokenizer_builds_with_a_warning_and_takes_token_ids(tmp_path: Path) -> None:

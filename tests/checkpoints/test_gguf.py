@@ -26,8 +26,8 @@ from dspark_runtime.errors import (
     ModelNotFound,
     UnsupportedArchitecture,
 )
-from tests.export.checkpoint_samples import refusal, write_checkpoint
-from tests.export.gguf_samples import byte_vocabulary, metadata, sample_tensors, write_gguf
+from tests.checkpoints.checkpoint_samples import refusal, write_checkpoint
+from tests.checkpoints.gguf_samples import byte_vocabulary, metadata, sample_tensors, write_gguf
 
 
 @pytest.fixture

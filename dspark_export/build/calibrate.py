@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from dspark_export.bench.prompts import SHIPPED, load_sets
 from dspark_export.passes.match import RANGES, SMOOTHED
 from dspark_export.passes.pack_projections import GROUPS
 from dspark_export.passes.smooth_norms import SmoothNorms, norms_of_products
+from dspark_export.prompts.sets import SHIPPED, load_sets
 
 if TYPE_CHECKING:
     import onnx_ir as ir

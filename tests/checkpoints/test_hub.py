@@ -10,10 +10,10 @@ from huggingface_hub import constants
 
 from dspark_export.checkpoints import Trust, resolve
 from dspark_runtime.errors import InvalidWeights, ModelNotFound, UntrustedCheckpoint
-from tests.export.checkpoint_samples import edit_config, refusal, write_checkpoint
-from tests.export.hub_server import COMMIT, Hub, serve
-from tests.export.test_checkpoints_trust import pickled
-from tests.export.test_checkpoints_weights import shards
+from tests.checkpoints.checkpoint_samples import edit_config, refusal, write_checkpoint
+from tests.checkpoints.hub_server import COMMIT, Hub, serve
+from tests.checkpoints.test_trust import pickled
+from tests.checkpoints.test_weights import shards
 
 
 def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from dspark_export.cli.main import app
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import Manifest
 from dspark_runtime.errors import DsparkError, IncompatibleBundle
-from tests.export.checkpoint_samples import edit_config, write_checkpoint
+from tests.checkpoints.checkpoint_samples import edit_config, write_checkpoint
 from tests.runtime.bundle.test_bundle import flipped
 from tests.runtime.bundle.test_bundle import write_bundle as write_fake_bundle
 

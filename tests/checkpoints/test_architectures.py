@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from dspark_export.graphs.support import TESTED, check_supported
+from dspark_export.checkpoints.architectures import TESTED, check_supported
 from dspark_runtime.errors import UnsupportedArchitecture
 from tests import tiny_models
 

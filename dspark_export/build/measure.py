@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from dspark_export.measure_drafts import measure_draft_ms
+from dspark_export.build.measure_drafts import measure_draft_ms
 from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.backends.protocol import Engine, EngineOptions
 from dspark_runtime.bundle.files import BundleFiles

@@ -29,7 +29,7 @@ _PROMPT_TOKENS = 96  # of a prompt the target writes
 
 def read_prompts(files: Sequence[Path]) -> list[str]:
     """The prompts of all files: ``.jsonl`` with ``prompt`` or ``turns``, otherwise a line each; duplicates once."""
-    from dspark_export.bench.prompts import load_sets
+    from dspark_export.prompts.sets import load_sets
 
     return list(dict.fromkeys(item.text for item in load_sets([str(file) for file in files]))) if files else []
 

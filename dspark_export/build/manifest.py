@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from dspark_export.build_options import BLOCKED, BuildOptions
+from dspark_export.build.options import BLOCKED, BuildOptions
 from dspark_export.checkpoints import Checkpoint
 from dspark_runtime.backends.protocol import ROUNDED_ACTIVATIONS
 from dspark_runtime.bundle.contract import CacheLayer, TensorSpec

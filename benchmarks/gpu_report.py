@@ -1,6 +1,6 @@
 """Everything a GPU can show of a bundle, in one report.
 
-    python scripts/gpu_report.py BUNDLE --out report [--backends tensorrt-rtx,onnxruntime-cuda] [--limit 2]
+    python benchmarks/gpu_report.py BUNDLE --out report [--backends tensorrt-rtx,onnxruntime-cuda] [--limit 2]
 
 For every backend that can be opened here: are its logits those of the CPU backend, is speculative text equal to plain
 text, how fast is it against one read of the weights, what does a pass cost by its rows, what does the host do in a
@@ -30,11 +30,11 @@ import numpy as np
 
 from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
 from dspark_export.bench.machine import this_machine
-from dspark_export.bench.prompts import load_sets
 from dspark_export.bench.runner import encode, run
 from dspark_export.bench.spans import Span, SpannedCuda, SpannedPlan, host_spans
 from dspark_export.bench.timeline import draw_timeline, host_microseconds, last_rounds
-from dspark_export.measure import row_logits
+from dspark_export.build.measure import row_logits
+from dspark_export.prompts.sets import load_sets
 from dspark_runtime import Bundle
 from dspark_runtime.backends.cuda import CudaBindings
 from dspark_runtime.backends.device import DeviceEngine, Plan

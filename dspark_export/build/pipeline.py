@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import JsonValue
 
-from dspark_export.build_options import AUTO, LAYERS, NONE, BuildOptions
-from dspark_export.bundle_writer import BundleWriter
+from dspark_export.build.options import AUTO, LAYERS, NONE, BuildOptions
+from dspark_export.bundle.writer import BundleWriter
 from dspark_export.drafts.export import DraftGraphs, export_drafts, open_drafts, taps_of, write_vocab_maps
 from dspark_export.engines.options import PluginsOption
 from dspark_runtime.bundle.engine_entry import Flavour
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-    from dspark_export.calibrate import Calibration
+    from dspark_export.build.calibrate import Calibration
     from dspark_export.checkpoints import Checkpoint
 
 Stage = Literal["check", "load", "self-draft", "trace", "optimize", "save", "tokenizer", "measure", "compile", "commit"]
@@ -172,7 +172,7 @@ def _calibrated(
     tokenizer = checkpoint.tokenizer
     if options.precision != "w8a8" or tokenizer is None:
         return None
-    from dspark_export.calibrate import calibrate
+    from dspark_export.build.calibrate import calibrate
 
     return lambda graph: calibrate(model, tokenizer.backend, graph)
 
@@ -204,10 +204,10 @@ def _save(
     taps: Sequence[int],
 ) -> list[GraphEntry]:
     """Write every graph, standard and for ONNX Runtime's CPU provider, and the verify graph; return their entries."""
+    from dspark_export.build.manifest import file_stem, graph_entry
+    from dspark_export.bundle.weights import save_graphs
     from dspark_export.drafts.graphs.block import hide_inner_values
-    from dspark_export.graphs.save import save_graphs
     from dspark_export.graphs.verify import build_verify_model
-    from dspark_export.manifest import file_stem, graph_entry
     from dspark_export.passes import ort_cpu_variants
 
     forms: list[tuple[str, Variant, ir.Model]] = []
@@ -236,7 +236,7 @@ def _save(
 
 
 def _facts(checkpoint: Checkpoint, model: PreTrainedModel) -> ModelFacts:
-    from dspark_export.manifest import model_facts
+    from dspark_export.build.manifest import model_facts
     from dspark_export.tracing.geometry import probe
 
     return model_facts(checkpoint, model, probe(model.config))
@@ -250,15 +250,15 @@ def _describe(
     layers: Sequence[int] | None,
     agreement: float | None,
 ) -> Manifest:
-    from dspark_export.manifest import drafters, manifest
+    from dspark_export.build.manifest import drafters, manifest
 
     return manifest(checkpoint, options, facts, entries, drafters(layers, agreement))
 
 
 def _measure(writer: BundleWriter, manifest: Manifest, options: BuildOptions) -> Manifest:
     """The manifest with step costs and row noise, measured on the files as they will be shipped."""
-    from dspark_export.manifest import measured_precision
-    from dspark_export.measure import measure
+    from dspark_export.build.manifest import measured_precision
+    from dspark_export.build.measure import measure
 
     writer.preview(manifest)
     found = measure(BundleFiles.open(writer.dir, verify=False), options.threads)

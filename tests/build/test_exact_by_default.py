@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dspark_export.build_options import BuildOptions
-from dspark_export.manifest import ExactnessWarning, measured_precision, precision
+from dspark_export.build.manifest import ExactnessWarning, measured_precision, precision
+from dspark_export.build.options import BuildOptions
 from dspark_runtime.bundle.manifest import Precision, RowNoise
 
 

@@ -16,8 +16,8 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from transformers import PreTrainedModel
 
+from dspark_export.bundle.weights import ALIGNMENT, INLINE_BYTES, save_graphs
 from dspark_export.graphs.decoder import DecoderTrace
-from dspark_export.graphs.save import ALIGNMENT, INLINE_BYTES, save_graphs
 from dspark_export.graphs.self_draft import export_self_draft
 from dspark_export.graphs.target import export_target
 from tests import tiny_models
@@ -115,7 +115,7 @@ import json, resource, sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, LlamaConfig
 from dspark_export.graphs.decoder import DecoderTrace
-from dspark_export.graphs.save import save_graphs
+from dspark_export.bundle.weights import save_graphs
 from dspark_export.graphs.self_draft import export_self_draft
 from dspark_export.graphs.target import export_target
 from tests import tiny_models

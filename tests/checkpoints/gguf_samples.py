@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGUFWriter
 from safetensors.numpy import load_file
 
-from tests.export.checkpoint_samples import CHAT_TEMPLATE, SPECIAL, VOCAB, byte_tokenizer, config, write_checkpoint
+from tests.checkpoints.checkpoint_samples import CHAT_TEMPLATE, SPECIAL, VOCAB, byte_tokenizer, config, write_checkpoint
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

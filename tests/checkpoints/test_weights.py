@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from dspark_export.checkpoints import resolve
 from dspark_export.checkpoints.safetensors_file import read_header
 from dspark_runtime.errors import InvalidConfig, InvalidTokenizer, InvalidWeights, UntrustedCheckpoint
-from tests.export.checkpoint_samples import (
+from tests.checkpoints.checkpoint_samples import (
     VOCAB,
     byte_tokenizer,
     edit_config,

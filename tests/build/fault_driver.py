@@ -1,6 +1,6 @@
 """Runs one build per fault, each in a forked child, so that importing and tracing is done only once.
 
-``python -m tests.export.fault_driver MODEL FOLDER`` writes one JSON line per fault: its name, how the child ended, and
+``python -m tests.build.fault_driver MODEL FOLDER`` writes one JSON line per fault: its name, how the child ended, and
 what was left in the child's folder. The child does to itself, when the wanted stage begins, what the fault is.
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-import dspark_export.build as building
-from dspark_export.build import Stage, build
-from dspark_export.build_options import BuildOptions
+import dspark_export.build.pipeline as building
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import Stage, build
 from dspark_export.checkpoints import resolve
 from dspark_runtime.errors import DsparkError
 

@@ -18,8 +18,8 @@ import pytest
 
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.errors import BundleNotWritten, ModelNotFound
-from tests.export.checkpoint_samples import write_checkpoint
-from tests.export.fault_driver import STAGES
+from tests.build.fault_driver import STAGES
+from tests.checkpoints.checkpoint_samples import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def workplace() -> Iterator[Path]:
 def outcomes(workplace: Path) -> dict[str, dict[str, Any]]:
     (workplace / "out").mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "tests.export.fault_driver", str(workplace / "model"), str(workplace / "out")],
+        [sys.executable, "-m", "tests.build.fault_driver", str(workplace / "model"), str(workplace / "out")],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # a process that forks must have no threads
         capture_output=True,

@@ -28,7 +28,7 @@ def load_sets(names: list[str], limit: int | None = None) -> list[PromptItem]:
     """
     items: list[PromptItem] = []
     for name in names:
-        path = Path(str(files("dspark_export.bench") / "prompts" / f"{name}.jsonl")) if name in SHIPPED else Path(name)
+        path = Path(str(files("dspark_export.prompts") / f"{name}.jsonl")) if name in SHIPPED else Path(name)
         if not path.is_file():
             raise UsageError(f"prompts {name!r}: no such file, and no shipped set; the sets are {', '.join(SHIPPED)}")
         items += read_prompts(path)[:limit]

@@ -17,7 +17,7 @@ from dspark_runtime.errors import (
     UntrustedCheckpoint,
     UsageError,
 )
-from tests.export.checkpoint_samples import edit_config, refusal, write_checkpoint
+from tests.checkpoints.checkpoint_samples import edit_config, refusal, write_checkpoint
 
 
 def text(content: str | bytes) -> Callable[[Path], None]:

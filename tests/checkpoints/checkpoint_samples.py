@@ -85,8 +85,8 @@ def write_safetensors(path: Path, header: dict[str, Any] | str, payload: bytes) 
 
 def refusal(model: str, out: Path, **options: Any) -> DsparkError:
     """The error a build of ``model`` ends with; checks that it left nothing at or beside ``out``."""
-    from dspark_export.build import build
-    from dspark_export.build_options import BuildOptions
+    from dspark_export.build.options import BuildOptions
+    from dspark_export.build.pipeline import build
 
     out.parent.mkdir(exist_ok=True)
     before = sorted(out.parent.iterdir())

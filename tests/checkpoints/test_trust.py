@@ -13,7 +13,7 @@ import dspark_export
 import dspark_runtime
 from dspark_export.checkpoints import Trust, resolve
 from dspark_runtime.errors import UntrustedCheckpoint
-from tests.export.checkpoint_samples import edit_config, refusal, write_checkpoint
+from tests.checkpoints.checkpoint_samples import edit_config, refusal, write_checkpoint
 
 GATE = "dspark_export/checkpoints/trust.py"
 FORBIDDEN = re.compile(

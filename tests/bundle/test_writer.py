@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from dspark_export.bundle_writer import BundleWriter
+from dspark_export.bundle.writer import BundleWriter
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import Manifest
 from dspark_runtime.errors import BundleBusy, BundleError, BundleNotWritten, DamagedBundle
@@ -177,7 +177,7 @@ def test_a_second_build_is_refused(tmp_path: Path) -> None:
 
 def test_another_process_is_refused(tmp_path: Path) -> None:
     code = (
-        "import sys; from dspark_export.bundle_writer import BundleWriter\n"
+        "import sys; from dspark_export.bundle.writer import BundleWriter\n"
         "with BundleWriter(sys.argv[1]):\n print('in', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
