@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from dspark_runtime.text.stream import TextStream
@@ -22,6 +24,20 @@ TEXTS = [
 def tokenizer() -> Tokenizer:
     made: Tokenizer = tiny_models.tokenizer().backend_tokenizer
     return made
+
+
+KINDS = {
+    "bytes": tiny_models.tokenizer().backend_tokenizer,
+    "byte fallback": tiny_models.byte_fallback_tokenizer().backend_tokenizer,
+}
+FALLBACK = KINDS["byte fallback"]
+BYTE, LETTER, SPACE = 3, 260, 259  # ids of byte 0, "a" and a space in the vocabulary of FALLBACK
+
+
+def fallback_ids(text: str | bytes) -> list[int]:
+    """Letters as letters, everything else as its bytes."""
+    raw = text.encode() if isinstance(text, str) else text
+    return [byte - ord("a") + LETTER if chr(byte) in "abcdefghijklmnopqrstuvwxyz" else BYTE + byte for byte in raw]
 
 
 def stream(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[list[str], int]:
@@ -94,3 +110,55 @@ def test_the_start_of_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
 def test_special_tokens_give_no_text(tokenizer: Tokenizer) -> None:
     ids = [tiny_models.BOS, *tokenizer.encode("hi").ids, tiny_models.EOS]
     assert "".join(stream(tokenizer, ids)[0]) == "hi"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_any_tokens_after_any_prompt_give_what_decoding_at_once_gives(kind: str, data: st.DataObject) -> None:
+    tokenizer = KINDS[kind]
+    ids = st.integers(0, tokenizer.get_vocab_size() + 5) | st.integers(BYTE + 0x80, BYTE + 0xFF)
+    prompt, tokens = data.draw(st.lists(ids, max_size=12)), data.draw(st.lists(ids, max_size=40))
+    text = TextStream(tokenizer, prompt)
+    pieces = [*map(text.push, tokens), text.finish()]
+    at_once = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "".join(pieces).removeprefix(" ") == at_once.removeprefix(" ")  # without a prompt, a first space is dropped
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (fallback_ids("ab\u00e9c"), ["a", "b", "\u00e9c"]),
+        (fallback_ids(b"a\xc3\xa9\xffb"), ["a", "\ufffd\ufffd\ufffdb"]),  # the run is invalid, every byte of it
+        (fallback_ids(b"a\xff"), ["a", "\ufffd"]),
+        ([*fallback_ids(b"a\xc3"), 2, *fallback_ids(b"\xa9b")], ["a", "\u00e9b"]),  # special tokens have no text
+        ([*fallback_ids("\U0001f642 "), SPACE, *fallback_ids("x")], ["\U0001f642  ", "x"]),
+        (fallback_ids("\U0001f642"), ["\U0001f642"]),
+    ],
+)
+def test_runs_of_bytes(ids: list[int], expected: list[str]) -> None:
+    assert [piece for piece in stream(FALLBACK, ids)[0] if piece] == expected
+    assert "".join(expected) == FALLBACK.decode(ids)
+
+
+def test_a_prompt_that_ends_in_bytes_does_not_lose_the_text() -> None:
+    """An invalid byte behind a whole character of the prompt, and the rest of a character the prompt began."""
+    for prompt, tokens, expected in [
+        (fallback_ids("a \U0001f642"), [BYTE + 0xFF, LETTER], "\ufffda"),
+        (fallback_ids(b"a \xf0\x9f\x99"), [BYTE + 0x82, LETTER], "\ufffda"),
+        ([], [BYTE + 0xFF, LETTER], "\ufffda"),
+    ]:
+        text = TextStream(FALLBACK, prompt)
+        assert "".join(map(text.push, tokens)) + text.finish() == expected
+
+
+def test_endless_bytes_are_given_out() -> None:
+    text = TextStream(FALLBACK, [])
+    pieces = [text.push(token) for token in fallback_ids("\u00e9" * 1000)]
+    assert max(map(len, pieces)) < 200
+    assert "".join(pieces) + text.finish() == "\u00e9" * 1000
+
+
+@pytest.mark.parametrize("stop", ["\u00e9", "\u00e9b"])
+def test_stop_strings_in_bytes(stop: str) -> None:
+    pieces, _ = stream(FALLBACK, fallback_ids("a\u00e9bc"), (stop,))
+    assert "".join(pieces) == "a"
