@@ -90,6 +90,7 @@ class DecodingLoop:
         most = round_up(longest + MOST_ROWS)  # rows of a pass that are not accepted need slots too
         self.cache = KvCache(engine.allocate(len(requests), min(most, round_up(prompt + _FIRST_SLOTS))), most)
         self.runner = engine.open(self.cache.memory)
+        self._vocab_size = engine.vocab_size
         self._drawing = not all(request.params.greedy for request in requests)
         self._readers = [TapReader.of(engine, drafter) for drafter in self.drafters if drafter.taps]
         self._flight: Flight | None = None
@@ -247,8 +248,9 @@ class DecodingLoop:
                     continue
             drafter.select(batch)
             for proposal, draft in zip(proposals, drafter.propose(requests), strict=True):
-                if draft is not None:
-                    proposal.add(drafter, draft)
+                within = None if draft is None else draft.within(self._vocab_size)
+                if within is not None:
+                    proposal.add(drafter, within)
         return proposals
 
     def _weigh(self, drafter: Drafter, requests: Sequence[DraftRequest], proposals: Sequence[Proposal]) -> None:

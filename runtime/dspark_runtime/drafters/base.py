@@ -66,6 +66,21 @@ class Draft:
     probs: FloatArray | None = None
     confidences: Sequence[float] = ()
 
+    def within(self, vocab_size: int) -> Draft | None:
+        """The draft without tokens outside the target's vocabulary and what follows them; None if none is left."""
+        tokens, parents = self.tree.tokens, self.tree.parents
+        if min(tokens) >= 0 and max(tokens) < vocab_size:
+            return self
+        kept = [0]
+        for row in range(1, len(tokens)):
+            if parents[row] in kept and 0 <= tokens[row] < vocab_size:
+                kept.append(row)
+        if len(kept) == 1:
+            return None
+        classes = [self.classes[row - 1] for row in kept[1:]] if self.classes else ()
+        probs = None if self.probs is None else self.probs[: len(kept) - 1]
+        return Draft(self.tree.subtree(kept), classes, probs, self.confidences[: len(kept) - 1])
+
 
 class Drafter(ABC):
     """Base of all drafters; see the module's text. One instance serves one batch at a time."""

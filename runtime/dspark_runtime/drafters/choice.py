@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 
 from dspark_runtime.backends.protocol import GraphEngine, IntArray
+from dspark_runtime.bundle.contract import LOGITS
 from dspark_runtime.bundle.draft_contract import EXTEND, STEP
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import DrafterEntry
@@ -165,8 +166,15 @@ class DrafterChoice:
                 sampling=options.sampling,
                 width=options.branches or 1,
                 pass_ms=pass_ms,
+                readable=self._rows_of(graph),
             )
         raise DamagedBundle(f"drafter {entry.name} of kind {entry.kind} lacks its facts; build the bundle again")
+
+    def _rows_of(self, graph: str) -> int | None:
+        """Ids of a language model's own vocabulary: it has one row of logits for each."""
+        outputs = {spec.name: spec.shape for spec in self.files.graph(graph).outputs}
+        rows = outputs[LOGITS][-1] if LOGITS in outputs else None
+        return rows if isinstance(rows, int) else None
 
     def _target_ids(self, path: str | None) -> IntArray | None:
         if path is None:

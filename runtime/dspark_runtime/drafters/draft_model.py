@@ -22,7 +22,7 @@ class DraftModelDrafter(SteppingDrafter):
     Args:
         name: as in the manifest.
         engine: the draft model's graph.
-        vocab_size: of the target; the draft's may be padded to another size.
+        vocab_size: of the target; the draft's may be padded to another size. ``readable``: ids of the draft's own.
         positions: positions the draft was made for.
         depth: most drafts in a row. ``width``: nodes per level of the tree.
         sampling: see :class:`dspark_runtime.drafters.block.BlockDrafter`.
@@ -41,6 +41,7 @@ class DraftModelDrafter(SteppingDrafter):
         width: int = 1,
         sampling: DraftSampling = "coupled",
         pass_ms: float | None = None,
+        readable: int | None = None,
     ) -> None:
         super().__init__(
             name,
@@ -52,6 +53,7 @@ class DraftModelDrafter(SteppingDrafter):
             width=width,
             sampling=sampling,
             pass_ms=pass_ms,
+            readable=readable,
         )
         self._runner: GraphRunner | None = None
 
@@ -60,6 +62,7 @@ class DraftModelDrafter(SteppingDrafter):
 
     def commit(self, request: int, tokens: Sequence[int]) -> None:
         """Keep the rows of accepted drafts."""
+        super().commit(request, tokens)
         growth = self._growths.pop(request, None)
         if growth is not None:
             places = growth.ran(list(tokens))

@@ -28,6 +28,7 @@ class SteppingDrafter(CachedDrafter):
         width: nodes per level, 1 for chains.
         sampling: see :class:`dspark_runtime.drafters.block.BlockDrafter`.
         target_ids: target's id of every draft token, None where they are the same.
+        readable: it can read the target's ids below this, None for all of them. Texts with others are not drafted for.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class SteppingDrafter(CachedDrafter):
         width: int,
         sampling: DraftSampling,
         pass_ms: float | None,
+        readable: int | None = None,
     ) -> None:
         super().__init__(name, engine, depth * width + 1, positions, pass_ms)
         self.sampling: DraftSampling = sampling
@@ -52,6 +54,8 @@ class SteppingDrafter(CachedDrafter):
         self._width = width
         self._texts: dict[int, Sequence[int]] = {}
         self._growths: dict[int, Growth] = {}
+        self._readable = None if readable is None or readable >= vocab_size else readable
+        self._unreadable: set[int] = set()  # sequences whose texts hold an id the draft has no row for
 
     def prior(self, kind: Hashable) -> float:
         """The middle of the bucket: the drafter's probability taken at its word."""
@@ -61,16 +65,29 @@ class SteppingDrafter(CachedDrafter):
         """Propose for one sequence alone."""
         return self.propose([request])[0]
 
+    def begin(self, request: int, prompt: Sequence[int]) -> None:
+        """Look whether the draft can read the prompt."""
+        self._look_at(request, prompt)
+
+    def commit(self, request: int, tokens: Sequence[int]) -> None:
+        """Look whether the draft can read what was committed."""
+        self._look_at(request, tokens)
+
     def end(self, request: int) -> None:
-        """Forget the sequence's last tree."""
+        """Forget the sequence."""
         self._growths.pop(request, None)
+        self._unreadable.discard(request)
+
+    def _look_at(self, request: int, tokens: Sequence[int]) -> None:
+        if self._readable is not None and any(token >= self._readable for token in tokens):
+            self._unreadable.add(request)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft | None]:
         """Grow a tree for every sequence that wants one, level by level, all in the same passes."""
         self._growths = {
             r.request: Growth(r, self._depth, self._width, self.sampling, self._vocab_size, self._target_ids)
             for r in requests
-            if r.limit > 0 and len(r.tokens) + self._depth < self._positions
+            if r.limit > 0 and r.request not in self._unreadable and len(r.tokens) + self._depth < self._positions
         }
         if not self._growths:
             return [None] * len(requests)
@@ -128,7 +145,7 @@ class SteppingDrafter(CachedDrafter):
         starts = cache.lengths[first : first + count]
         inputs = self._inputs(count, new, 1, max(starts) + new, starts)
         for i, (start, taken) in enumerate(zip(starts, counts, strict=True)):
-            inputs[INPUT_IDS][i, :taken] = [self._token_at(first + i, start + k) for k in range(taken)]
+            inputs[INPUT_IDS][i, :taken] = self._readable_ids(first + i, start, taken)
             inputs[POSITION_IDS][i] = np.arange(start, start + new)
             inputs[ATTENTION_MASK][i, 0, :, :start] = True
             inputs[ATTENTION_MASK][i, 0, :, start : start + new] = np.tri(new, dtype=np.bool_)
@@ -136,6 +153,12 @@ class SteppingDrafter(CachedDrafter):
         for row, taken in enumerate(counts, first):
             cache.lengths[row] += taken
         return counts, dict(inputs)
+
+    def _readable_ids(self, row: int, start: int, count: int) -> list[int]:
+        """Context tokens; in place of one the draft has no row for, token 0: the sequence sits in the batch all the
+        same, and nothing is drafted for it."""
+        tokens = [self._token_at(row, start + k) for k in range(count)]
+        return tokens if self._readable is None else [token if token < self._readable else 0 for token in tokens]
 
     def _step(self, by_row: dict[int, Growth], ran: list[int]) -> None:
         """Run the next level of every growing tree and let it grow."""

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dspark_export.bundle.weights import save_graphs
+from dspark_export.drafts.graphs.draft_model import export_draft_model
+from dspark_export.tracing.geometry import probe
+from dspark_runtime.backends.ort_graph import OrtGraphEngine
+from dspark_runtime.backends.protocol import EngineOptions
 from dspark_runtime.decoding.loop import LoopOptions
 from dspark_runtime.decoding.sequence import Generation
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
+from dspark_runtime.drafters.draft_model import DraftModelDrafter
 from dspark_runtime.drafters.ngram import NgramDrafter
 from dspark_runtime.drafters.self_draft import SelfDrafter
 from dspark_runtime.speculation.sampling import SamplingParams, UniformStream, inverse_cdf
 from dspark_runtime.speculation.tree import TokenTree
+from tests import tiny_models
 from tests.runtime.conftest import Tiny
 
 PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11], [200, 100, 50, 20, 10, 5, 7], [33] * 9, list(range(40, 75))]
@@ -54,6 +63,20 @@ class WildTrees(Drafter):
         self._random.shuffle(paths)
         tree = TokenTree.from_paths(request.tokens[-1], paths)
         return Draft(tree.subtree(range(min(len(tree), request.limit + 1))))
+
+
+class Outside(Drafter):
+    """Proposes the true token beside ids that the target does not have."""
+
+    name = "outside"
+
+    def __init__(self, texts: Sequence[Sequence[int]]) -> None:
+        self._oracle = Oracle(texts)
+
+    def draft(self, request: DraftRequest) -> Draft:
+        truth = list(self._oracle.draft(request))[:2]
+        paths = [[10**9, 3], truth, [*truth[:1], 384, 3]]
+        return Draft(TokenTree.from_paths(request.tokens[-1], paths), ["a", "b", "c", "d", "e", "f"][: 4 + len(truth)])
 
 
 class Sampled(Drafter):
@@ -239,3 +262,38 @@ def test_statistics_are_consistent(tiny: Tiny) -> None:
             assert max((c.accepted for c in stats.per_drafter.values()), default=0) <= stats.accepted
             assert stats.seconds.verify > 0
             assert stats.tokens_per_second > 0
+
+
+def test_drafts_outside_the_vocabulary_cost_nothing_but_their_rows(tiny: Tiny) -> None:
+    plain = tiny.tokens(PROMPTS)
+    texts = [prompt + text for prompt, text in zip(PROMPTS, plain, strict=True)]
+    found = tiny.generate(PROMPTS, [Outside(texts)])
+    assert [generation.tokens for generation in found] == plain
+    assert all(generation.stats.accepted > 10 for generation in found)
+
+
+def test_a_draft_model_sits_out_for_a_text_it_cannot_read(tmp_path: Path, tiny: Tiny) -> None:
+    """Its vocabulary ends at 300: prompts and texts of the target have ids behind that."""
+    _, model = tiny_models.make("llama", vocab_size=300, num_hidden_layers=1)
+    save_graphs({"draft": export_draft_model(model, name="draft")}, tmp_path)
+    cache, options = probe(model.config), EngineOptions(threads=1)
+    engine = OrtGraphEngine(tmp_path / "draft.onnx", name="draft", cache=cache, options=options)
+    prompts = [[5, 6, 7, 8, 9] * 3, [10, 350, 12], [299, 300], list(range(40, 75))]
+    for params in (None, SAMPLED):
+        plain = tiny.tokens(prompts, params=params)
+        assert any(token >= 300 for token in plain[0] + plain[3])
+        drafter = DraftModelDrafter("draft", engine, vocab_size=384, positions=512, readable=300)
+        found = tiny.generate(prompts, [drafter], params=params)
+        assert [generation.tokens for generation in found] == plain
+        assert [generation.stats.drafted > 0 for generation in found] == [True, False, False, True]
+
+
+def test_invalid_bytes_cost_no_text_of_a_batch(tiny: Tiny) -> None:
+    """A tokenizer with byte fallback: at a temperature, some sequences have bytes that are no characters."""
+    tokenizer = tiny_models.byte_fallback_tokenizer().backend_tokenizer
+    bytewise = dataclasses.replace(tiny, tokenizer=tokenizer)
+    found = bytewise.generate([*PROMPTS, [100, 200]], [NgramDrafter()], params=SamplingParams(1.0), tokens=60)
+    assert all(len(generation.tokens) == 60 for generation in found)
+    texts = [tokenizer.decode(generation.tokens) for generation in found]
+    assert [generation.text.lstrip(" ") for generation in found] == [text.lstrip(" ") for text in texts]
+    assert any("\ufffd" in text for text in texts)
