@@ -1,15 +1,14 @@
 """``dspark-export doctor``: what is installed, which backends work, and how to get what is missing.
 
-Works with nothing but this package, typer and the standard library; everything else is looked for, not relied on.
+Works with nothing but this package, typer, packaging and the standard library; everything else is looked for, not
+relied on.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import platform
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module, metadata
@@ -18,10 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from dspark_runtime.errors import BackendError
 
-_DISTRIBUTION = "dspark-export"
+_DISTRIBUTIONS = ("dspark-export", "dspark-runtime")
 _CPU, _CUDA = "ONNX Runtime, CPU", "ONNX Runtime, CUDA"
 
 
@@ -47,11 +48,11 @@ class EngineFinding:
 
 
 @dataclass(frozen=True)
-class Requirement:
-    """A declared dependency; ``extras`` is empty if it is needed always."""
+class Dependency:
+    """A declared dependency; ``extras`` is empty if it is always needed."""
 
     name: str
-    versions: str
+    versions: SpecifierSet
     extras: tuple[str, ...]
 
     @property
@@ -117,55 +118,56 @@ def _machine() -> dict[str, str]:
 
 
 @cache
-def _requirements() -> dict[str, Requirement]:
-    """Declared dependencies of the installed distribution by name; empty if it is not installed."""
-    try:
-        declared = metadata.requires(_DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:
-        return {}
-    found: dict[str, Requirement] = {}
-    for line in declared:
-        wanted, _, marker = line.partition(";")
-        match = re.match(r"\s*([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*(.*?)\s*$", wanted)
-        assert match is not None, line
-        name, versions = match.groups()
-        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
-        before = found[name].extras if name in found else ()
-        found[name] = Requirement(name, versions, (*before, extra.group(1)) if extra else ())
+def _dependencies() -> dict[str, Dependency]:
+    """What the installed distributions declare, by name, but for each other; empty if they are not installed."""
+    found: dict[str, Dependency] = {}
+    for distribution in _DISTRIBUTIONS:
+        try:
+            declared = metadata.metadata(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        for wanted in map(Requirement, declared.get_all("Requires-Dist") or ()):
+            extras = _extras(wanted, declared.get_all("Provides-Extra") or ())
+            if extras is None or wanted.name in _DISTRIBUTIONS:
+                continue
+            known = found.get(wanted.name, Dependency(wanted.name, SpecifierSet(), extras))
+            always = not (known.extras and extras)
+            merged = () if always else tuple(dict.fromkeys((*known.extras, *extras)))
+            found[wanted.name] = Dependency(wanted.name, known.versions & wanted.specifier, merged)
     return found
 
 
+def _extras(wanted: Requirement, provided: Iterable[str]) -> tuple[str, ...] | None:
+    """Extras that bring in ``wanted``: empty if it is always needed, None if never on this machine."""
+    if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+        return ()
+    return tuple(extra for extra in provided if wanted.marker.evaluate({"extra": extra})) or None
+
+
 def _command(name: str) -> str:
-    known = _requirements().get(name)
+    known = _dependencies().get(name)
     return known.command if known is not None else f"pip install {name}"
 
 
 def _packages() -> list[Finding]:
     """Every declared dependency with the version that is installed and the one that is wanted."""
-    if not _requirements():
-        return [Finding(_DISTRIBUTION, False, "runs from a folder, not installed", "pip install -e . in its folder")]
-    return [_package(requirement) for requirement in _requirements().values()]
+    if not _dependencies():
+        remedy = "pip install -e . -e ./runtime, in the folder of the project"
+        return [Finding(_DISTRIBUTIONS[0], False, "runs from a folder, not installed", remedy)]
+    return [_package(dependency) for dependency in _dependencies().values()]
 
 
-def _package(requirement: Requirement) -> Finding:
-    needed_for = ", ".join(requirement.extras) or "all"
-    wanted = requirement.versions or "any version"
+def _package(dependency: Dependency) -> Finding:
+    needed_for = ", ".join(dependency.extras) or "all"
+    wanted = str(dependency.versions) or "any version"
     try:
-        version = metadata.version(requirement.name)
+        version = metadata.version(dependency.name)
     except metadata.PackageNotFoundError:
-        return Finding(requirement.name, False, f"not installed, wanted {wanted}", requirement.command, needed_for)
-    if not _satisfies(version, requirement.versions):
+        return Finding(dependency.name, False, f"not installed, wanted {wanted}", dependency.command, needed_for)
+    if not dependency.versions.contains(version, prereleases=True):
         detail = f"{version}, but wanted {wanted}"
-        return Finding(requirement.name, False, detail, requirement.command, needed_for)
-    return Finding(requirement.name, True, f"{version}, wanted {wanted}", "", needed_for)
-
-
-def _satisfies(version: str, versions: str) -> bool:
-    try:
-        from packaging.specifiers import SpecifierSet
-    except ImportError:
-        return True  # it comes with onnxruntime; without that, the missing backend is the news
-    return SpecifierSet(versions).contains(version, prereleases=True)
+        return Finding(dependency.name, False, detail, dependency.command, needed_for)
+    return Finding(dependency.name, True, f"{version}, wanted {wanted}", "", needed_for)
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
@@ -241,22 +243,19 @@ def _onnxruntime_cuda() -> Finding:
     except Exception as error:
         remedy = "see the NVIDIA driver below, and the CUDA and cuDNN versions onnxruntime-gpu asks for"
         return Finding(_CUDA, False, str(error), remedy, "gpu")
-    return Finding(_CUDA, True, "ran an opset-24 graph; bundles are run on the CPU by this version", "", "gpu")
+    return Finding(_CUDA, True, "ran an opset-24 graph that updates a cache", "", "gpu")
 
 
 def _driver() -> Finding:
+    from dspark_runtime.backends.tensorrt_device import driver_version_and_devices
+
     name, remedy = "NVIDIA driver", "https://www.nvidia.com/drivers, if this machine has an NVIDIA GPU"
     try:
-        cuda = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
-    except OSError:
-        return Finding(name, False, "none: the CUDA driver library is not on this machine", remedy, "gpu, rtx")
-    if status := cuda.cuInit(0):
-        return Finding(name, False, f"the driver is there, but cuInit failed with status {status}", remedy, "gpu, rtx")
-    version, count = ctypes.c_int(), ctypes.c_int()
-    cuda.cuDriverGetVersion(ctypes.byref(version))
-    cuda.cuDeviceGetCount(ctypes.byref(count))
-    detail = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}, {count.value} device(s)"
-    return Finding(name, count.value > 0, detail, "" if count.value else remedy, "gpu, rtx")
+        version, devices = driver_version_and_devices()
+    except BackendError as error:
+        return Finding(name, False, str(error), remedy, "gpu, rtx")
+    detail = f"CUDA {version // 1000}.{version % 1000 // 10}, {devices} device(s)"
+    return Finding(name, devices > 0, detail, "" if devices else remedy, "gpu, rtx")
 
 
 def _importable(name: str, module: str, distribution: str, extra: str) -> Callable[[], Finding]:

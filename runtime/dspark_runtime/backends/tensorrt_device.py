@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from dspark_runtime.backends.tensorrt_check import DeviceFacts
 from dspark_runtime.bundle.engine_entry import Flavour
+from dspark_runtime.errors import BackendError
 
 MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -25,14 +26,22 @@ def installed_version(flavour: Flavour) -> str | None:
         return None
 
 
+def driver_version_and_devices() -> tuple[int, int]:
+    """CUDA version of the driver, such as 13000, and the number of GPUs. Raises BackendError without a driver."""
+    cuda, version, count = _driver(), ctypes.c_int(), ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    return version.value, count.value
+
+
 def this_device(number: int = 0) -> DeviceFacts | None:
     """GPU ``number`` of this machine, asked of the driver itself; None if there is no driver or no such GPU."""
     try:
-        cuda = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
-    except OSError:
+        cuda = _driver()
+    except BackendError:
         return None
     device, driver, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(_NAME_BYTES)
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), number):
+    if cuda.cuDeviceGet(ctypes.byref(device), number):
         return None
     numbers = []
     for attribute in (_MAJOR, _MINOR):
@@ -43,3 +52,14 @@ def this_device(number: int = 0) -> DeviceFacts | None:
     cuda.cuDriverGetVersion(ctypes.byref(driver))
     cuda.cuDeviceGetName(name, _NAME_BYTES, device)
     return DeviceFacts(f"{numbers[0]}.{numbers[1]}", name.value.decode(errors="replace"), driver.value)
+
+
+def _driver() -> ctypes.CDLL:
+    """The library of the CUDA driver, initialized. Raises BackendError."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+    except OSError as error:
+        raise BackendError("the CUDA driver library is not on this machine") from error
+    if status := cuda.cuInit(0):
+        raise BackendError(f"the driver is installed, but cuInit failed with status {status}")
+    return cuda
