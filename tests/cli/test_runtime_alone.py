@@ -1,0 +1,119 @@
+"""``dspark-runtime`` alone opens a bundle and generates, without what only builds need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from dspark_runtime import Bundle
+from tests.distributions import ROOT, built_wheel
+
+MOST_BYTES = 300_000_000
+GENERATE = """
+import sys
+import dspark_runtime
+from dspark_runtime import Bundle
+
+print(dspark_runtime.__file__)
+print(Bundle.open(sys.argv[1], threads=1).generate("once upon a time", max_new_tokens=12, ignore_eos=True).tokens)
+"""
+WITHOUT = """
+import sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {others!r}:
+            raise ModuleNotFoundError(f"{{name}} is not a dependency of dspark-runtime", name=name)
+
+sys.meta_path.insert(0, Without())
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A freshly built wheel of the runtime."""
+    return built_wheel(ROOT / "runtime", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Path) -> str:
+    """What the program prints last."""
+    opened = Bundle.open(bundle, threads=1)
+    return str(opened.generate("once upon a time", max_new_tokens=12, ignore_eos=True).tokens)
+
+
+def dependencies(wheel: Path, extra: str) -> set[str]:
+    """Names of everything that installing ``wheel`` with ``extra`` installs, judged by what is installed here."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        first = metadata.PathDistribution(zipfile.Path(archive, name.removesuffix("METADATA")))
+        waiting, found = [(first.requires or [], extra)], set[str]()
+        while waiting:
+            lines, wanted = waiting.pop()
+            for requirement in map(Requirement, lines):
+                if requirement.marker and not any(
+                    requirement.marker.evaluate({"extra": e}) for e in {"", wanted, *requirement.extras}
+                ):
+                    continue
+                if requirement.name.lower() not in found:
+                    found.add(requirement.name.lower())
+                    waiting.append((metadata.requires(requirement.name) or [], ""))
+    return found
+
+
+def test_nothing_but_its_dependencies_is_imported(wheel: Path, bundle: Path, expected: str, tmp_path: Path) -> None:
+    names = {name.replace("_", "-") for name in dependencies(wheel, "cpu")}
+    assert {"numpy", "onnxruntime", "tokenizers"} <= names
+    assert not names & {"torch", "transformers", "onnx", "onnx-ir", "onnxscript", "matplotlib", "dspark-export"}
+    modules = metadata.packages_distributions()
+    others = {m for m, owners in modules.items() if not {o.lower().replace("_", "-") for o in owners} & names}
+    assert {"torch", "transformers", "onnx"} <= others
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            WITHOUT.format(others={*others, "dspark_export"} - {"dspark_runtime"}) + GENERATE,
+            str(bundle),
+        ],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    place, tokens = done.stdout.splitlines()
+    assert Path(place).is_relative_to(tmp_path)
+    assert tokens == expected
+
+
+@pytest.mark.slow
+def test_a_fresh_environment(wheel: Path, bundle: Path, expected: str, tmp_path: Path) -> None:
+    venv.create(tmp_path / "fresh", with_pip=True)
+    python = tmp_path / "fresh" / "bin" / "python"
+    (site,) = (tmp_path / "fresh").glob("lib/python3*/site-packages")
+    before = _bytes(site)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{wheel}[cpu]"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(pip, env=environment, check=True)
+    done = subprocess.run(
+        [str(python), "-c", GENERATE, str(bundle)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == expected
+    size = _bytes(site) - before
+    print(f"dspark-runtime[cpu] takes {size / 1e6:.0f} MB")
+    assert size < MOST_BYTES
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
