@@ -70,10 +70,9 @@ def load_gguf_tokenizer(file: GgufFile) -> TokenizerFiles:
     }
     _add_ends(backend, fields, roles, bos_by_default)
     ends = (_special_id(fields, key, tokens, name) for key in ("eos", "eot", "eom"))
-    template = fields.get("tokenizer.chat_template")
-    files = TokenizerFiles(
-        backend, template if isinstance(template, str) else None, roles, tuple(end for end in ends if end is not None)
-    )
+    templates = [fields.get(f"tokenizer.chat_template{kind}") for kind in ("", ".tool_use")]
+    template, for_tools = (text if isinstance(text, str) else None for text in templates)
+    files = TokenizerFiles(backend, template, for_tools, roles, tuple(end for end in ends if end is not None))
     files.check(len(tokens), name)
     return files
 

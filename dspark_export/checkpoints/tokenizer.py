@@ -12,6 +12,7 @@ from dspark_export.checkpoints.files import checked_file
 from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_export.checkpoints.trust import Trust
 from dspark_runtime.errors import InvalidTokenizer
+from dspark_runtime.text.codec import TOOL_TEMPLATE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,10 +36,15 @@ class MissingTokenizer(UserWarning):
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer and what belongs to it. ``special`` maps ``bos_token``, ``eos_token``, ... to their texts."""
+    """A tokenizer and what belongs to it.
+
+    ``tool_template`` is the chat template for conversations with tools, where a model has one of its own.
+    ``special`` maps ``bos_token``, ``eos_token``, ... to their texts.
+    """
 
     backend: Tokenizer
     chat_template: str | None = None
+    tool_template: str | None = None
     special: dict[str, str] = field(default_factory=dict)
     stop_ids: tuple[int, ...] = ()
 
@@ -48,7 +54,7 @@ class TokenizerFiles:
         return None if text is None else self.backend.token_to_id(text)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and, for chat models, chat_template.jinja."""
+        """Write tokenizer.json, tokenizer_config.json and, for chat models, the templates under transformers' names."""
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.special}
@@ -57,6 +63,9 @@ class TokenizerFiles:
         )
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+        if self.tool_template is not None:
+            (folder / TOOL_TEMPLATE).parent.mkdir(exist_ok=True)
+            (folder / TOOL_TEMPLATE).write_text(self.tool_template, "utf-8")
 
     def check(self, rows: int, name: str) -> None:
         """InvalidTokenizer unless every token has one of the ``rows`` of the embedding and text survives encoding."""
@@ -113,11 +122,12 @@ def load_tokenizer(folder: Path, config: PretrainedConfig, name: str, trust: Tru
             raise InvalidTokenizer(
                 f"the tokenizer of {name} needs Python code beside its tokenizer.json to split {probe!r}"
             )
-    template = wrapper.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    templates = wrapper.chat_template
+    if not isinstance(templates, dict):
+        templates = {"default": templates}
     special = {role: str(text) for role, text in wrapper.special_tokens_map.items() if isinstance(text, str)}
-    files = TokenizerFiles(backend, template, special, tuple(declared_end_ids(folder, config, name)))
+    ends = tuple(declared_end_ids(folder, config, name))
+    files = TokenizerFiles(backend, templates.get("default"), templates.get("tool_use"), special, ends)
     files.check(config.get_text_config().vocab_size, name)
     return files
 

@@ -1,5 +1,8 @@
 """Chat templates: programs that come with a model, run in a sandbox with limits.
 
+They render what transformers renders: the same names are defined (``tools`` and ``documents`` are None where nobody
+gave any), the same filters and globals exist, and messages come as plain data.
+
 Jinja's immutable sandbox refuses attribute escapes and changes to its arguments. It knows no limit of time or size, so
 loops, string operations, filters and calls are counted here on top. What is *not* defended: a template may still print
 something misleading, which is why its output is only ever tokenized.
@@ -7,10 +10,7 @@ something misleading, which is why its output is only ever tokenized.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -20,22 +20,14 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from dspark_runtime.errors import ChatTemplateError
+from dspark_runtime.text.template_data import plain_messages, plain_variables
+from dspark_runtime.text.template_formats import bounded_format, check_percent, to_json
+from dspark_runtime.text.template_limits import Budget, TemplateLimits
 
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class TemplateLimits:
-    """Bounds of one rendering: characters of the template, of any text it makes and of all its output, parts of any
-    value it makes, loop turns, seconds."""
-
-    template_chars: int = 512_000
-    output_chars: int = 4_000_000
-    values: int = 200_000
-    loop_turns: int = 500_000
-    seconds: float = 5.0
 
 
 class ChatTemplate:
@@ -66,14 +58,15 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template is malformed: {error}") from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The conversation as one text; raises ChatTemplateError where the template fails or exceeds a limit."""
-        budget = self._environment.budget = _Budget(self._limits)
-        context = {
-            **self._variables,
-            **variables,
-            "messages": [dict(message) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
-        }
+        """The conversation as one text.
+
+        ``variables`` are the template's own, such as ``tools``, ``documents`` or ``enable_thinking``; they replace
+        those of the constructor. Raises UsageError for messages that are not mappings, ChatTemplateError where the
+        template fails or exceeds a limit.
+        """
+        budget = self._environment.budget = Budget(self._limits)
+        given = plain_variables({"tools": None, "documents": None, **self._variables, **variables})
+        context = {**given, "messages": plain_messages(messages), "add_generation_prompt": add_generation_prompt}
         pieces, size = [], 0
         try:
             for piece in self._template.generate(context):
@@ -91,53 +84,6 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-class _Budget:
-    """What one rendering may still spend."""
-
-    def __init__(self, limits: TemplateLimits) -> None:
-        self._limits = limits
-        self._turns = 0
-        self._emitted = 0
-        self._deadline = time.monotonic() + limits.seconds
-
-    def turn(self) -> None:
-        self._turns += 1
-        if self._turns > self._limits.loop_turns:
-            raise ChatTemplateError(f"the chat template made more than {self._limits.loop_turns} loop turns or calls")
-        if time.monotonic() > self._deadline:
-            raise ChatTemplateError(f"the chat template ran longer than {self._limits.seconds} seconds")
-
-    def check_size(self, size: int) -> None:
-        if size > self._limits.output_chars:
-            raise ChatTemplateError(f"the chat template made more than {self._limits.output_chars} characters of text")
-
-    def check(self, value: Any) -> Any:
-        if isinstance(value, str | bytes):
-            self.check_size(len(value))
-        elif isinstance(value, list | tuple | dict):
-            self._check_weight(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            self.check_size(value.bit_length())
-        return value
-
-    def emit(self, size: int) -> None:
-        self._emitted += size
-        self.check_size(self._emitted)
-
-    def _check_weight(self, value: Any) -> None:
-        """Count a value with everything in it: lists that hold each other twice grow exponentially when written out."""
-        pending, seen = [value], 0
-        while pending:
-            inner = pending.pop()
-            seen += 1
-            if isinstance(inner, dict):
-                pending.extend(inner.values())
-            elif isinstance(inner, list | tuple):
-                pending.extend(inner)
-            if seen > self._limits.values:
-                raise ChatTemplateError(f"the chat template made a value with more than {self._limits.values} parts")
-
-
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, with every operation that can grow or repeat going through the budget."""
 
@@ -146,15 +92,17 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self, limits: TemplateLimits) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock])
-        self.budget = _Budget(limits)
+        self.budget = Budget(limits)
         self._limits = limits
         self.filters = {name: self._guarded(function) for name, function in self.filters.items()}
-        self.filters["tojson"] = self._guarded(_tojson)
+        self.filters["tojson"] = self._guarded(self._tojson)
         # Filters that see the context are never computed while compiling.
         for name in ("counted", "joined", "emitted", "built"):
             self.filters[f"_{name}"] = getattr(self, f"_{name}")
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
+        self.globals["dict"] = _TemplateDict()
+        self.globals["namespace"] = _TemplateNamespace
         self.globals.pop("lipsum", None)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -178,7 +126,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "**" and isinstance(left, int) and isinstance(right, int):
             self.budget.check_size(left.bit_length() * max(right, 0))
         if operator == "%" and isinstance(left, str | bytes):
-            raise ChatTemplateError("the chat template formats text with %, which is not allowed; use ~ or replace")
+            check_percent(left, right, self.budget)
         return self.budget.check(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -212,7 +160,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                 if len(texts) >= 3:
                     self.budget.check_size(len(texts[0]) + (len(texts[0]) + 1) * len(texts[2]) // max(1, len(texts[1])))
             if function is _FORMAT:
-                raise ChatTemplateError("the chat template uses the filter format, which is not allowed; use ~")
+                check_percent(str(args[0]), kwargs or args[1:], self.budget)
             return self.budget.check(function(*args, **kwargs))
 
         for mark in ("jinja_pass_arg",):  # which of context, environment and eval_ctx the filter is handed first
@@ -221,9 +169,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         return guarded
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """In place of ``format`` and ``format_map`` of a text; None for every other value."""
         if isinstance(getattr(value, "__self__", None), str) and value.__name__ in ("format", "format_map"):
-            raise ChatTemplateError(f"the chat template calls str.{value.__name__}, which is not allowed; use ~")
+            return bounded_format(self, self.budget, value)
         return None
+
+    def _tojson(self, value: Any, *args: Any, **kwargs: Any) -> str:
+        return to_json(self.budget, value, *args, **kwargs)
 
     @jinja2.pass_context
     def _counted(self, _: Any, values: Iterable[Any]) -> Iterator[Any]:
@@ -281,11 +233,35 @@ class _GenerationBlock(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
-    """JSON as templates expect it: not escaped for HTML, unlike jinja's own filter."""
-    if indent is not None and not 0 <= indent <= 32:
-        raise ChatTemplateError(f"the chat template asks tojson for an indent of {indent}; 0 to 32 are possible")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+class _TemplateDict:
+    """``dict`` of a template: what it may call, and not the type itself."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """As ``dict.fromkeys``."""
+        return dict.fromkeys(*args)
+
+
+class _TemplateNamespace(Namespace):
+    """``namespace`` of a template; names with an underscore in front are refused, as transformers does."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805, RUF100
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise ChatTemplateError(f"the chat template sets {name!r} on a namespace; names must not begin with _")
 
 
 def _raise_exception(message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from tokenizers import Tokenizer
 
 from dspark_runtime.errors import ChatTemplateError, DamagedBundle, UsageError
 from dspark_runtime.text.chat_template import ChatTemplate, Message
+from dspark_runtime.text.template_data import plain_messages, plain_variables
+from dspark_runtime.text.typed_tokens import TypedTokens
 
-# Mark special tokens in what users typed while the template is rendered; private use: they mean nothing to anyone else.
-_BEGIN, _SPLIT, _END = "\ue0d5", "\ue0d6", "\ue0d7"
-_MARKS = str.maketrans("", "", _BEGIN + _SPLIT + _END)
-_TYPED = re.compile(f"{_BEGIN}(.){_SPLIT}([^{_BEGIN}{_END}]*){_END}", re.DOTALL)
-_NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+TOOL_TEMPLATE = Path("additional_chat_templates", "tool_use.jinja")
+"""Where a tokenizer's folder has the chat template for conversations with tools, as transformers writes it."""
+
+_RESERVED = ("messages",)
 
 
 class TextCodec:
@@ -36,10 +36,9 @@ class TextCodec:
         self.tokenizer = _load_tokenizer(directory / "tokenizer.json")
         self._config = _load_json(directory / "tokenizer_config.json")
         self._plain: Tokenizer | None = None
-        self._template: ChatTemplate | None = None
+        self._templates: dict[str, ChatTemplate] = {}
         added = self.tokenizer.get_added_tokens_decoder().values()
-        special = sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special))) if special else None
+        self._typed = TypedTokens(token.content for token in added if token.special)
 
     def encode(self, prompt: str | bytes) -> list[int]:
         """Token ids of a raw prompt; special tokens in it are meant. Raises UsageError for invalid text."""
@@ -52,73 +51,79 @@ class TextCodec:
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins.
 
-        Special tokens in the messages are plain text: a user cannot end a turn by typing its token.
+        Special tokens in the messages and variables are plain text: a user cannot end a turn by typing its token.
+
+        Args:
+            messages: mappings with a ``role`` and, mostly, a ``content``.
+            variables: of the template: ``tools``, ``documents``, ``enable_thinking`` and whatever else it reads.
 
         Raises:
-            UsageError: no messages, or one without role and content.
+            UsageError: no messages, or one without a role.
             ChatTemplateError: the bundle has no template, or it fails.
         """
-        rendered = self.template.render([self._marked(message) for message in _checked(messages)], **variables)
-        return self._encode_marked(rendered)
+        marked = [
+            {key: value if key == "role" else self._typed.marked(value) for key, value in message.items()}
+            for message in checked_messages(messages)
+        ]
+        given = {name: self._typed.marked(value) for name, value in plain_variables(variables).items()}
+        rendered = self.template_for(given).render(marked, **given)
+        return self._typed.encode(rendered, self._encode_meant, self._encode_plain)
 
     def render_chat(self, messages: Sequence[Message], **variables: Any) -> str:
-        """The conversation as the template writes it."""
-        return self.template.render(_checked(messages), **variables)
+        """The conversation as the template writes it; arguments and errors of :meth:`encode_chat`."""
+        return self.template_for(variables).render(checked_messages(messages), **variables)
+
+    def template_for(self, variables: Mapping[str, Any]) -> ChatTemplate:
+        """The chat template, of several the one for tools if ``variables`` have any; ChatTemplateError for none."""
+        if unfit := [name for name in variables if name in _RESERVED]:
+            raise UsageError(f"the template variable {unfit[0]!r} is the conversation itself; use another name")
+        name = "tool_use" if variables.get("tools") is not None and self._has_template("tool_use") else "default"
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate(self._template_source(name), self._named_tokens())
+        return self._templates[name]
 
     @property
     def template(self) -> ChatTemplate:
-        """The chat template; ChatTemplateError if the model has none."""
-        if self._template is None:
-            self._template = ChatTemplate(self._template_source(), self._named_tokens())
-        return self._template
+        """The chat template for conversations without tools; ChatTemplateError if the model has none."""
+        return self.template_for({})
 
-    def _template_source(self) -> str:
-        file = self._directory / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
+    def _has_template(self, name: str) -> bool:
+        return name in self._named_templates()
+
+    def _named_templates(self) -> dict[str, str]:
+        """Every template by its name; a model with a single one calls it ``default``."""
         source = self._config.get("chat_template")
         if isinstance(source, list):  # several named templates
-            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-            source = named.get("default")
-        if not isinstance(source, str):
+            found = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        else:
+            found = {"default": source}
+        for name, file in (("default", "chat_template.jinja"), ("tool_use", TOOL_TEMPLATE)):
+            if (self._directory / file).is_file():
+                found[name] = (self._directory / file).read_text(encoding="utf-8")
+        return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+
+    def _template_source(self, name: str) -> str:
+        found = self._named_templates()
+        if name not in found:
             raise ChatTemplateError("this model has no chat template; give a plain prompt instead of messages")
-        return source
+        return found[name]
 
     def _named_tokens(self) -> dict[str, str]:
         tokens = {}
-        for name in _NAMED_TOKENS:
-            value = self._config.get(name)
+        for name, value in self._config.items():
+            if not name.endswith("_token"):
+                continue
             if isinstance(value, dict):
                 value = value.get("content")
             if isinstance(value, str):
                 tokens[name] = value
         return tokens
 
-    def _marked(self, message: Message) -> dict[str, Any]:
-        return {key: self._mark(value) if key != "role" else value for key, value in message.items()}
+    def _encode_meant(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _mark(self, value: Any) -> Any:
-        if isinstance(value, str):
-            if self._special is None:
-                return value
-            return self._special.sub(lambda found: f"{_BEGIN}{found[0][0]}{_SPLIT}{found[0][1:]}{_END}", value)
-        if isinstance(value, Mapping):
-            return {key: self._mark(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._mark(inner) for inner in value]
-        return value
-
-    def _encode_marked(self, text: str) -> list[int]:
-        ids: list[int] = []
-        pieces = _TYPED.split(text)  # trusted text, then the two halves of a typed special token, and so on
-        for place, piece in enumerate(pieces):
-            clean = piece.translate(_MARKS)  # marks a template tore apart mean nothing
-            if place % 3 == 0:
-                ids += self.tokenizer.encode(clean, add_special_tokens=False).ids
-            elif place % 3 == 1:
-                typed = clean + pieces[place + 1].translate(_MARKS)
-                ids += self._plain_tokenizer().encode(typed, add_special_tokens=False).ids
-        return ids
+    def _encode_plain(self, text: str) -> list[int]:
+        return list(self._plain_tokenizer().encode(text, add_special_tokens=False).ids)
 
     def _plain_tokenizer(self) -> Tokenizer:
         if self._plain is None:
@@ -162,16 +167,15 @@ def _checked_text(text: object) -> str:
     return text
 
 
-def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
-        raise UsageError("messages are a non-empty list of {'role': ..., 'content': ...}")
-    result = []
-    for place, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as plain data, their texts valid; UsageError for an empty conversation or a message without a role."""
+    plain = plain_messages(messages)
+    if not plain:
+        raise UsageError("there are no messages; give a non-empty list of {'role': ..., 'content': ...}")
+    for place, message in enumerate(plain):
+        if not isinstance(message.get("role"), str) or len(message) < 2:
             raise UsageError(f"message {place} is not a mapping with a role and a content")
-        clean = dict(message)
-        for key, value in message.items():
-            if isinstance(value, str | bytes):
-                clean[key] = _checked_text(value).translate(_MARKS)
-        result.append(clean)
-    return result
+        for value in message.values():
+            if isinstance(value, str):
+                _checked_text(value)
+    return plain

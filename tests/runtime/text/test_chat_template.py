@@ -71,6 +71,22 @@ ATTACKS = {
     "percent format": "{{ '%1000000000d' % 1 }}",
     "str.format": "{{ '{:>1000000000}'.format(1) }}",
     "format filter": "{{ '%1000000000d' | format(1) }}",
+    "percent with a star": "{{ '%*d' % (10 ** 9, 1) }}",
+    "percent precision": "{{ '%.1000000000f' % 1 }}",
+    "percent of a name with parentheses": "{{ '%((a)b)1000000000d' % {'(a)b': 1} }}",
+    "percent of a name with a percent sign": "{{ '%(a%b)1000000000d' % {'a%b': 1} }}",
+    "percent many times": "{{ ('%(a)s' * 100000) % {'a': 'b' * 3000000} }}",
+    "str.format with a nested width": "{{ '{:>{}}'.format(1, 10 ** 9) }}",
+    "str.format many times": "{{ ('{0}' * 100000).format('b' * 3000000) }}",
+    "format_map": "{{ '{a:1000000000}'.format_map({'a': 1}) }}",
+    "str.format escape": "{{ '{0.__class__.__mro__}'.format(messages) | length // 0 }}",
+    "a large text many times in a list": "{% set s = 'a' * 3000000 %}{{ [s, s, s, s, s] * 10000 }}",
+    "json of a deep value": (
+        "{% set n = namespace(l=[]) %}{% for i in range(900) %}{% set n.l = [n.l] %}{% endfor %}"
+        "{{ ([n.l] * 200) | tojson(indent=32) }}"
+    ),
+    "json separators": "{{ [1, 2] | tojson(separators=('a' * 3000000, 'b' * 9000000)) }}",
+    "namespace of large texts": "{% set n = namespace(a='a' * 3000000) %}{% set m = namespace(a=[n] * 10000) %}{{ m }}",
     "doubling": "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
     "doubling by ~": "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     "replace": "{{ 'a'.replace('', 'b' * 3000000).replace('', 'c' * 3000000) }}",
