@@ -18,15 +18,11 @@ from dspark_export.build.pipeline import build
 from dspark_export.validate.checks import Report
 from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.run import validate
-from dspark_runtime.bundle.manifest import Weights
+from dspark_runtime.bundle.precisions import PRECISIONS, Weights
 from tests import tiny_models
 
 BUILDS: tuple[tuple[str, Weights], ...] = (
-    ("llama", "fp32"),
-    ("llama", "fp16"),
-    ("llama", "w8a8"),
-    ("llama", "int8"),
-    ("llama", "int4"),
+    *(("llama", weights) for weights in PRECISIONS),
     ("mistral", "fp32"),
     ("mistral", "int4"),
     ("qwen2", "int8"),

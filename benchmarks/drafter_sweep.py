@@ -46,7 +46,7 @@ from dspark_runtime import Bundle
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
 from dspark_runtime.backends.protocol import EngineOptions
 from dspark_runtime.bundle.contract import CacheLayer
-from dspark_runtime.bundle.manifest import Weights
+from dspark_runtime.bundle.precisions import PRECISIONS, Weights
 from dspark_runtime.speculation.costs import PassCosts
 
 CONTEXT, NEW, REPEATS = 200, 2, 40
@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument("drafters", type=Path, nargs="+")
     parser.add_argument("--vocabularies", default="", help="sizes, with commas; the trained one is always measured")
     parser.add_argument("--blocks", default="", help="lengths, with commas; the trained one is always measured")
-    parser.add_argument("--precisions", default="fp32", help="with commas: fp32, w8a8, int8, int4")
+    parser.add_argument("--precisions", default="fp32", help=f"with commas: {', '.join(PRECISIONS)}")
     parser.add_argument("--responses", type=Path, help="default: WORK/responses.jsonl")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")

@@ -91,7 +91,7 @@ def _conditions(
 ) -> tuple[list[list[int]], Conditions]:
     """Prompts as token ids of the one tokenizer all peers share, and the facts of the run."""
     measured = {"fp32", *(peer.precision for peer in peers if isinstance(peer, own.OwnPeer))}
-    bundles = {p: Bundle.open(model.bundle(p), verify_digests=False) for p in own.PRECISIONS if p in measured}
+    bundles = {p: Bundle.open(model.bundle(p), verify_digests=False) for p in own.MEASURED if p in measured}
     ids = [encode(bundles["fp32"], item.text) for item in items]
     return ids, Conditions(
         model=Path(given.model).name,

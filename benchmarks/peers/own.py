@@ -1,4 +1,4 @@
-"""This project, plain and speculating, each with ``exact`` and without, on one bundle of every precision."""
+"""This project, plain and speculating, each with ``exact`` and without, on a bundle of each precision of the CPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from benchmarks.peers.models import SharedModel
 from benchmarks.peers.protocol import Candidate, Stopwatch, Timed
 from dspark_runtime import Bundle
+from dspark_runtime.bundle.precisions import HALF, PRECISIONS
 
-PRECISIONS = ("fp32", "w8a8", "int8", "int4")
+MEASURED = tuple(name for name in PRECISIONS if name not in HALF)
+"""Precisions that differ on a CPU: half-precision weights are widened when they are loaded."""
 PLAIN_EXACT = "plain, exact"
 SETTINGS = (PLAIN_EXACT, "plain, not exact", "speculating, exact", "speculating, not exact")
 
@@ -35,7 +37,7 @@ class OwnPeer:
 
 
 def candidates(model: SharedModel, threads: int) -> Iterator[Candidate]:
-    """Every precision in every setting."""
+    """Every such precision in every setting."""
 
     @cache
     def opened(path: Path, exact: bool) -> Bundle:
@@ -44,6 +46,6 @@ def candidates(model: SharedModel, threads: int) -> Iterator[Candidate]:
     def load(precision: str, setting: str) -> OwnPeer:
         return OwnPeer(opened(model.bundle(precision), not setting.endswith("not exact")), precision, setting)
 
-    for precision in PRECISIONS:
+    for precision in MEASURED:
         for setting in SETTINGS:
             yield Candidate(f"dspark {precision}, {setting}", partial(load, precision, setting))

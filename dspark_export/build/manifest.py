@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from dspark_export.build.options import BLOCKED, BuildOptions
+from dspark_export.build.options import BuildOptions
 from dspark_export.checkpoints import Checkpoint
 from dspark_runtime.backends.protocol import ROUNDED_ACTIVATIONS
 from dspark_runtime.bundle.contract import CacheLayer, TensorSpec
@@ -143,7 +143,7 @@ def precision(options: BuildOptions) -> Precision:
         return Precision(weights=options.precision, exact=options.exact_text)
     return Precision(
         weights=options.precision,
-        block_size=None if options.precision == "w8a8" else options.block,
+        block_size=options.block,
         head=options.quantize_head,
         embedding=options.embedding_too,
         exact=options.exact_text,
@@ -154,11 +154,11 @@ def precision(options: BuildOptions) -> Precision:
 def measured_precision(stored: Precision, noise: RowNoise | None, options: BuildOptions) -> Precision:
     """``stored`` with what was measured of it.
 
-    int8 and int4 are exact only where that is asked for, or where it costs nothing: with noise among several rows,
+    Some are exact only where that is asked for, or where it costs nothing: with noise among several rows,
     exact text needs float32 products, which take several times as long. ExactnessWarning where it was asked for.
     """
     stored = stored.model_copy(update={"row_noise": noise})
-    if stored.weights not in BLOCKED or not stored.exact or stored.rows_agree:
+    if stored.kind.exact_by_default or not stored.exact or stored.rows_agree:
         return stored
     if options.exact is None:
         return stored.model_copy(update={"exact": False})

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.engines.options import PluginsOption
 from dspark_runtime.bundle.engine_entry import Flavour
-from dspark_runtime.bundle.manifest import QUANTIZED, Weights
+from dspark_runtime.bundle.precisions import (
+    BLOCKED,
+    FLOAT_TYPES,
+    HALF,
+    PRECISIONS,
+    Activations,
+    FloatType,
+    PrecisionKind,
+    Weights,
+    listed,
+)
 from dspark_runtime.errors import UsageError
 
-Activations = Literal["fp32", "fp16", "bf16"]
-DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-}
-BLOCKED = ("int8", "int4")
-DEFAULT_BLOCKS = {"int8": 64, "int4": 32}
-"""Of 8 bits 64 are a seventh faster than 32 and nearly as close; of 4 bits 64 cost too much: see docs/precision.md."""
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 AUTO, NONE, LAYERS = "auto", "none", "layers="
 
@@ -62,10 +62,10 @@ class BuildOptions:
     activations: Activations | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in get_args(Weights):
-            raise UsageError(f"--precision {self.precision} is unknown; choose {', '.join(get_args(Weights))}")
-        if self.block_size is not None and self.precision not in BLOCKED:
-            raise UsageError(f"--block-size applies to {' and '.join(BLOCKED)}, not to {self.precision}; leave it out")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"--precision {self.precision} is unknown; choose {', '.join(PRECISIONS)}")
+        if self.block_size is not None and not self.kind.blocked:
+            raise UsageError(f"--block-size applies to {listed(BLOCKED, 'and')}, not to {self.precision}; leave it out")
         if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             raise UsageError(f"--block-size {self.block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
         if self.self_draft not in (AUTO, NONE) and not self.self_draft.startswith(LAYERS):
@@ -74,21 +74,22 @@ class BuildOptions:
             raise UsageError("--draft-vocab, --markov-topk and --allow-own-embeddings are about a --draft; give one")
         if self.markov_topk is not None and self.markov_topk < 1:
             raise UsageError(f"--markov-topk {self.markov_topk} is not positive; leave it out to correct every token")
-        if self.activations is not None and self.activations not in get_args(Activations):
-            raise UsageError(f"--activations {self.activations} is unknown; choose {', '.join(get_args(Activations))}")
-        if self.activations is not None and self.precision not in BLOCKED:
+        if self.activations is not None and self.activations not in FLOAT_TYPES:
+            raise UsageError(f"--activations {self.activations} is unknown; choose {', '.join(FLOAT_TYPES)}")
+        if self.activations is not None and not self.kind.blocked:
             computes = "with 8-bit activations" if self.quantized else "in that"
             raise UsageError(
-                f"--activations applies to {' and '.join(BLOCKED)}; graphs in {self.precision} compute {computes}"
+                f"--activations applies to {listed(BLOCKED, 'and')}; graphs in {self.precision} compute {computes}"
             )
-        if self.backend is not None and self.precision == "w8a8":
+        if self.backend is not None and self.kind.integer_products:
             raise UsageError(
-                f"--precision w8a8 is for the CPU; for --backend {self.backend} choose fp16, bf16, int8 or int4"
+                f"--precision {self.precision} is for the CPU; for --backend {self.backend} choose "
+                f"{listed((*HALF, *BLOCKED))}"
             )
         if self.backend is not None and self.dtype == "float32":
             raise UsageError(
                 f"--backend {self.backend} compiles graphs that compute in half precision, not in fp32; "
-                "add --precision fp16 or bf16, or int8 or int4 without --activations fp32"
+                f"add --precision {listed(HALF)}, or {listed(BLOCKED)} without --activations fp32"
             )
         if self.backend is None and self.plugins != "auto":
             raise UsageError(f"--plugins {self.plugins} is about engines; add --backend tensorrt or tensorrt-rtx")
@@ -96,9 +97,14 @@ class BuildOptions:
             raise UsageError(f"--threads {self.threads} is not positive; leave it out for one per core")
 
     @property
+    def kind(self) -> PrecisionKind:
+        """What follows from ``precision``."""
+        return PRECISIONS[self.precision]
+
+    @property
     def quantized(self) -> bool:
         """Whether weights are stored as integers."""
-        return self.precision in QUANTIZED
+        return self.kind.quantized
 
     @property
     def embedding_too(self) -> bool:
@@ -110,22 +116,19 @@ class BuildOptions:
         """Whether the bundle's own setting is that speculative text always equals plain text."""
         if self.exact is not None:
             return self.exact
-        # A second row costs a plain pass of these a fifth. Behind a draft nearly every pass has several rows anyway.
-        return self.precision not in BLOCKED or bool(self.drafts)
+        return self.kind.exact_by_default or bool(self.drafts)
 
     @property
     def chains_only(self) -> bool:
         """Whether drafts must be chains, because branches of a tree would not be exact: see docs/exactness.md."""
-        return self.quantized and self.dtype == "float32" and (self.precision == "w8a8" or self.exact_text)
+        return self.quantized and self.dtype == "float32" and (self.kind.integer_products or self.exact_text)
 
     @property
-    def block(self) -> int:
-        """Weights per scale, if quantized."""
-        return self.block_size or DEFAULT_BLOCKS.get(self.precision, 32)
+    def block(self) -> int | None:
+        """Most weights per scale, None where it is not by blocks."""
+        return self.block_size or self.kind.block
 
     @property
-    def dtype(self) -> Literal["float32", "float16", "bfloat16"]:
+    def dtype(self) -> FloatType:
         """What the graph computes in: quantized weights are expanded to it."""
-        if not self.quantized:
-            return DTYPES[self.precision]
-        return DTYPES[self.activations or ("fp32" if self.backend is None else "fp16")]
+        return self.kind.computes_in(self.activations or ("fp32" if self.backend is None else "fp16"))

@@ -170,7 +170,7 @@ def _calibrated(
 ) -> Callable[[ir.Model], Calibration] | None:
     """What finds out how large activations get, from the optimized target graph; None where that is not asked for."""
     tokenizer = checkpoint.tokenizer
-    if options.precision != "w8a8" or tokenizer is None:
+    if not options.kind.integer_products or tokenizer is None:
         return None
     from dspark_export.build.calibrate import calibrate
 

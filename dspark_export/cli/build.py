@@ -15,10 +15,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dspark_export.cli.compile import BackendName, PluginsName, describe
+from dspark_runtime.bundle.precisions import BLOCKED, PRECISIONS, QUANTIZED, Activations, Weights, listed
 
 if TYPE_CHECKING:
     from dspark_export.build.pipeline import BuildResult, Stage
 
+_QUANTIZED, _BLOCKED = ", ".join(QUANTIZED), ", ".join(BLOCKED)
+_BLOCKS = ", ".join(str(PRECISIONS[name].block) for name in BLOCKED)
+_INTEGERS = ", ".join(name for name, kind in PRECISIONS.items() if kind.integer_products)
+_DEAR = listed((name for name, kind in PRECISIONS.items() if not kind.exact_by_default), "and")
 TERMINATED = 143
 DESCRIPTIONS = {
     "check": "checking the checkpoint",
@@ -34,25 +39,6 @@ DESCRIPTIONS = {
 }
 
 
-class PrecisionName(StrEnum):
-    """Values of ``--precision``."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-    W8A8 = "w8a8"
-    INT8 = "int8"
-    INT4 = "int4"
-
-
-class ActivationsName(StrEnum):
-    """Values of ``--activations``."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-
 class ProgressName(StrEnum):
     """Values of ``--progress``: ``auto`` draws on a terminal only, ``json`` writes one line per stage."""
 
@@ -66,28 +52,28 @@ def build(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new bundle.", show_default=False)],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     precision: Annotated[
-        PrecisionName, typer.Option(help="How weights are stored; w8a8: with integer arithmetic on the CPU.")
-    ] = PrecisionName.FP32,
-    quantize_head: Annotated[bool, typer.Option(help="w8a8, int8, int4: quantize the output head too.")] = True,
+        Weights, typer.Option(help=f"How weights are stored; {_INTEGERS}: with integer arithmetic on the CPU.")
+    ] = "fp32",
+    quantize_head: Annotated[bool, typer.Option(help=f"{_QUANTIZED}: quantize the output head too.")] = True,
     quantize_embedding: Annotated[
         bool | None,
         typer.Option(
             "--quantize-embedding/--no-quantize-embedding",
-            help="w8a8, int8, int4: quantize the embedding too (default: unless --activations are fp16 or bf16).",
+            help=f"{_QUANTIZED}: quantize the embedding too (default: unless --activations are fp16 or bf16).",
             show_default=False,
         ),
     ] = None,
-    block_size: Annotated[int | None, typer.Option(help="int8, int4: weights per scale (default: 64, 32).")] = None,
+    block_size: Annotated[int | None, typer.Option(help=f"{_BLOCKED}: weights per scale (default: {_BLOCKS}).")] = None,
     activations: Annotated[
-        ActivationsName | None,
-        typer.Option(help="int8, int4: what the graph computes in (default: fp32; fp16 with --backend)."),
+        Activations | None,
+        typer.Option(help=f"{_BLOCKED}: what the graph computes in (default: fp32; fp16 with --backend)."),
     ] = None,
     exact: Annotated[
         bool | None,
         typer.Option(
             "--exact/--no-exact",
-            help="Never run a row alone, so that speculation cannot change a rounding (default: but for int8 and int4 "
-            "without --draft).",
+            help="Never run a row alone, so that speculation cannot change a rounding (default: but for "
+            f"{_DEAR} without --draft).",
             show_default=False,
         ),
     ] = None,
@@ -137,7 +123,7 @@ def build(
         model=model,
         out=out,
         revision=revision,
-        precision=precision.value,
+        precision=precision,
         quantize_head=quantize_head,
         quantize_embedding=quantize_embedding,
         block_size=block_size,
@@ -153,7 +139,7 @@ def build(
         allow_untested=allow_untested_architecture,
         backend=None if backend is None else backend.value,
         plugins=plugins.value,
-        activations=None if activations is None else activations.value,
+        activations=activations,
     )
     with terminable(), _shown(progress) as on_stage:
         _quiet_exporter()

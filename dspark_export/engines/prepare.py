@@ -15,6 +15,7 @@ from dspark_export.passes.equal_attention_widths import EqualAttentionWidths
 from dspark_export.passes.gather_experts import GatherExperts
 from dspark_export.passes.pin_capacity import CAPACITY, PinCapacity
 from dspark_runtime.bundle.manifest import GraphEntry
+from dspark_runtime.bundle.precisions import BLOCKED, HALF, listed
 from dspark_runtime.errors import EngineBuildError, EnginePrecisionError
 
 PROFILES: tuple[Profile, ...] = ("decode", "prefill")
@@ -99,7 +100,7 @@ def check_precision(entry: GraphEntry) -> None:
     if entry.dtype == "float32" and entry.name != VERIFY:
         raise EnginePrecisionError(
             f"graph {entry.name} computes in float32, for which TensorRT has no fused attention; engines need half "
-            "precision: build the bundle with --precision fp16 or bf16, or int8 or int4 with --activations fp16"
+            f"precision: build the bundle with --precision {listed(HALF)}, or {listed(BLOCKED)} with --activations fp16"
         )
 
 

@@ -1,18 +1,17 @@
 """What ``--precision`` does to a graph.
 
-``fp32``, ``fp16`` and ``bf16`` are the type the model is loaded and traced in; nothing is left to do here. ``int8`` and
-``int4`` quantize the weights of a graph by blocks, ``w8a8`` by outputs, and check that it really happened.
+Float weights have the type the model is loaded and traced in; nothing is left to do here. The others are quantized, by
+blocks or by outputs, with a check that it really happened.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
 
 import onnx_ir as ir
 
 from dspark_export.passes.quantize_weights import MIN_BLOCK, MIN_ELEMENTS, BlockQuantization, QuantizeWeights
-from dspark_runtime.bundle.manifest import Weights
+from dspark_runtime.bundle.precisions import PRECISIONS, PrecisionKind, Weights
 from dspark_runtime.errors import ExportError, UsageError
 
 _WORTH_NAMING = 1 << 14
@@ -20,22 +19,23 @@ _WORTH_NAMING = 1 << 14
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """``weights`` as on the command line; the rest applies to quantized ones only, ``block_size`` to int8 and int4."""
+    """``weights`` as on the command line; the rest applies to quantized ones only, ``block_size`` to those with blocks
+    (None: as many as is usual for ``weights``)."""
 
     weights: Weights = "fp32"
-    block_size: int = 32
+    block_size: int | None = None
     symmetric: bool = True
     head: bool = True
     embedding: bool = True
 
     def __post_init__(self) -> None:
-        if self.weights not in get_args(Weights):
-            raise UsageError(f"precision {self.weights!r} does not exist; choose one of {', '.join(get_args(Weights))}")
+        if self.weights not in PRECISIONS:
+            raise UsageError(f"precision {self.weights!r} does not exist; choose one of {', '.join(PRECISIONS)}")
 
     @property
-    def bits(self) -> int | None:
-        """Bits of a quantized weight, None for float weights."""
-        return {"w8a8": 8, "int8": 8, "int4": 4}.get(self.weights)
+    def kind(self) -> PrecisionKind:
+        """What follows from ``weights``."""
+        return PRECISIONS[self.weights]
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,19 @@ class PrecisionReport:
 
 def apply_precision(model: ir.Model, settings: PrecisionSettings) -> PrecisionReport:
     """Quantize ``model`` in place as ``settings`` say. Raises ExportError when not one weight could be quantized."""
-    if settings.bits is None:
+    bits, block = settings.kind.bits, settings.kind.block and (settings.block_size or settings.kind.block)
+    if bits is None:
         return PrecisionReport()
-    rewrite = QuantizeWeights(
-        BlockQuantization(
-            settings.bits,
-            None if settings.weights == "w8a8" else settings.block_size,
-            settings.symmetric,
-            settings.head,
-            settings.embedding,
-        )
-    )
+    rewrite = QuantizeWeights(BlockQuantization(bits, block, settings.symmetric, settings.head, settings.embedding))
     rewrite(model)
     if not any(not name.endswith(".rows") for name in rewrite.quantized):
-        if settings.weights == "w8a8":
+        if block is None:
             raise ExportError(
-                f"precision w8a8 quantized no weight: no matrix product of this model has a constant weight of "
-                f"{MIN_ELEMENTS} numbers or more; choose another --precision"
+                f"precision {settings.weights} quantized no weight: no matrix product of this model has a constant "
+                f"weight of {MIN_ELEMENTS} numbers or more; choose another --precision"
             )
         raise ExportError(
-            f"precision {settings.weights} with block_size {settings.block_size} quantized no weight: the matrix "
+            f"precision {settings.weights} with block_size {block} quantized no weight: the matrix "
             f"products of this model have fewer than {MIN_ELEMENTS} numbers or input widths that are no multiple of "
             f"{MIN_BLOCK}; choose another --precision"
         )

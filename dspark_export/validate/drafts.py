@@ -17,7 +17,6 @@ from dspark_export.validate.recorded import Call, run_recorded
 from dspark_export.validate.references import ModelRunner
 from dspark_export.validate.tolerances import (
     AGAINST_MODEL,
-    QUANTIZED_DRAFT,
     largest_relative,
     relative_rms,
 )
@@ -158,9 +157,8 @@ def in_pytorch(module: torch.nn.Module, contract: GraphContract, call: Call) -> 
 def check_drafter(bundle: Bundle, reference: Reference, prompts: Sequence[Sequence[int]], tokens: int) -> Check:
     """Every output of the drafter's graphs, inner values included, against PyTorch on the passes of real texts."""
     began = time.perf_counter()
-    weights = bundle.manifest.precision.weights
     quantized = bundle.manifest.precision.quantized
-    limit = QUANTIZED_DRAFT.get(weights, AGAINST_MODEL)
+    limit = bundle.manifest.precision.kind.draft_within or AGAINST_MODEL
     off: dict[str, float] = {}
     passes = 0
     for prompt in prompts:

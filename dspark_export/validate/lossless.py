@@ -153,8 +153,7 @@ def check_plain(bundle: Bundle, model: PreTrainedModel | None, texts: Texts) -> 
     With float weights the pass is PyTorch's, otherwise the bundle's own graph's with an empty cache.
     """
     began = time.perf_counter()
-    weights = bundle.manifest.precision.weights
-    by_model = model is not None and weights in ("fp32", "fp16", "bf16")
+    by_model = model is not None and not bundle.manifest.precision.quantized
     recorded = bundle.manifest.precision.row_noise
     worst, where = 0.0, ""
     for number, (prompt, generation) in enumerate(zip(texts.ids, texts.alone[PLAIN], strict=True)):

@@ -45,9 +45,7 @@ class Rebuilt:
         if self._files.has_graph("self_draft"):
             graphs["self_draft"] = export_self_draft(trace, self._files.graph("self_draft").layers or ())
         stored = self._files.manifest.precision
-        settings = PrecisionSettings(
-            stored.weights, stored.block_size or 32, head=stored.head, embedding=stored.embedding
-        )
+        settings = PrecisionSettings(stored.weights, stored.block_size, head=stored.head, embedding=stored.embedding)
         for graph in graphs.values():
             optimize(graph)
         calibration = stored_calibration(ir.load(self._files.path(self._files.graph("target").file)), graphs["target"])

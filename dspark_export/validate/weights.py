@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from dspark_export.validate.checks import Check
 from dspark_export.validate.quantized import quantized_weights
-from dspark_export.validate.tolerances import STORED, relative_rms
+from dspark_export.validate.tolerances import relative_rms
 from dspark_runtime.bundle.files import BundleFiles
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ Tensor = npt.NDArray[Any]
 def check_weights(files: BundleFiles, rebuilt: Rebuilt) -> Check:
     """The worst tensor of the bundle's standard target graph."""
     began = time.perf_counter()
-    kind = files.manifest.precision.weights
-    limit = STORED[kind]
+    precision = files.manifest.precision
+    limit = precision.kind.stored_within
     stored = ir.load(files.path(files.graph("target").file))
     fresh = rebuilt.graphs["target"]
     clean = dict(fresh.graph.initializers)
@@ -53,8 +53,8 @@ def check_weights(files: BundleFiles, rebuilt: Rebuilt) -> Check:
     elif coarse:
         where = max(coarse, key=lambda name: coarse[name])
         message = (
-            f"{kind} keeps {len(coarse)} tensors only to {coarse[where]:.2g}; the limit is {limit:.2g}. Smaller blocks "
-            "(--block) or another --precision keep more of them."
+            f"{precision.weights} keeps {len(coarse)} tensors only to {coarse[where]:.2g}; the limit is {limit:.2g}. "
+            "Smaller blocks (--block-size) or another --precision keep more of them."
         )
     shown = sorted(rounding.items(), key=lambda item: -item[1])[:12]
     return Check(

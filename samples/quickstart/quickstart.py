@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dspark_runtime import Bundle, DsparkError, Generation
+from dspark_runtime.bundle.precisions import PRECISIONS
 
 DRAFTER = Path(__file__).with_name("drafter")
 PROMPTS = {
@@ -53,7 +54,7 @@ def open_or_build(directory: Path, precision: str, threads: int | None) -> Bundl
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16", "bf16", "int8", "int4"])
+    parser.add_argument("--precision", default="fp32", choices=list(PRECISIONS))
     parser.add_argument("--bundle", type=Path, help="where the bundle is or will be")
     parser.add_argument("--max-new-tokens", type=int, default=120)
     parser.add_argument("--threads", type=int)

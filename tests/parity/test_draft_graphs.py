@@ -21,7 +21,7 @@ from dspark_export.passes import optimize, ort_cpu_variants
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.tracing.geometry import probe
 from dspark_runtime.bundle.contract import GraphContract, decoder_contract
-from dspark_runtime.bundle.manifest import Weights
+from dspark_runtime.bundle.precisions import Weights
 from tests import tiny_models
 from tests.drafts.writers import Sizes, eagle_tensors
 from tests.parity.harness import GraphRunner, Tree, plain_logits
@@ -77,7 +77,7 @@ def test_embedding_and_head_are_stored_once(arch: str, weights: Weights, tmp_pat
     drafts = drafts_of(model)
     for graph in (target | drafts).values():
         optimize(graph)
-        apply_precision(graph, PrecisionSettings(weights))
+        apply_precision(graph, PrecisionSettings(weights, block_size=32))
     alone, together = stored(target, tmp_path / "1"), stored(target | drafts, tmp_path / "2")
     own = {
         (name, value.const_value.tobytes()): value.const_value.nbytes

@@ -64,7 +64,7 @@ LAYERS = tiny_models.LAYERS
 def quantized(traced: Callable, tmp_path: Path) -> Callable[[str], Path]:
     def make(weights: str) -> Path:
         standard = passes.optimize(traced("llama")[1].clone())
-        apply_precision(standard, PrecisionSettings(weights))
+        apply_precision(standard, PrecisionSettings(weights, block_size=32))
         variant = passes.for_ort_cpu(standard, tiny_models.MAX_POSITIONS)
         return save_graphs({"standard": standard, "variant": variant}, tmp_path)["variant"]
 
@@ -185,10 +185,10 @@ def test_weights_that_cannot_be_quantized_are_named(traced: Callable) -> None:
         graph.graph.append(node)
     weight = odd.graph.initializers.pop("odd.weight")
     graph.graph.initializers["odd.weight"] = weight
-    report = apply_precision(graph, PrecisionSettings("int8"))
+    report = apply_precision(graph, PrecisionSettings("int8", block_size=32))
     assert report.quantized and report.left_in_float == ("odd.weight",)
 
 
 def test_nothing_quantized_is_an_error() -> None:
     with pytest.raises(ExportError, match="multiple of 16"):
-        apply_precision(products(200, 100), PrecisionSettings("int8"))
+        apply_precision(products(200, 100), PrecisionSettings("int8", block_size=32))

@@ -12,14 +12,13 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validat
 
 from dspark_runtime.bundle.contract import CacheLayer, TensorSpec
 from dspark_runtime.bundle.engine_entry import EngineEntry
+from dspark_runtime.bundle.precisions import PRECISIONS, FloatType, PrecisionKind, Weights
 from dspark_runtime.bundle.records import RECORD, Count, GraphName, Positive, RelativePath, Sha256
 from dspark_runtime.errors import BundleError, DamagedBundle, IncompatibleBundle
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 
-Weights = Literal["fp32", "fp16", "bf16", "w8a8", "int8", "int4"]
-QUANTIZED: tuple[Weights, ...] = ("w8a8", "int8", "int4")
 Variant = Literal["standard", "onnxruntime-cpu", "onnxruntime-cpu-batch"]
 
 
@@ -78,7 +77,7 @@ class GraphEntry(_Record):
     variant: Variant = "standard"
     file: RelativePath
     data_files: tuple[RelativePath, ...] = ()
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: FloatType
     layers: tuple[Count, ...] | None = None
     taps: tuple[Annotated[int, Field(ge=-1)], ...] = ()
     cache: tuple[CacheLayer, ...] | None = None
@@ -159,9 +158,14 @@ class Precision(_Record):
     row_noise: RowNoise | None = None
 
     @property
+    def kind(self) -> PrecisionKind:
+        """What follows from how weights are stored."""
+        return PRECISIONS[self.weights]
+
+    @property
     def quantized(self) -> bool:
         """Whether weights are stored as integers."""
-        return self.weights in QUANTIZED
+        return self.kind.quantized
 
     @property
     def rows_agree(self) -> bool:
@@ -171,7 +175,7 @@ class Precision(_Record):
     @property
     def integer_products(self) -> bool:
         """Whether the CPU's forms of the graphs multiply integers, and so round activations whatever is asked for."""
-        return self.weights == "w8a8"
+        return self.kind.integer_products
 
 
 class StepCosts(_Record):
