@@ -44,7 +44,7 @@ class AttentionKernel : public Kernel {
         interleaved_(a.integer("interleaved", 0) != 0), set_(*chosen_set()) {
     need(heads_ > 0, "heads = " + number(heads_) + " must be positive");
     need(softcap_ >= 0, "softcap must not be negative");
-    for (const int64_t offset : offsets_) need(offset >= 0, "offsets must not be negative");
+    for (const int64_t offset : offsets_) need(offset >= 0 && offset <= INT32_MAX, "offsets must be numbers of columns");
   }
 
   void compute(const Call& call) const override {

@@ -1,0 +1,31 @@
+"""The library of sequence kernels, compiled once per session, and a copy for each instruction set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.cpu.library import Kernels, compile_library, sets_that_run
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if given := os.environ.get("DSPARK_CPU_LIBRARY"):
+        return Path(given)  # built otherwise, see test_sanitizers
+    return compile_library(tmp_path_factory.mktemp("cpu") / "libdspark_cpu.so")
+
+
+@pytest.fixture(scope="session")
+def every_set(library: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Kernels]:
+    """All sets that run here, best first; the last one is the portable reference."""
+    folder = tmp_path_factory.mktemp("sets")
+    names = sets_that_run(library)
+    return [Kernels(Path(shutil.copy(library, folder / f"{name}.so")), name) for name in names]
+
+
+@pytest.fixture(scope="session")
+def best(every_set: list[Kernels]) -> Kernels:
+    return every_set[0]

@@ -1,0 +1,125 @@
+"""Builds the sequence kernels and runs single operators of them in ONNX Runtime."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+Array = np.ndarray[Any, Any]
+
+SOURCES = Path(__file__).resolve().parents[3] / "plugins" / "cpu"
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+SETS = {"x86_64": ("portable", "avx2", "avxvnni", "avx512"), "aarch64": ("portable", "neon")}
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
+    np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(bool): TensorProto.BOOL,
+}
+
+
+def own_flags(source: Path) -> list[str]:
+    """The flags that a file of sets/ asks for in its first line."""
+    first = source.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("// flags:").split() if first.startswith("// flags:") else []
+
+
+def compile_library(
+    output: Path, *options: str, compiler: str = "g++", machine: str = platform.machine(), extra: tuple[Path, ...] = ()
+) -> Path:
+    """Compile and link into ``output``: a shared library, or a program where ``extra`` has its main function."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}; it is not on the path")
+    sets = [SOURCES / "sets" / f"{name}.cpp" for name in SETS[machine]]
+    sources = [SOURCES / "choose.cpp", *sets, *(extra or sorted((SOURCES / "ort").glob("*.cpp")))]
+    objects = [output.parent / f"{output.name}.{source.stem}.o" for source in sources]
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def one(source: Path, target: Path) -> None:
+        run(compiler, *FLAGS, f"-I{SOURCES}", *own_flags(source), *options, "-c", source, "-o", target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, sources, objects))
+    run(compiler, *options, *([] if extra else ["-shared"]), *objects, "-o", output)
+    return output
+
+
+class Kernels:
+    """One loaded library with one instruction set."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        self._first = True
+
+    def options(self, threads: int) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        options.enable_cpu_mem_arena = False  # so that a sanitizer sees each tensor's bounds
+        before = os.environ.get("DSPARK_CPU")
+        os.environ["DSPARK_CPU"] = self.name
+        try:
+            options.register_custom_ops_library(str(self.path))
+        finally:
+            if before is None:
+                del os.environ["DSPARK_CPU"]
+            else:
+                os.environ["DSPARK_CPU"] = before
+        return options
+
+    def session(
+        self, operator: str, inputs: dict[str, Array], outputs: int = 1, *, threads: int = 1, **attributes: Any
+    ) -> ort.InferenceSession:
+        """A model of one node; ``inputs`` in order. bfloat16 inputs become constants."""
+        names = [f"out{i}" for i in range(outputs)]
+        node = helper.make_node(operator, list(inputs), names, domain="dspark", **attributes)
+        fed = [
+            helper.make_tensor_value_info(name, _TYPES[a.dtype], [None] * a.ndim)
+            for name, a in inputs.items()
+            if a.dtype != ml_dtypes.bfloat16
+        ]
+        made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+        constants = [numpy_helper.from_array(a, n) for n, a in inputs.items() if a.dtype == ml_dtypes.bfloat16]
+        graph = helper.make_graph([node], operator, fed, made, constants)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("dspark", 1)], ir_version=11
+        )
+        return ort.InferenceSession(
+            model.SerializeToString(), self.options(threads), providers=["CPUExecutionProvider"]
+        )
+
+    def run(
+        self, operator: str, inputs: dict[str, Array], outputs: int = 1, *, threads: int = 1, **attributes: Any
+    ) -> list[Array]:
+        """Outputs of one run."""
+        session = self.session(operator, inputs, outputs, threads=threads, **attributes)
+        result: list[Array] = session.run(None, {n: a for n, a in inputs.items() if a.dtype != ml_dtypes.bfloat16})
+        return result
+
+
+@functools.cache
+def sets_that_run(path: Path) -> tuple[str, ...]:
+    """Names of the instruction sets that run on this machine, best first."""
+    import ctypes
+
+    library = ctypes.CDLL(str(path))
+    library.dspark_cpu_sets.restype = ctypes.c_char_p
+    names: bytes = library.dspark_cpu_sets()
+    return tuple(names.decode().split())
