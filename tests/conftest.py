@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
 from typing import Any
 
 import pytest
+
+from tests.shared.folders import remove_unused
 
 SHARING = ("real_model", "validate", "drafting", "engines", "plugins", "cli", "runtime")
 """Folders whose files share such things. They come first, the slowest of them before the others, for an even end."""
@@ -28,6 +32,30 @@ def group(nodeid: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(SHARING)}
     items.sort(key=lambda item: places.get(group(item.nodeid), len(SHARING)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What collection imported lives as long as the process, so the garbage collector need not look at it again."""
+    _share_traces()
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _share_traces()
+
+
+def _share_traces() -> None:
+    """Equal traces are made once, see ``shared/traces.py``; as soon as there is torch, which quick tests do without."""
+    if "torch" in sys.modules:
+        from tests.shared import traces
+
+        traces.share()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):  # the process that starts the workers, or the only one
+        remove_unused()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,4 +1,4 @@
-"""One trace per architecture and head width, for all tests of a worker."""
+"""One trace per architecture and head width, for all tests of a worker; torch's part of it is shared by all workers."""
 
 from __future__ import annotations
 
