@@ -63,8 +63,8 @@ def measure(files: BundleFiles, threads: int | None = None) -> Measurements:
                 noise = _row_noise(engine, noise_text(files))
             del engine  # one graph in memory at a time
     for drafter in manifest.drafters:
-        if drafter.kind in ("block", "eagle3", "draft_model"):
-            ms[drafter.graph or drafter.name] = {"1": round(measure_draft_ms(files, drafter, options, context), 4)}
+        if drafter.trained:
+            ms[drafter.graph_name] = {"1": round(measure_draft_ms(files, drafter, options, context), 4)}
     return Measurements(
         StepCosts(threads=threads or default_threads(), device=_device(), context=context, ms=ms), noise
     )

@@ -9,6 +9,7 @@ import numpy as np
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
 from dspark_runtime.backends.protocol import AnyArray, EngineOptions
 from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES
+from dspark_runtime.bundle.draft_contract import BLOCK_POSITIONS
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import DrafterEntry, GraphEntry
 from dspark_runtime.speculation.kv_cache import round_up
@@ -20,13 +21,13 @@ _FLOATS = {"float32": np.float32, "float16": np.float16}
 
 def measure_draft_ms(files: BundleFiles, drafter: DrafterEntry, options: EngineOptions, context: int) -> float:
     """Median milliseconds of a pass over a typical number of rows behind ``context`` slots of the drafter's cache."""
-    graph = files.graph(drafter.graph or drafter.name, prefer=["onnxruntime-cpu"])
+    graph = files.graph(drafter.graph_name, prefer=["onnxruntime-cpu"])
     engine = OrtGraphEngine(
         files.path(graph.file), name=graph.name, cache=graph.cache or (), dtype=graph.dtype, options=options
     )
-    new = _FEATURES if drafter.kind == "block" else 1
-    rows = new + (drafter.block.block if drafter.block is not None else 0)
-    slots = context + rows
+    block = next((int(spec.shape[1]) for spec in graph.inputs if spec.name == BLOCK_POSITIONS), 0)
+    new = _FEATURES if block else 1
+    slots = context + new + block
     memory = engine.allocate(1, round_up(slots))
     runner = engine.open(memory)
     inputs = _inputs(graph, new, slots, context, engine.inputs)

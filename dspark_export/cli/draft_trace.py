@@ -36,7 +36,7 @@ def draft_trace(
     from dspark_export.cli.generate import read_ids
     from dspark_export.drafts.trace import save_trace, trace_draft
     from dspark_runtime import Bundle
-    from dspark_runtime.drafters.choice import DraftOptions
+    from dspark_runtime.drafters.parts import DraftOptions
     from dspark_runtime.speculation.sampling import SamplingParams
 
     ids = read_ids(prompt_ids)
@@ -44,9 +44,7 @@ def draft_trace(
         raise UsageError(f"--out {out} cannot be written: name a file in a folder that exists")
     options = DraftOptions(draft_sampling, confidence_threshold, draft_branches)  # type: ignore[arg-type]  # it refuses others
     opened = Bundle.open(bundle, threads=threads)
-    name = drafter or next(
-        (d.name for d in opened.manifest.drafters if d.kind in ("block", "eagle3", "draft_model")), ""
-    )
+    name = drafter or next((entry.name for entry in opened.manifest.drafters if entry.trained), "")
     arrays = trace_draft(
         opened,
         ids,

@@ -71,7 +71,8 @@ from dspark_runtime.decoding.request import make_requests
 from dspark_runtime.decoding.round import Accepted
 from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.decoding.sequence import SequenceState
-from dspark_runtime.drafters.choice import DrafterChoice, DraftOptions
+from dspark_runtime.drafters.choice import DrafterChoice
+from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.drafters.proposal import Proposal
 from dspark_runtime.errors import UsageError
 from dspark_runtime.speculation.sampling import SamplingParams, distribution
@@ -99,7 +100,7 @@ def trace_draft(
     Raises:
         UsageError: the bundle has no trained drafter of that name, or the prompt does not fit.
     """
-    trained = [entry.name for entry in bundle.manifest.drafters if entry.kind in ("block", "eagle3", "draft_model")]
+    trained = [entry.name for entry in bundle.manifest.drafters if entry.trained]
     if drafter not in trained:
         raise UsageError(f"{drafter!r} is no trained drafter of this bundle; it has {', '.join(trained) or 'none'}")
     calls: list[tuple[str, dict[str, AnyArray]]] = []

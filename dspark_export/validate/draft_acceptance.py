@@ -31,7 +31,7 @@ from dspark_runtime.bundle.draft_contract import (
 )
 from dspark_runtime.bundle.manifest import DrafterEntry
 from dspark_runtime.decoding.statistics import PositionCounts
-from dspark_runtime.drafters.choice import DraftOptions
+from dspark_runtime.drafters.parts import DraftOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,9 +44,8 @@ def check_features(
 ) -> Check:
     """What the runtime feeds the drafter, at every position of real texts, against PyTorch's hidden states there."""
     began = time.perf_counter()
-    facts = reference.entry.block or reference.entry.eagle3
-    assert facts is not None
-    plain = ModelRunner(model, [], range(int(model.config.get_text_config().num_hidden_layers)), facts.taps)
+    taps = reference.entry.taps
+    plain = ModelRunner(model, [], range(int(model.config.get_text_config().num_hidden_layers)), taps)
     bundle = with_float_products(bundle)
     worst, where, rows = 0.0, "", 0
     for number, prompt in enumerate(prompts):

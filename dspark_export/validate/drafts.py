@@ -30,7 +30,7 @@ from dspark_runtime.bundle.draft_contract import (
     DRAFT_TOKENS,
 )
 from dspark_runtime.bundle.manifest import DrafterEntry
-from dspark_runtime.drafters.choice import DraftOptions
+from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def references(
     from dspark_export.drafts.pair_check import require_pair
 
     found: dict[str, Reference] = {}
-    trained = [e for e in bundle.manifest.drafters if e.kind in ("block", "eagle3", "draft_model")]
+    trained = [entry for entry in bundle.manifest.drafters if entry.trained]
     for draft in drafts:
         checkpoint = require_pair(target, recognise(draft), allow_own_embeddings=allow_own_embeddings)
         files = checkpoint.files if isinstance(checkpoint, DraftCheckpoint) else checkpoint.source().files
@@ -96,11 +96,11 @@ def references(
         if isinstance(checkpoint, DraftCheckpoint):
             found[entry.name] = Reference(entry, _modules(bundle, entry, checkpoint, model))
         else:
-            kind = getattr(torch, bundle.files.graph(entry.graph or entry.name).dtype)
+            kind = getattr(torch, bundle.files.graph(entry.graph_name).dtype)
             own = checkpoint.load_model(kind)
             torch.nn.Module.float(own)
             if bundle.manifest.precision.quantized:
-                put_into(own, ir.load(bundle.files.path(bundle.files.graph(entry.graph or entry.name).file)))
+                put_into(own, ir.load(bundle.files.path(bundle.files.graph(entry.graph_name).file)))
             found[entry.name] = Reference(entry, {}, own)
     return found
 
@@ -112,7 +112,7 @@ def _modules(
     from dspark_export.drafts.graphs.block import block_module
     from dspark_export.drafts.graphs.eagle3 import eagle_modules
 
-    kind = getattr(torch, bundle.files.graph(entry.graph or entry.name).dtype)
+    kind = getattr(torch, bundle.files.graph(entry.graph_name).dtype)
     rounded = {name: tensor.to(kind).float() for name, tensor in checkpoint.tensors.items()}
     shared: dict[str, Any] = {
         "embedding": model.get_input_embeddings().weight.float(),
@@ -235,7 +235,7 @@ def check_draft_model(bundle: Bundle, reference: Reference, checker: Any) -> Che
     """The graph of an independent draft model against that model."""
     assert reference.model is not None
     model = reference.model
-    graph = bundle.files.graph(reference.entry.graph or reference.entry.name, prefer=("onnxruntime-cpu",))
+    graph = bundle.files.graph(reference.entry.graph_name, prefer=("onnxruntime-cpu",))
     layers = range(int(model.config.get_text_config().num_hidden_layers))
     found: Check = checker.against(graph, lambda passes: ModelRunner(model, passes, layers), reference.entry.name)
     return found

@@ -23,7 +23,8 @@ from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
 from dspark_runtime.decoding.request import make_requests
 from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.decoding.statistics import Statistics
-from dspark_runtime.drafters.choice import DrafterChoice, DraftOptions
+from dspark_runtime.drafters.choice import DrafterChoice
+from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.speculation.tree import TokenTree
 
 _PAST = "past_key_values."

@@ -188,7 +188,7 @@ class _Validation:
             )
 
     def _drafters(self) -> Iterator[Check]:
-        entries = [e for e in self.files.manifest.drafters if e.kind in ("block", "eagle3", "draft_model")]
+        entries = [entry for entry in self.files.manifest.drafters if entry.trained]
         if self.options.drafts:
             if self.checkpoint is None or self.model is None:
                 raise UsageError("--draft: drafters are compared with PyTorch together with their model; give --model")

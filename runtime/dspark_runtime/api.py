@@ -22,8 +22,9 @@ from dspark_runtime.decoding.request import Limits, Request, make_requests
 from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.decoding.sequence import Chunk, Generation
 from dspark_runtime.drafters.base import Drafter
-from dspark_runtime.drafters.block import DraftSampling
-from dspark_runtime.drafters.choice import DrafterChoice, DraftOptions
+from dspark_runtime.drafters.choice import DrafterChoice
+from dspark_runtime.drafters.estimates import DraftSampling
+from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.errors import UsageError
 from dspark_runtime.speculation.costs import PassCosts
 from dspark_runtime.speculation.sampling import SamplingParams

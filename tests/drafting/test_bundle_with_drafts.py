@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dspark_export.cli.main import app
 from dspark_export.drafts.trace import trace_draft
 from dspark_runtime import Bundle, Generation
-from dspark_runtime.drafters.choice import DraftOptions
+from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.errors import UsageError
 from dspark_runtime.speculation.sampling import SamplingParams
 from tests.drafting.conftest import Pairs

@@ -19,8 +19,8 @@ from dspark_runtime import Bundle
 from dspark_runtime.decoding.sequence import Chunk
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
 from dspark_runtime.drafters.block import BlockDrafter
-from dspark_runtime.drafters.choice import DraftOptions
 from dspark_runtime.drafters.eagle3 import Eagle3Drafter
+from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.errors import BackendError
 from dspark_runtime.speculation.tree import TokenTree
 from tests.drafting.conftest import Pairs

@@ -21,7 +21,8 @@ from dspark_runtime.decoding.request import Limits, make_requests
 from dspark_runtime.decoding.round import Accepted
 from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
-from dspark_runtime.drafters.choice import DrafterChoice, DraftOptions
+from dspark_runtime.drafters.choice import DrafterChoice
+from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.speculation.costs import PassCosts
 from dspark_runtime.speculation.tree import TokenTree
 from tests.drafting.conftest import Pairs

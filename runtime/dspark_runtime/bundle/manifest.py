@@ -5,7 +5,7 @@ Reading one refuses another schema version, unknown keys and references to files
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic_core
 from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
@@ -19,6 +19,7 @@ from dspark_runtime.errors import BundleError, DamagedBundle, IncompatibleBundle
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 
+TrainedKind = Literal["block", "eagle3", "draft_model"]
 Variant = Literal["standard", "onnxruntime-cpu", "onnxruntime-cpu-batch"]
 
 
@@ -123,7 +124,7 @@ class DrafterEntry(_Record):
     """
 
     name: str
-    kind: Literal["ngram", "self_draft", "block", "eagle3", "draft_model"]
+    kind: Literal["ngram", "self_draft"] | TrainedKind
     graph: GraphName | None = None
     settings: dict[str, JsonValue] = {}
     agreement: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -131,6 +132,31 @@ class DrafterEntry(_Record):
     block: BlockFacts | None = None
     eagle3: EagleFacts | None = None
     source: Source | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is a model of its own that was trained to draft."""
+        return self.kind in get_args(TrainedKind)
+
+    @property
+    def graph_name(self) -> str:
+        """Its graph, or the first of them."""
+        return self.graph or self.name
+
+    @property
+    def facts(self) -> BlockFacts | EagleFacts | None:
+        """The fixed facts of its kind; None for kinds that have none."""
+        return self.block or self.eagle3
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers it reads, ascending, -1 for the embedding."""
+        return () if self.facts is None else self.facts.taps
+
+    @property
+    def vocab_map(self) -> str | None:
+        """File with the target's id of every draft token, None for all of them."""
+        return None if self.facts is None else self.facts.vocab_map
 
 
 class RowNoise(_Record):
@@ -211,9 +237,8 @@ class Manifest(_Record):
         if ("target", "standard") not in {(g.name, g.variant) for g in self.graphs}:
             missing.append("the standard target graph")
         for drafter in self.drafters:
-            facts = drafter.block or drafter.eagle3
-            if facts is not None and facts.vocab_map is not None and facts.vocab_map not in self.files:
-                missing.append(f"{facts.vocab_map} of drafter {drafter.name}")
+            if drafter.vocab_map is not None and drafter.vocab_map not in self.files:
+                missing.append(f"{drafter.vocab_map} of drafter {drafter.name}")
         for graph in self.graphs:
             paths = (graph.file, *graph.data_files)
             missing += [f"{path} of graph {graph.name}" for path in paths if path not in self.files]

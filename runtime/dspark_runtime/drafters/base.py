@@ -10,9 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dspark_runtime.backends.protocol import AnyArray, FloatArray, ResidentTaps, Runs
+from dspark_runtime.errors import BackendError
 from dspark_runtime.speculation.sampling import Sampler
 from dspark_runtime.speculation.tree import TokenTree
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dspark_runtime.speculation.kv_cache import KvCache
 
 Rate = Callable[[Hashable], float]
+Part = TypeVar("Part")
 
 
 def _unknown(_: Hashable) -> float:
@@ -103,6 +105,12 @@ class Drafter(ABC):
     def attach(self, cache: KvCache) -> None:
         """Called once per batch, before any sequence begins; drafters with an engine open it over the cache here."""
         return None
+
+    def attached(self, part: Part | None) -> Part:
+        """What :meth:`attach` makes; BackendError before it."""
+        if part is None:
+            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
+        return part
 
     def select(self, count: int) -> None:
         """The following proposals are for the cache rows 0 to ``count - 1``."""

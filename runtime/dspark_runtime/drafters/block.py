@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -49,18 +48,16 @@ from dspark_runtime.bundle.draft_contract import (
     TEMPERATURE,
     UNIFORMS,
 )
-from dspark_runtime.bundle.manifest import BlockFacts
+from dspark_runtime.bundle.manifest import BlockFacts, DrafterEntry
 from dspark_runtime.drafters.base import Draft, DraftRequest
 from dspark_runtime.drafters.beams import BeamLayout
 from dspark_runtime.drafters.cached import CachedDrafter, alone
+from dspark_runtime.drafters.estimates import DraftSampling, bucket, expected, over_target
+from dspark_runtime.drafters.parts import DrafterParts, required
 from dspark_runtime.errors import BackendError, UsageError
 from dspark_runtime.speculation.kv_cache import KvCache
 from dspark_runtime.speculation.tree import TokenTree
 
-DraftSampling = Literal["greedy", "coupled", "rejection"]
-
-_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
-_CENTRES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.94, 0.985)
 _LEAST_BRANCH = 0.04  # alternatives to a drawn token that are less likely than this are never worth a row
 _LEAST_REACH = 0.01  # nor are tokens that are reached less often than this, unless they stand on the main chain
 _MOST_NODES = 31  # of a tree; the schedule verifies as many as pay
@@ -76,9 +73,7 @@ class BlockDrafter(CachedDrafter):
         vocab_size: of the target; distributions are given over it.
         positions: positions the draft was made for.
         target_ids: target's id of every draft token, None where they are the same.
-        sampling: how tokens are drafted for requests with a temperature. ``greedy``: the likeliest ones. ``coupled``:
-            drawn with the target's own random numbers; the text stays that of plain decoding. ``rejection``: drawn
-            independently and verified by rejection sampling; the text keeps its distribution.
+        sampling: how tokens are drafted for requests with a temperature.
         threshold: drop the rest of a draft from the first slot whose confidence is below this; 0 keeps all.
         branches: most tokens that may follow one, 1 for a chain; None for as many as are likely.
         pass_ms: milliseconds of a pass, where known.
@@ -120,6 +115,23 @@ class BlockDrafter(CachedDrafter):
         self._features: FeatureStore | None = None
         self._drawn: list[int] = []  # rows of the last pass whose tokens were drawn at random
 
+    @classmethod
+    def from_entry(cls, entry: DrafterEntry, parts: DrafterParts) -> BlockDrafter:
+        """The drafter of a bundle that ``entry`` describes."""
+        facts, options = required(entry.block, entry), parts.options
+        return cls(
+            entry.name,
+            parts.engine(entry.graph_name),
+            facts,
+            vocab_size=parts.vocab_size,
+            positions=parts.positions(entry),
+            target_ids=parts.target_ids(entry),
+            sampling=options.sampling,
+            threshold=options.threshold if facts.confidence else 0.0,
+            branches=options.branches,
+            pass_ms=parts.pass_ms(entry.graph_name),
+        )
+
     def draft_ms(self, tokens: int) -> float:
         """One pass, however many tokens."""
         return self.pass_ms
@@ -131,9 +143,7 @@ class BlockDrafter(CachedDrafter):
 
     @property
     def _store(self) -> FeatureStore:
-        if self._features is None:
-            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
-        return self._features
+        return self.attached(self._features)
 
     def observe(self, request: int, row: int, features: AnyArray) -> None:
         """Keep features of new context rows for the next pass."""
@@ -151,10 +161,8 @@ class BlockDrafter(CachedDrafter):
         self._store.move(source, target)
 
     def prior(self, kind: Hashable) -> float:
-        """The middle of the bucket: the drafter's estimate taken at its word."""
-        if isinstance(kind, tuple):
-            return _CENTRES[kind[1]]
-        return 0.6
+        """The middle of the bucket."""
+        return expected(kind)
 
     def draft(self, request: DraftRequest) -> Draft | None:
         """Propose for one sequence alone."""
@@ -165,7 +173,7 @@ class BlockDrafter(CachedDrafter):
         wanted = {r.row: r for r in requests if r.limit > 0 and self._fits(r)}
         if not wanted:
             return [None] * len(requests)
-        store, runner = self._store, self._opened()
+        store, runner = self._store, self.attached(self._runner)
         while late := alone([store.waiting(row) for row in range(self._count)], self._catch_up):
             for row in late:
                 inputs = self._inputs(row, 1, {})
@@ -185,11 +193,6 @@ class BlockDrafter(CachedDrafter):
                 f"drafter {self.name} has features of {known} rows, the text has {len(request.tokens) - 1} context rows"
             )
         return len(request.tokens) + self._facts.block <= self._positions
-
-    def _opened(self) -> GraphRunner:
-        if self._runner is None:
-            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
-        return self._runner
 
     def _inputs(self, first: int, count: int, wanted: dict[int, DraftRequest]) -> dict[str, Features]:
         """Inputs of a pass over the cache rows ``first`` to ``first + count - 1``, which takes their features in."""
@@ -246,7 +249,8 @@ class BlockDrafter(CachedDrafter):
         if keep == 0:
             return None
         if request.temperature and self.sampling == "rejection":
-            probs = self._over_target(found[DRAFT_PROBS][self._drawn.index(row), :keep])
+            probs = found[DRAFT_PROBS][self._drawn.index(row), :keep]
+            probs = over_target(probs, self._vocab_size, self._target_ids)
             return Draft(TokenTree.chain(request.tokens[-1], tokens[:keep]), (), probs, confidences[:keep])
         drawn = request.temperature and self.sampling != "greedy"
         if self._layout is not None and not drawn and self._branches != 1:
@@ -283,14 +287,6 @@ class BlockDrafter(CachedDrafter):
         tree = TokenTree([request.tokens[-1], *nodes.tokens], [-1, *nodes.parents])
         return Draft(tree, classes, None, confidences[: len(nodes.main)])
 
-    def _over_target(self, probs: FloatArray) -> FloatArray:
-        """float32 [drafts, vocab] over the target's ids."""
-        if self._target_ids is None and probs.shape[1] == self._vocab_size:
-            return probs
-        wide = np.zeros((len(probs), self._vocab_size), np.float32)
-        wide[:, np.arange(probs.shape[1]) if self._target_ids is None else self._target_ids] = probs
-        return wide
-
 
 def _tree(
     anchor: int,
@@ -322,8 +318,3 @@ def _tree(
             left -= 1
         tip = below
     return TokenTree(rows, parents), classes
-
-
-def bucket(estimate: float) -> int:
-    """Number of the bucket, 0 to 10, that an estimated acceptance falls into."""
-    return sum(estimate >= edge for edge in _EDGES)

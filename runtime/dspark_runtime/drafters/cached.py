@@ -63,9 +63,7 @@ class CachedDrafter(Drafter):
     @property
     def cache(self) -> KvCache:
         """The drafter's cache; BackendError before :meth:`attach`."""
-        if self._own is None:
-            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
-        return self._own
+        return self.attached(self._own)
 
     def _open(self, cache: KvCache, target: CacheMemory) -> None:
         """Open runners over the allocated cache; ``target`` is the memory of the target's."""

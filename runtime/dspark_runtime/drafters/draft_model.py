@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from dspark_runtime.backends.protocol import CacheMemory, Features, FloatArray, GraphEngine, GraphRunner, IntArray
 from dspark_runtime.bundle.contract import LOGITS
-from dspark_runtime.drafters.block import DraftSampling
+from dspark_runtime.bundle.manifest import DrafterEntry
+from dspark_runtime.drafters.estimates import DraftSampling
+from dspark_runtime.drafters.parts import DrafterParts
 from dspark_runtime.drafters.stepping import SteppingDrafter
-from dspark_runtime.errors import BackendError
 from dspark_runtime.speculation.kv_cache import KvCache
 
 
@@ -25,7 +26,7 @@ class DraftModelDrafter(SteppingDrafter):
         vocab_size: of the target; the draft's may be padded to another size. ``readable``: ids of the draft's own.
         positions: positions the draft was made for.
         depth: most drafts in a row. ``width``: nodes per level of the tree.
-        sampling: see :class:`dspark_runtime.drafters.block.BlockDrafter`.
+        sampling: how tokens are drafted for requests with a temperature.
         pass_ms: milliseconds of a pass, where known.
     """
 
@@ -56,6 +57,20 @@ class DraftModelDrafter(SteppingDrafter):
             readable=readable,
         )
         self._runner: GraphRunner | None = None
+
+    @classmethod
+    def from_entry(cls, entry: DrafterEntry, parts: DrafterParts) -> DraftModelDrafter:
+        """The drafter of a bundle that ``entry`` describes."""
+        return cls(
+            entry.name,
+            parts.engine(entry.graph_name),
+            vocab_size=parts.vocab_size,
+            positions=parts.positions(entry),
+            sampling=parts.options.sampling,
+            width=parts.options.branches or 1,
+            pass_ms=parts.pass_ms(entry.graph_name),
+            readable=parts.rows_of(entry.graph_name),
+        )
 
     def _open(self, cache: KvCache, target: CacheMemory) -> None:
         self._runner = self._engine.open(cache.memory)
@@ -88,7 +103,6 @@ class DraftModelDrafter(SteppingDrafter):
         return logits[:, :, : self._vocab_size]
 
     def _selected(self, first: int, count: int) -> GraphRunner:
-        if self._runner is None:
-            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
-        self._runner.select(first, count)
-        return self._runner
+        runner = self.attached(self._runner)
+        runner.select(first, count)
+        return runner

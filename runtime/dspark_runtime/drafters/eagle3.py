@@ -24,9 +24,10 @@ from dspark_runtime.backends.protocol import (
     Runs,
 )
 from dspark_runtime.bundle.contract import LOGIT_ROWS, LOGITS
-from dspark_runtime.bundle.draft_contract import DRAFT_HIDDEN, RECURRENT_HIDDEN, TARGET_FEATURES
-from dspark_runtime.bundle.manifest import EagleFacts
-from dspark_runtime.drafters.block import DraftSampling
+from dspark_runtime.bundle.draft_contract import DRAFT_HIDDEN, EXTEND, RECURRENT_HIDDEN, STEP, TARGET_FEATURES
+from dspark_runtime.bundle.manifest import DrafterEntry, EagleFacts
+from dspark_runtime.drafters.estimates import DraftSampling
+from dspark_runtime.drafters.parts import DrafterParts, required
 from dspark_runtime.drafters.stepping import SteppingDrafter
 from dspark_runtime.errors import BackendError
 from dspark_runtime.speculation.kv_cache import KvCache
@@ -42,7 +43,7 @@ class Eagle3Drafter(SteppingDrafter):
         vocab_size: of the target. ``target_ids``: target's id of every draft token, None where they are the same.
         positions: positions the draft was made for.
         width: nodes per level of the tree, 1 for a chain.
-        sampling: see :class:`dspark_runtime.drafters.block.BlockDrafter`.
+        sampling: how tokens are drafted for requests with a temperature.
         pass_ms: milliseconds of a pass, where known.
     """
 
@@ -77,6 +78,23 @@ class Eagle3Drafter(SteppingDrafter):
         self._features: FeatureStore | None = None
         self._hidden: dict[int, dict[int, AnyArray]] = {}  # by row, then node: what its children are fed
 
+    @classmethod
+    def from_entry(cls, entry: DrafterEntry, parts: DrafterParts) -> Eagle3Drafter:
+        """The drafter of a bundle that ``entry`` describes."""
+        extend = entry.graph_name
+        return cls(
+            entry.name,
+            parts.engine(extend),
+            parts.engine(extend.removesuffix(EXTEND) + STEP),
+            required(entry.eagle3, entry),
+            vocab_size=parts.vocab_size,
+            positions=parts.positions(entry),
+            target_ids=parts.target_ids(entry),
+            sampling=parts.options.sampling,
+            width=parts.options.branches or 2,
+            pass_ms=parts.pass_ms(extend),
+        )
+
     def _open(self, cache: KvCache, target: CacheMemory) -> None:
         self._runners = (self._engine.open(cache.memory), self._step_engine.open(cache.memory))
         self._features = self._runners[0].features(target)
@@ -84,9 +102,7 @@ class Eagle3Drafter(SteppingDrafter):
 
     @property
     def _store(self) -> FeatureStore:
-        if self._features is None:
-            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
-        return self._features
+        return self.attached(self._features)
 
     def observe(self, request: int, row: int, features: AnyArray) -> None:
         """Keep features of new context rows for the next pass."""
@@ -142,7 +158,6 @@ class Eagle3Drafter(SteppingDrafter):
         return logits
 
     def _selected(self, which: int, first: int, count: int) -> GraphRunner:
-        if self._runners is None:
-            raise BackendError(f"drafter {self.name} is not attached to a cache; call attach() first")
-        self._runners[which].select(first, count)
-        return self._runners[which]
+        runner = self.attached(self._runners)[which]
+        runner.select(first, count)
+        return runner

@@ -12,7 +12,7 @@ import numpy as np
 
 from dspark_runtime.backends.protocol import FloatArray, IntArray
 from dspark_runtime.drafters.base import Draft, DraftRequest
-from dspark_runtime.drafters.block import DraftSampling, bucket
+from dspark_runtime.drafters.estimates import DraftSampling, bucket, over_target
 from dspark_runtime.speculation.sampling import inverse_cdf
 from dspark_runtime.speculation.tree import MAX_ROWS, TokenTree
 
@@ -92,15 +92,8 @@ class Growth:
         uniform = float(sampler.draft_uniforms(position, 1, self._sampling == "coupled")[0])
         index = inverse_cdf(probs, uniform)
         if self._sampling == "rejection":
-            self._probs.append(self._over_target(probs))
+            self._probs.append(over_target(probs, self._vocab_size, self._target_ids))
         return self._add(node, index, float(probs[index]), 0)
-
-    def _over_target(self, probs: FloatArray) -> FloatArray:
-        if self._target_ids is None and len(probs) == self._vocab_size:
-            return probs
-        wide = np.zeros(self._vocab_size, np.float32)
-        wide[np.arange(len(probs)) if self._target_ids is None else self._target_ids] = probs
-        return wide
 
     def _add(self, parent: int, index: int, prob: float, rank: int) -> int:
         kind = ("beside" if rank else "probability", bucket(prob))

@@ -16,7 +16,7 @@ import numpy as np
 
 from dspark_runtime.backends.protocol import Engine, FloatArray, Runner
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
-from dspark_runtime.errors import BackendError
+from dspark_runtime.drafters.estimates import bucket
 from dspark_runtime.speculation.kv_cache import KvCache
 from dspark_runtime.speculation.tree import TokenTree
 
@@ -60,8 +60,8 @@ class SelfDrafter(Drafter):
         """The measured agreement, moved towards the draft's own probability."""
         if not isinstance(kind, tuple):
             return self._agreement
-        bucket, runner_up = kind
-        own = (0.15, 0.4, 0.6, 0.78, 0.9, 0.98)[bucket]
+        number, runner_up = kind
+        own = (0.15, 0.4, 0.6, 0.78, 0.9, 0.98)[number]
         return float(0.5 * (own + self._agreement)) * (0.2 if runner_up else 1.0)
 
     def draft(self, request: DraftRequest) -> Draft | None:
@@ -70,14 +70,13 @@ class SelfDrafter(Drafter):
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft | None]:
         """Draft for all sequences together; a sequence drops out when its limit or its floor is reached."""
-        if self._cache is None or self._runner is None:
-            raise BackendError("the self-draft is not attached to a cache; call attach() first")
+        cache, runner = self.attached(self._cache), self.attached(self._runner)
         chains = [_Chain(request) for request in requests]
         longest = max((request.limit for request in requests), default=0)
-        self._runner.select(0, self._count)
+        runner.select(0, self._count)
         step = 0
         while step < longest and any(chain.open for chain in chains):
-            logits = self._pass(self._runner, self._cache, chains, step)
+            logits = self._pass(runner, cache, chains, step)
             for chain in chains:
                 if chain.open:
                     chain.extend(logits[chain.request.row], self._branch)
@@ -126,7 +125,7 @@ class _Chain:
         best = int(logits.argmax())
         weights = np.exp(logits - logits[best])
         share = 1.0 / float(weights.sum())
-        kind = (_bucket(share), False)
+        kind = (bucket(share, _EDGES), False)
         self._reach *= self.request.rate(kind)
         if self._reach < self.request.floor:
             self.open = False
@@ -136,7 +135,7 @@ class _Chain:
         if branch:
             weights[best] = 0.0
             second = int(weights.argmax())
-            self._add(second, parent, (_bucket(float(weights[second]) * share), True))
+            self._add(second, parent, (bucket(float(weights[second]) * share, _EDGES), True))
         self.last = best
         self._steps += 1
         self.open = self._steps < self.request.limit
@@ -151,7 +150,3 @@ class _Chain:
         if len(self._tokens) == 1:
             return None
         return Draft(TokenTree(self._tokens, self._parents), self._classes)
-
-
-def _bucket(share: float) -> int:
-    return sum(share >= edge for edge in _EDGES)

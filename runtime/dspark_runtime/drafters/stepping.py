@@ -15,8 +15,8 @@ import numpy as np
 from dspark_runtime.backends.protocol import AnyArray, Features, FloatArray, GraphEngine, IntArray
 from dspark_runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, POSITION_IDS, WRITE_INDICES
 from dspark_runtime.drafters.base import Draft, DraftRequest
-from dspark_runtime.drafters.block import _CENTRES, DraftSampling
 from dspark_runtime.drafters.cached import CachedDrafter, alone
+from dspark_runtime.drafters.estimates import DraftSampling, expected
 from dspark_runtime.drafters.growth import Growth
 
 
@@ -26,7 +26,7 @@ class SteppingDrafter(CachedDrafter):
     Args:
         depth: most levels of a tree.
         width: nodes per level, 1 for chains.
-        sampling: see :class:`dspark_runtime.drafters.block.BlockDrafter`.
+        sampling: how tokens are drafted for requests with a temperature.
         target_ids: target's id of every draft token, None where they are the same.
         readable: it can read the target's ids below this, None for all of them. Texts with others are not drafted for.
     """
@@ -58,8 +58,8 @@ class SteppingDrafter(CachedDrafter):
         self._unreadable: set[int] = set()  # sequences whose texts hold an id the draft has no row for
 
     def prior(self, kind: Hashable) -> float:
-        """The middle of the bucket: the drafter's probability taken at its word."""
-        return _CENTRES[kind[1]] if isinstance(kind, tuple) else 0.6
+        """The middle of the bucket."""
+        return expected(kind)
 
     def draft(self, request: DraftRequest) -> Draft | None:
         """Propose for one sequence alone."""
