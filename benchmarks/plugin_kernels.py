@@ -65,7 +65,7 @@ class Bench:
         self.events = [self.kernels.device.create_event(timing) for _ in range(2)]
         source, target = self.cuda.allocate(COPY), self.cuda.allocate(COPY)
         handle = int(self.stream.handle)
-        seconds = self.timed(lambda: self.cuda.copy_rows(target, source, COPY, COPY, 1, handle))
+        seconds = self.timed(lambda: self.cuda.copy_rows((target, COPY), (source, COPY), COPY, 1, handle))
         self.bandwidth = 2 * COPY / seconds  # a copy reads and writes
         for memory in (source, target):
             self.cuda.free(memory)

@@ -67,7 +67,9 @@ def main() -> int:
     for column in ("positions", "KL", "same token"):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(row["bundle"], row["of"], str(row["positions"]), f"{row['kl']:.4f}", f"{row['same_token']:.1%}")
+        table.add_row(
+            str(row["bundle"]), str(row["of"]), str(row["positions"]), f"{row['kl']:.4f}", f"{row['same_token']:.1%}"
+        )
     Console(width=_WIDTH).print(table)
     return 0
 

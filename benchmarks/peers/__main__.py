@@ -12,6 +12,8 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -30,11 +32,17 @@ from dspark_runtime import Bundle
 from dspark_runtime.errors import DsparkError
 
 
+def say(text: str) -> None:
+    """One line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def load_all(candidates: list[Candidate]) -> tuple[list[Peer], dict[str, str]]:
     """The peers that can take part, and why the others cannot."""
     peers: list[Peer] = []
     missing: dict[str, str] = {}
-    for candidate in candidates:
+    for number, candidate in enumerate(candidates, 1):
+        say(f"loading {number} of {len(candidates)}: {candidate.name}")
         try:
             peers.append(candidate.load())
         except Missing as reason:
@@ -70,20 +78,32 @@ def main() -> int:
     except (DsparkError, Missing) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(peers) * len(ids) * given.repeats)
-        results = measure(
-            peers,
-            ids,
-            max_new_tokens=given.max_new_tokens,
-            repeats=given.repeats,
-            on_step=lambda: progress.advance(task),
-        )
+    with measuring(len(peers) * len(ids) * given.repeats) as step:
+        results = measure(peers, ids, max_new_tokens=given.max_new_tokens, repeats=given.repeats, on_step=step)
     print_report(Console(width=max(110, Console().width)), conditions, results, missing)
     (given.out / "peers.json").write_text(json.dumps(to_json(conditions, results, missing), indent=1) + "\n")
     draw(conditions, results, given.out / "peers.png")
     return 0
+
+
+@contextmanager
+def measuring(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, elsewhere a line for every twentieth of the runs; gives what to call after each run."""
+    console = Console(stderr=True)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if done * 20 // total > (done - 1) * 20 // total:
+            say(f"measured {done} of {total} runs")
+
+    if not console.is_terminal:
+        yield step
+        return
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=total)
+        yield lambda: progress.advance(task)
 
 
 def _conditions(

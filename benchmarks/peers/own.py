@@ -30,8 +30,10 @@ class OwnPeer:
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> Timed:
         """Streamed; turning tokens into text is part of the time."""
         watch = Stopwatch()
-        options = {"max_new_tokens": max_new_tokens, "speculate": self._mode, "ignore_eos": True, "stream": True}
-        for chunk in self._bundle.generate(list(prompt), **options):
+        stream = self._bundle.generate(
+            list(prompt), max_new_tokens=max_new_tokens, speculate=self._mode, ignore_eos=True, stream=True
+        )
+        for chunk in stream:
             watch.arrived(chunk.tokens)
         return watch.result()
 

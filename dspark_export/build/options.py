@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.engines.options import PluginsOption
-from dspark_runtime.bundle.engine_entry import Flavour
+from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.precisions import (
     BLOCKED,
     FLOAT_TYPES,

@@ -19,7 +19,7 @@ from dspark_export.build.options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle.writer import BundleWriter
 from dspark_export.drafts.export import DraftGraphs, export_drafts, open_drafts, taps_of, write_vocab_maps
 from dspark_export.engines.options import PluginsOption
-from dspark_runtime.bundle.engine_entry import Flavour
+from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.files import GRAPH_DIR, TOKENIZER_DIR, BundleFiles
 from dspark_runtime.bundle.manifest import GraphEntry, Manifest, ModelFacts, Variant
 from dspark_runtime.errors import BundleError

@@ -10,31 +10,31 @@ from typing import Annotated
 
 import typer
 
+from dspark_export.cli.arguments import AsJson, BundleFolder, Exact, Threads
+from dspark_export.cli.progress import bars
 from dspark_runtime.errors import UsageError
 from dspark_runtime.processors import default_threads
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)],
+    bundle: BundleFolder,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            "--prompts", "-p", help="Shipped set (repeat, code, math, chat; default: all) or a file. Repeatable."
+            "--prompts", "-p", help="Use a shipped set (repeat, code, math, chat; default: all) or a file. Repeatable."
         ),
     ] = None,
     modes: Annotated[
-        str | None, typer.Option(help="Modes, comma-separated; plain is always measured (default: all the bundle has).")
+        str | None,
+        typer.Option(help="Measure these modes, comma-separated, and plain decoding (default: all the bundle has)."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 128,
-    repeats: Annotated[int, typer.Option(help="Times every prompt runs in each mode; the median counts.")] = 3,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts taken from each set (default: all).")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads (default: OMP_NUM_THREADS or all cores).")] = None,
-    exact: Annotated[
-        bool | None,
-        typer.Option("--exact/--no-exact", help="Speculative text equals plain text (default: the bundle's setting)."),
-    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens per prompt.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Run every prompt this often in each mode; the median counts.")] = 3,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many prompts of each set (default: all).")] = None,
+    threads: Threads = None,
+    exact: Exact = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture: .png, .svg or .pdf.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure BUNDLE, plain and with each way of speculating, on the same prompts in one run.
 
@@ -93,12 +93,10 @@ def _check_plot(path: Path) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, nothing where that is no terminal; gives the function to call after each step."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """A progress bar on stderr; gives the function to call after each step."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)
+    with bars(*columns, transient=True) as shown:
+        task = shown.add_task("", total=total)
+        yield lambda: shown.advance(task)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dspark_export.cli.compile import BackendName, PluginsName, describe
+from dspark_export.cli.arguments import (
+    AsJson,
+    Model,
+    OwnEmbeddings,
+    Progress,
+    Revision,
+    UnsafeCheckpoint,
+    UntestedArchitecture,
+)
+from dspark_export.cli.compile import describe
+from dspark_export.cli.progress import ProgressForm, bars, terminable, write_step
+from dspark_export.engines.options import PluginsOption
+from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.precisions import BLOCKED, PRECISIONS, QUANTIZED, Activations, Weights, listed
 
 if TYPE_CHECKING:
@@ -23,8 +32,7 @@ if TYPE_CHECKING:
 _QUANTIZED, _BLOCKED = ", ".join(QUANTIZED), ", ".join(BLOCKED)
 _BLOCKS = ", ".join(str(PRECISIONS[name].block) for name in BLOCKED)
 _INTEGERS = ", ".join(name for name, kind in PRECISIONS.items() if kind.integer_products)
-_DEAR = listed((name for name, kind in PRECISIONS.items() if not kind.exact_by_default), "and")
-TERMINATED = 143
+_EXPENSIVE = listed(name for name, kind in PRECISIONS.items() if not kind.exact_by_default)
 DESCRIPTIONS = {
     "check": "checking the checkpoint",
     "load": "loading weights",
@@ -39,20 +47,15 @@ DESCRIPTIONS = {
 }
 
 
-class ProgressName(StrEnum):
-    """Values of ``--progress``: ``auto`` draws on a terminal only, ``json`` writes one line per stage."""
-
-    AUTO = "auto"
-    JSON = "json"
-    OFF = "off"
-
-
 def build(
-    model: Annotated[str, typer.Argument(help="Hub id, folder with config.json, or .gguf file.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new bundle.", show_default=False)],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    model: Model,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the bundle into this folder (default: the model's name and .dspark)."),
+    ] = None,
+    revision: Revision = None,
     precision: Annotated[
-        Weights, typer.Option(help=f"How weights are stored; {_INTEGERS}: with integer arithmetic on the CPU.")
+        Weights, typer.Option(help=f"Store weights like this; {_INTEGERS}: with integer arithmetic on the CPU.")
     ] = "fp32",
     quantize_head: Annotated[bool, typer.Option(help=f"{_QUANTIZED}: quantize the output head too.")] = True,
     quantize_embedding: Annotated[
@@ -63,62 +66,60 @@ def build(
             show_default=False,
         ),
     ] = None,
-    block_size: Annotated[int | None, typer.Option(help=f"{_BLOCKED}: weights per scale (default: {_BLOCKS}).")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help=f"{_BLOCKED}: scale this many weights together (default: {_BLOCKS}).")
+    ] = None,
     activations: Annotated[
         Activations | None,
-        typer.Option(help=f"{_BLOCKED}: what the graph computes in (default: fp32; fp16 with --backend)."),
+        typer.Option(help=f"{_BLOCKED}: compute in this type (default: fp32; fp16 with --backend)."),
     ] = None,
     exact: Annotated[
         bool | None,
         typer.Option(
             "--exact/--no-exact",
-            help="Never run a row alone, so that speculation cannot change a rounding (default: but for "
-            f"{_DEAR} without --draft).",
+            help="Never run a row alone, so that speculation cannot change a rounding (default: unless the precision "
+            f"is {_EXPENSIVE} without a --draft).",
             show_default=False,
         ),
     ] = None,
-    self_draft: Annotated[str, typer.Option(help="auto, none, or layers=0-9,20 or layers=every=2.")] = "auto",
+    self_draft: Annotated[
+        str, typer.Option(help="Let these layers draft: auto, none, layers=0-9,20 or layers=every=2.")
+    ] = "auto",
     draft: Annotated[
         list[str] | None,
-        typer.Option(help="A model that drafts for it: DSpark, DFlash, EAGLE-3, or a small causal LM. Repeatable."),
+        typer.Option(help="Add a model that drafts: DSpark, DFlash, EAGLE-3, or a small causal LM. Repeatable."),
     ] = None,
     draft_vocab: Annotated[
-        Path | None, typer.Option(help="Ids that a block draft may draft: an .npy or a JSON list (default: all).")
+        Path | None,
+        typer.Option(help="Let a block draft use these ids only: an .npy file or a JSON list (default: all)."),
     ] = None,
     markov_topk: Annotated[
-        int | None, typer.Option(help="Correct only so many candidates per slot by the Markov head (default: all).")
+        int | None, typer.Option(help="Correct this many candidates per slot by the Markov head (default: all).")
     ] = None,
-    allow_own_embeddings: Annotated[
-        bool, typer.Option("--allow-own-embeddings", help="Use a draft's embeddings that differ from the target's.")
-    ] = False,
+    allow_own_embeddings: OwnEmbeddings = False,
     backend: Annotated[
-        BackendName | None, typer.Option(help="Compile engines too, with default ranges; see `compile`.")
+        Flavour | None, typer.Option(help="Compile engines too, with default ranges; see `compile`.")
     ] = None,
     plugins: Annotated[
-        PluginsName, typer.Option(help="--backend: how verification runs in engines; see `compile`.")
-    ] = PluginsName.AUTO,
+        PluginsOption, typer.Option(help="With --backend: choose how engines verify; see `compile`.")
+    ] = "auto",
     threads: Annotated[
-        int | None, typer.Option(help="Threads for measuring (default: OMP_NUM_THREADS or all cores).")
+        int | None, typer.Option(help="Measure with this many threads (default: OMP_NUM_THREADS or all cores).")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle in --out.")] = False,
-    allow_unsafe_checkpoint: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unsafe-checkpoint", help="Run code that comes with the checkpoint. Only if you trust it."
-        ),
-    ] = False,
-    allow_untested_architecture: Annotated[
-        bool,
-        typer.Option("--allow-untested-architecture", help="Try an architecture no parity test covers."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    progress: Annotated[ProgressName, typer.Option(help="Progress on stderr.")] = ProgressName.AUTO,
+    allow_unsafe_checkpoint: UnsafeCheckpoint = False,
+    allow_untested_architecture: UntestedArchitecture = False,
+    as_json: AsJson = False,
+    progress: Progress = "auto",
 ) -> None:
     """Turn MODEL into a bundle: ONNX graphs, tokenizer, measured costs and a manifest."""
     from dspark_export.build.options import BuildOptions
     from dspark_export.build.pipeline import build as run
     from dspark_export.checkpoints.trust import Trust
 
+    if out is None:
+        out = default_out(model)
+        typer.echo(f"the bundle goes to {out}; --out names another folder", err=True)
     options = BuildOptions(
         model=model,
         out=out,
@@ -137,8 +138,8 @@ def build(
         overwrite=overwrite,
         trust=Trust.opened() if allow_unsafe_checkpoint else Trust.closed(),
         allow_untested=allow_untested_architecture,
-        backend=None if backend is None else backend.value,
-        plugins=plugins.value,
+        backend=backend,
+        plugins=plugins,
         activations=activations,
     )
     with terminable(), _shown(progress) as on_stage:
@@ -158,50 +159,35 @@ def _quiet_exporter() -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM unwinds a command like Ctrl-C does, so that nothing is left behind.
-
-    SystemExit, because it is no Exception: whatever library is interrupted would take that for a failure of its own.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def default_out(model: str) -> Path:
+    """``NAME.dspark`` in the current folder, where NAME is the last part of a hub id or a path, without ``.gguf``."""
+    path = Path(model)
+    name = path.stem if path.suffix.lower() == ".gguf" else path.name or path.resolve().name
+    return Path(f"{name}.dspark")
 
 
 @contextmanager
-def _shown(progress: ProgressName) -> Iterator[Callable[[Stage], None]]:
-    if progress is ProgressName.JSON:
-        yield lambda stage: print(json.dumps({"stage": stage}), file=sys.stderr, flush=True)
+def _shown(progress: ProgressForm) -> Iterator[Callable[[Stage], None]]:
+    """A line with the time for every stage, or a line of JSON."""
+    if progress == "json":
+        yield lambda stage: write_step(stage=stage)
         return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    hidden = progress is ProgressName.OFF or not console.is_terminal
-    with Progress(
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=hidden,
-    ) as bars:
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+    with bars(*columns, form=progress) as shown:
         running: list[TaskID] = []
 
-        def on_stage(stage: Stage) -> None:
+        def finish() -> None:
             for task in running:
-                bars.update(task, total=1, completed=1)
-            running[:] = [bars.add_task(DESCRIPTIONS[stage], total=None)]
+                shown.update(task, total=1, completed=1)
+
+        def on_stage(stage: Stage) -> None:
+            finish()
+            running[:] = [shown.add_task(DESCRIPTIONS[stage], total=None)]
 
         yield on_stage
-        for task in running:
-            bars.update(task, total=1, completed=1)
+        finish()
 
 
 def _print_summary(result: BuildResult) -> None:

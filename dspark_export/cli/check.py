@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dspark_export.cli.arguments import Model, OwnEmbeddings, Revision, UnsafeCheckpoint, UntestedArchitecture
+
 if TYPE_CHECKING:
     from dspark_export.drafts.pair_check import PairReport
 
@@ -14,26 +16,16 @@ _MARKS = {"ok": "ok", "warning": "warning", "error": "ERROR"}
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="Hub id, checkpoint folder or .gguf file.", show_default=False)],
+    model: Model,
     draft: Annotated[str, typer.Argument(help="Hub id or folder of the draft.", show_default=False)],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    draft_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub draft.")] = None,
+    revision: Revision = None,
+    draft_revision: Annotated[str | None, typer.Option(help="Take this branch, tag or commit of a hub draft.")] = None,
     drafts: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per round that will be asked for (default: what the draft can).")
+        int | None, typer.Option(min=1, help="Check for this many tokens per round (default: what the draft can).")
     ] = None,
-    allow_own_embeddings: Annotated[
-        bool, typer.Option("--allow-own-embeddings", help="Use a draft's embeddings that differ from the target's.")
-    ] = False,
-    allow_unsafe_checkpoint: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unsafe-checkpoint", help="Run code that comes with the checkpoint. Only if you trust it."
-        ),
-    ] = False,
-    allow_untested_architecture: Annotated[
-        bool,
-        typer.Option("--allow-untested-architecture", help="Try an architecture no parity test covers."),
-    ] = False,
+    allow_own_embeddings: OwnEmbeddings = False,
+    allow_unsafe_checkpoint: UnsafeCheckpoint = False,
+    allow_untested_architecture: UntestedArchitecture = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
 ) -> None:
     """Check that DRAFT can draft for MODEL: tokenizer, vocabulary, taps, mask token, positions, stored embeddings.

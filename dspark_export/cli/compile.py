@@ -5,69 +5,55 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dspark_export.cli.arguments import AsJson
+from dspark_export.cli.progress import bars
+from dspark_export.engines.options import PluginsOption
+from dspark_runtime.bundle.engine_names import Flavour, HardwareCompatibility
+
 if TYPE_CHECKING:
     from dspark_runtime.bundle.engine_entry import EngineEntry
 
 
-class BackendName(StrEnum):
-    """Values of ``--backend``."""
-
-    TENSORRT_RTX = "tensorrt-rtx"
-    TENSORRT = "tensorrt"
-
-
-class PluginsName(StrEnum):
-    """Values of ``--plugins``."""
-
-    AUTO = "auto"
-    LIBRARY = "library"
-    AOT = "aot"
-    NONE = "none"
-
-
-class CompatibilityName(StrEnum):
-    """Values of ``--hardware-compatible``."""
-
-    NONE = "none"
-    AMPERE_PLUS = "ampere-plus"
-    SAME = "same-compute-capability"
-
-
 def compile_(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle in fp16 or bf16.", show_default=False)],
-    backend: Annotated[BackendName, typer.Option(help="Which compiler.")] = BackendName.TENSORRT_RTX,
+    backend: Annotated[Flavour, typer.Option(help="Choose the compiler.")] = "tensorrt-rtx",
     graph: Annotated[
-        list[str] | None, typer.Option(help="A graph to compile (default: all that can be). Repeatable.")
+        list[str] | None, typer.Option(help="Compile this graph (default: all that can be). Repeatable.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Most sequences of a pass (default: 1).")] = None,
+    batch: Annotated[int | None, typer.Option(help="Allow this many sequences per pass (default: 1).")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Cache slots of a sequence (default: the model's positions, at most 4096).")
+        int | None,
+        typer.Option(help="Allow this many cache slots per sequence (default: the model's positions, at most 4096)."),
     ] = None,
-    verify_rows: Annotated[int | None, typer.Option(help="Most rows of a decode or verify pass (default: 32).")] = None,
-    chunk: Annotated[int | None, typer.Option(help="Most tokens of a prefill pass (default: 512).")] = None,
+    verify_rows: Annotated[
+        int | None, typer.Option(help="Allow this many rows per decode or verify pass (default: 32).")
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="Allow this many tokens per prefill pass (default: 512).")] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(help="tensorrt-rtx: compile for this one, such as 8.6 (default: all from 8.0). Repeatable."),
     ] = None,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="tensorrt: later versions may run the engine.")
+        bool, typer.Option("--version-compatible", help="tensorrt: let later versions run the engine.")
     ] = False,
     hardware_compatible: Annotated[
-        CompatibilityName, typer.Option(help="tensorrt: other GPUs may run the engine.")
-    ] = CompatibilityName.NONE,
-    refittable: Annotated[bool, typer.Option("--refittable", help="Weights can be replaced later.")] = False,
+        HardwareCompatibility, typer.Option(help="tensorrt: let other GPUs run the engine.")
+    ] = "none",
+    refittable: Annotated[
+        bool, typer.Option("--refittable", help="Make weights replaceable in the compiled plan.")
+    ] = False,
     strip_weights: Annotated[bool, typer.Option("--strip-weights", help="Leave the weights out of the plan.")] = False,
     plugins: Annotated[
-        PluginsName, typer.Option(help="How verification runs: in the plugin library, in the plan (aot), or neither.")
-    ] = PluginsName.AUTO,
-    timing_cache: Annotated[Path | None, typer.Option(help="tensorrt: file to read and extend.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+        PluginsOption,
+        typer.Option(help="Verify with the plugin library, with kernels in the plan (aot), or with neither."),
+    ] = "auto",
+    timing_cache: Annotated[Path | None, typer.Option(help="tensorrt: read and extend this timing cache.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compile the graphs of BUNDLE to TensorRT engines and add them to it. tensorrt-rtx needs no GPU for that."""
     from dspark_export.engines.compile import compile_bundle
@@ -76,16 +62,16 @@ def compile_(
 
     positions = BundleFiles.open(bundle, verify=False).manifest.model.max_positions
     options = CompileOptions(
-        flavour=backend.value,
+        flavour=backend,
         ranges=Ranges.fitting(positions, batch, max_length, verify_rows, chunk),
         graphs=tuple(graph) if graph else None,
         compute_capabilities=tuple(compute_capability or ()),
         version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible.value,
+        hardware_compatible=hardware_compatible,
         refittable=refittable,
         strip_weights=strip_weights,
         timing_cache=timing_cache,
-        plugins=plugins.value,
+        plugins=plugins,
     )
     with shown_progress() as on_progress:
         result = compile_bundle(bundle, options, on_progress)
@@ -111,17 +97,14 @@ def describe(engine: EngineEntry) -> str:
 @contextmanager
 def shown_progress() -> Iterator[Callable[[str, str, int, int], None]]:
     """A bar on stderr for the outermost phase of the graph being compiled; nothing where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with bars(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as shown:
         tasks: dict[str, TaskID] = {}
 
         def on_progress(graph: str, phase: str, step: int, steps: int) -> None:
             if graph not in tasks:
-                tasks[graph] = bars.add_task(graph, total=None)
-            bars.update(tasks[graph], description=f"{graph}: {phase}", total=steps or None, completed=step)
+                tasks[graph] = shown.add_task(graph, total=None)
+            shown.update(tasks[graph], description=f"{graph}: {phase}", total=steps or None, completed=step)
 
         yield on_progress

@@ -8,25 +8,26 @@ from typing import Annotated
 
 import typer
 
+from dspark_export.cli.arguments import BundleFolder, ConfidenceThreshold, DraftSampling, Seed, Temperature, Threads
 from dspark_runtime.errors import UsageError
 
 
 def draft_trace(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)],
-    prompt_ids: Annotated[Path, typer.Option(help="Token ids of the prompt: a JSON list, or numbers apart by blanks.")],
-    out: Annotated[Path, typer.Option(help="The .npz to write.")],
-    drafter: Annotated[str | None, typer.Option(help="Its name (default: the bundle's first trained drafter).")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds to trace.")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    draft_sampling: Annotated[
-        str, typer.Option(help="With a temperature, draft coupled, greedy, or by rejection.")
-    ] = "coupled",
-    confidence_threshold: Annotated[
-        float, typer.Option(help="Drop drafts from the first one of lower confidence; 0 keeps all.")
-    ] = 0.0,
-    draft_branches: Annotated[int, typer.Option(help="Candidates per slot, 1 for a chain.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="Threads (default: OMP_NUM_THREADS or all cores).")] = None,
+    bundle: BundleFolder,
+    prompt_ids: Annotated[
+        Path, typer.Option(help="Read the prompt's token ids: a JSON list, or whitespace-separated integers.")
+    ],
+    out: Annotated[Path, typer.Option(help="Write this .npz file.")],
+    drafter: Annotated[
+        str | None, typer.Option(help="Trace this drafter (default: the bundle's first trained drafter).")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Trace this many rounds.")] = 1,
+    temperature: Temperature = 0.0,
+    draft_sampling: DraftSampling = "coupled",
+    confidence_threshold: ConfidenceThreshold = 0.0,
+    draft_branches: Annotated[int, typer.Option(help="Draft this many candidates per slot; 1 is a chain.")] = 1,
+    seed: Seed = 0,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print names and shapes as JSON.")] = False,
 ) -> None:
     """Write every intermediate of the first rounds of a trained drafter of BUNDLE, by name, to an .npz file.

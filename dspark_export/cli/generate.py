@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dspark_export.cli.arguments import (
+    BundleFolder,
+    ConfidenceThreshold,
+    DraftSampling,
+    Exact,
+    Seed,
+    Temperature,
+    Threads,
+)
 from dspark_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,66 +27,56 @@ if TYPE_CHECKING:
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)],
+    bundle: BundleFolder,
     prompt: Annotated[
         str | None,
         typer.Argument(help="Prompt; without one: standard input, or a chat on a terminal.", show_default=False),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="One prompt per line, or JSON lines with `turns` or `prompt`.")
+        Path | None,
+        typer.Option("--file", "-f", help="Read a prompt per line, or JSON lines with `turns` or `prompt`."),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens to generate (default: 256, or what fits).")
+        int | None, typer.Option(help="Generate at most this many tokens (default: 256, or whatever fits).")
     ] = None,
     speculate: Annotated[
-        str,
-        typer.Option(help="auto, off, or drafters of the bundle joined with +, like ngram+self-draft."),
+        str, typer.Option(help="Draft with auto, off, or drafters of the bundle joined with +, like ngram+self-draft.")
     ] = "auto",
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Keep tokens of at least this share of the likeliest one's.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
-    draft_sampling: Annotated[
-        str, typer.Option(help="With a temperature, trained drafters draft coupled, greedy, or by rejection.")
-    ] = "coupled",
-    confidence_threshold: Annotated[
-        float, typer.Option(help="Drop drafts from the first one of lower confidence; 0 keeps all.")
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens of this total probability.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Keep tokens of at least this share of the most likely token's probability.")
     ] = 0.0,
-    draft_length: Annotated[int | None, typer.Option(help="Verify so many drafts in every round; none adapts.")] = None,
+    seed: Seed = 0,
+    draft_sampling: DraftSampling = "coupled",
+    confidence_threshold: ConfidenceThreshold = 0.0,
+    draft_length: Annotated[
+        int | None, typer.Option(help="Draft exactly this many tokens per round (default: adaptive).")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string. Repeatable.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message put before the conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="Put a system message before the conversation.")] = None,
     prompt_ids: Annotated[
-        Path | None, typer.Option(help="Token ids instead of text: a JSON list, or numbers apart by blanks.")
+        Path | None, typer.Option(help="Read token ids instead of text: a JSON list, or whitespace-separated integers.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads (default: OMP_NUM_THREADS or all cores).")] = None,
-    exact: Annotated[
-        bool | None,
-        typer.Option("--exact/--no-exact", help="Speculative text equals plain text (default: the bundle's setting)."),
-    ] = None,
+    threads: Threads = None,
+    exact: Exact = None,
     backend: Annotated[
-        str, typer.Option(help="onnxruntime (the CPU), onnxruntime-cuda, tensorrt or tensorrt-rtx; see `compile`.")
+        str,
+        typer.Option(help="Run on onnxruntime (the CPU), onnxruntime-cuda, tensorrt or tensorrt-rtx; see `compile`."),
     ] = "onnxruntime",
-    device: Annotated[int, typer.Option(help="Number of the GPU, for a --backend that runs on one.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Prompts of a file that run together.")] = 1,
+    device: Annotated[int, typer.Option(help="Use this GPU, with a --backend that runs on one.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Run this many prompts of a file together.")] = 1,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics on stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:
     """Generate text from BUNDLE. The text goes to stdout, everything else to stderr."""
     from dspark_runtime import Bundle
 
-    if sum(given is not None for given in (prompt, file, prompt_ids)) > 1:
-        raise UsageError("more than one of a prompt, --file and --prompt-ids was given; give one of them")
-    if prompt_ids is not None and system is not None:
-        raise UsageError("--system needs the chat template; token ids are taken as they are")
-    if raw and system is not None:
-        raise UsageError("--system needs the chat template; leave out --raw, or put the text into the prompt")
-    chatting = prompt is None and file is None and prompt_ids is None and sys.stdin.isatty()
-    if chatting and (raw or as_json):
-        raise UsageError("--raw and --json need a prompt: give one as an argument, with --file, or on standard input")
-    given_ids = None if prompt_ids is None else read_ids(prompt_ids)
-    prompts = [str(prompt_ids)] if given_ids else [] if chatting else _prompts(prompt, file)
+    source = _Source(prompt, file, prompt_ids)
+    source.check(system, raw, as_json)
+    given_ids, prompts = source.ids(), source.prompts()
     opened = Bundle.open(bundle, threads=threads, exact=exact, backend=backend, device=device)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -91,7 +91,7 @@ def generate(
         "confidence_threshold": confidence_threshold,
         "draft_length": draft_length,
     }
-    if chatting:
+    if source.chatting:
         from dspark_export.cli.chat import Chat
 
         Chat(opened, system, options, stats).run()
@@ -107,6 +107,42 @@ def generate(
         part = encoded[start : start + batch_size]
         for offset, generation in enumerate(opened.generate(part, batch_size=batch_size, **options)):
             _print(generation, prompts[start + offset], stats, as_json)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where prompts come from: an argument, a file, a file of token ids, else standard input."""
+
+    prompt: str | None
+    file: Path | None
+    prompt_ids: Path | None
+
+    def check(self, system: str | None, raw: bool, as_json: bool) -> None:
+        """UsageError where two sources are given, or options that do not go together with the one."""
+        if sum(given is not None for given in (self.prompt, self.file, self.prompt_ids)) > 1:
+            raise UsageError("more than one of a prompt, --file and --prompt-ids was given; give one of them")
+        if self.prompt_ids is not None and system is not None:
+            raise UsageError("--system needs the chat template; token ids are taken as they are")
+        if raw and system is not None:
+            raise UsageError("--system needs the chat template; leave out --raw, or put the text into the prompt")
+        if self.chatting and (raw or as_json):
+            raise UsageError(
+                "--raw and --json need a prompt: give one as an argument, with --file, or on standard input"
+            )
+
+    @property
+    def chatting(self) -> bool:
+        """Whether a person types on a terminal."""
+        return self.prompt is None and self.file is None and self.prompt_ids is None and sys.stdin.isatty()
+
+    def ids(self) -> list[int] | None:
+        return None if self.prompt_ids is None else read_ids(self.prompt_ids)
+
+    def prompts(self) -> list[str]:
+        """Every prompt as text; of token ids the name of their file."""
+        if self.prompt_ids is not None:
+            return [str(self.prompt_ids)]
+        return [] if self.chatting else _prompts(self.prompt, self.file)
 
 
 def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
@@ -125,7 +161,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
 
 
 def read_ids(path: Path) -> list[int]:
-    """Token ids of a file: a JSON list, or numbers apart by white space. Raises UsageError for anything else."""
+    """Token ids of a file: a JSON list, or whitespace-separated integers. Raises UsageError for anything else."""
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -135,7 +171,9 @@ def read_ids(path: Path) -> list[int]:
     except ValueError:
         ids = None
     if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise UsageError(f"{path} holds no token ids; write a JSON list like [1, 42, 7], or numbers apart by blanks")
+        raise UsageError(
+            f"{path} holds no token ids; write a JSON list like [1, 42, 7], or whitespace-separated integers"
+        )
     return ids
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from dspark_export.cli.arguments import BundleFolder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)],
+    bundle: BundleFolder,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     verify: Annotated[bool, typer.Option(help="Check the SHA-256 of every file.")] = True,
     operators: Annotated[bool, typer.Option("--operators", help="Count the operators of every graph.")] = False,

@@ -3,6 +3,7 @@
 | exit code | meaning |
 |---|---|
 | 0 | done |
+| 1 | a deliberate error of no particular kind |
 | 2 | the request is wrong: options, prompt, sampling parameters |
 | 3 | the checkpoint is missing, damaged or inconsistent |
 | 4 | the checkpoint would run its own code, and that was not allowed |
@@ -95,6 +96,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 2 wrong request, 3 to 5 checkpoint, 6 export, 7 bundle, 8 backend, 9 draft, 10 failed "
+    "check, 70 bug, 130 interrupted, 143 terminated.",
 )
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from dspark_export.cli.build import ProgressName, terminable
+from dspark_export.cli.arguments import AsJson, Model, Progress, Revision, Seed, UnsafeCheckpoint
+from dspark_export.cli.progress import ProgressForm, bars, terminable, write_step
+from dspark_export.train.options import Arithmetic, Markov, Optimizer
 from dspark_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,97 +27,75 @@ _DESCRIPTIONS = {
 }
 
 
-class MarkovName(StrEnum):
-    """Values of ``--markov``."""
-
-    NONE = "none"
-    VANILLA = "vanilla"
-    GATED = "gated"
-    RNN = "rnn"
-
-
-class OptimizerName(StrEnum):
-    """Values of ``--optimizer``."""
-
-    MUON = "muon"
-    ADAMW = "adamw"
-
-
-class DtypeName(StrEnum):
-    """Values of ``--dtype``."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
 def train_drafter(
-    model: Annotated[str, typer.Argument(help="Hub id, folder with config.json, or .gguf file.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new drafter.", show_default=False)],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the drafter into this folder.", show_default=False)],
     work: Annotated[
-        Path | None, typer.Option(help="Folder of what is kept between runs (default: OUT with `.work` behind).")
+        Path | None,
+        typer.Option(help="Keep what later runs need in this folder (default: OUT with `.work` appended)."),
     ] = None,
     prompts: Annotated[
-        list[Path] | None, typer.Option(help="Prompts to answer: lines, or JSON lines. Repeatable.")
+        list[Path] | None, typer.Option(help="Answer these prompts: lines, or JSON lines. Repeatable.")
     ] = None,
-    synthesise: Annotated[int, typer.Option(help="Prompts the model writes itself.")] = 0,
+    synthesise: Annotated[int, typer.Option(help="Let the model write this many prompts itself.")] = 0,
     responses: Annotated[
-        list[Path] | None, typer.Option(help="Token ids of prompts and responses, instead of answering. Repeatable.")
+        list[Path] | None,
+        typer.Option(help="Train on token ids of prompts and responses instead of answering prompts. Repeatable."),
     ] = None,
-    count: Annotated[int, typer.Option(help="Responses to make.")] = 2000,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 256,
-    temperatures: Annotated[str, typer.Option(help="Temperatures that prompts are answered at, in turns.")] = "0,0.7",
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
-    batch: Annotated[int, typer.Option(help="Responses in a pass.")] = 16,
-    accumulate: Annotated[int, typer.Option(help="Passes of a step.")] = 1,
-    anchors: Annotated[int, typer.Option(help="Blocks in a response.")] = 32,
-    max_length: Annotated[int, typer.Option(help="Tokens of prompt and response that are used.")] = 512,
+    count: Annotated[int, typer.Option(help="Make this many responses.")] = 2000,
+    max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens per response.")] = 256,
+    temperatures: Annotated[str, typer.Option(help="Answer prompts at these temperatures, in turns.")] = "0,0.7",
+    steps: Annotated[int, typer.Option(help="Train for this many steps.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Put this many responses into a pass.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Run this many passes per step.")] = 1,
+    anchors: Annotated[int, typer.Option(help="Train on this many blocks of each response.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Use this many tokens of a prompt and its response.")] = 512,
     init: Annotated[
-        Path | None, typer.Option(help="Drafter for MODEL to begin with, of the same shape (default: random weights).")
+        Path | None, typer.Option(help="Start from this drafter, of the same shape (default: random weights).")
     ] = None,
     optimizer: Annotated[
-        OptimizerName, typer.Option(help="muon steps matrices with Muon and the rest with AdamW.")
-    ] = OptimizerName.MUON,
+        Optimizer, typer.Option(help="muon: step matrices with Muon and the rest with AdamW.")
+    ] = "muon",
     rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate (default: 0.005 with muon, 0.001 with adamw).")
+        float | None, typer.Option(help="Set the peak learning rate (default: 0.005 with muon, 0.001 with adamw).")
     ] = None,
-    ema: Annotated[float, typer.Option(help="Share the average of weights keeps at every step; 0 for none.")] = 0.998,
-    layers: Annotated[int, typer.Option(help="Decoder layers of the drafter.")] = 1,
-    block: Annotated[int, typer.Option(help="Tokens drafted at once.")] = 5,
-    taps: Annotated[str | None, typer.Option(help="Target layers it reads: 1,8,14 (default: five, evenly).")] = None,
+    ema: Annotated[
+        float, typer.Option(help="Keep this share of the average of weights at every step; 0 for no average.")
+    ] = 0.998,
+    layers: Annotated[int, typer.Option(help="Give the drafter this many decoder layers.")] = 1,
+    block: Annotated[int, typer.Option(help="Draft this many tokens at once.")] = 5,
+    taps: Annotated[
+        str | None, typer.Option(help="Read these target layers, such as 1,8,14 (default: five, evenly spaced).")
+    ] = None,
     markov: Annotated[
-        MarkovName, typer.Option(help="Head that corrects a slot by the token before.")
-    ] = MarkovName.VANILLA,
-    rank: Annotated[int, typer.Option(help="Rank of that head.")] = 32,
+        Markov, typer.Option(help="Correct each slot by the token before it with this head.")
+    ] = "vanilla",
+    rank: Annotated[int, typer.Option(help="Set the rank of that head.")] = 32,
     intermediate: Annotated[
-        int | None, typer.Option(help="Width of the drafter's feed-forward part (default: the target's).")
+        int | None, typer.Option(help="Set the width of the feed-forward part (default: the target's).")
     ] = None,
     kv_heads: Annotated[
-        int | None, typer.Option(help="Its key and value heads (default: as many as query heads).")
+        int | None, typer.Option(help="Set the number of key and value heads (default: as many as query heads).")
     ] = None,
     draft_vocab: Annotated[
-        int | None, typer.Option(help="Draft only so many of the most frequent tokens (default: all).")
+        int | None, typer.Option(help="Draft only this many of the most frequent tokens (default: all).")
     ] = None,
-    held_out: Annotated[int, typer.Option(help="Greedy responses kept for judging and calibration.")] = 64,
-    evaluate_every: Annotated[int, typer.Option(help="Steps between evaluations; state is saved with them.")] = 200,
-    dtype: Annotated[DtypeName, typer.Option(help="Arithmetic of training; weights are float32.")] = DtypeName.FLOAT32,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch (default: all cores).")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    license_: Annotated[str | None, typer.Option("--license", help="For the model card.")] = None,
+    held_out: Annotated[int, typer.Option(help="Keep this many greedy responses for evaluation and calibration.")] = 64,
+    evaluate_every: Annotated[int, typer.Option(help="Evaluate, and save the state, every this many steps.")] = 200,
+    dtype: Annotated[Arithmetic, typer.Option(help="Compute in this type; weights stay in float32.")] = "float32",
+    device: Annotated[str, typer.Option(help="Train on cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Use this many threads in PyTorch (default: all cores).")] = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Name this licence in the model card.")] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="MODEL's name on a hub, for the card of one that lies in a folder or file.")
+        str | None, typer.Option(help="Name this hub model in the card, where MODEL is a folder or a file.")
     ] = None,
-    note: Annotated[str | None, typer.Option(help="On what it was trained with, for the model card.")] = None,
+    note: Annotated[str | None, typer.Option(help="Say in the model card what it was trained with.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the drafter in --out.")] = False,
-    allow_unsafe_checkpoint: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unsafe-checkpoint", help="Run code that comes with the checkpoint. Only if you trust it."
-        ),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    progress: Annotated[ProgressName, typer.Option(help="Progress on stderr.")] = ProgressName.AUTO,
+    allow_unsafe_checkpoint: UnsafeCheckpoint = False,
+    as_json: AsJson = False,
+    progress: Progress = "auto",
 ) -> None:
     """Train a drafter for MODEL; the same command continues a training that was interrupted."""
     from dspark_export.checkpoints.trust import Trust
@@ -132,7 +109,7 @@ def train_drafter(
         layers=layers,
         block=block,
         taps=None if taps is None else _numbers("--taps", taps, int),
-        markov=markov.value,
+        markov=markov,
         rank=rank,
         draft_vocab=draft_vocab,
         intermediate=intermediate,
@@ -145,12 +122,12 @@ def train_drafter(
         accumulate=accumulate,
         anchors=anchors,
         max_length=max_length,
-        optimizer=optimizer.value,
+        optimizer=optimizer,
         rate=rate,
         ema=ema,
         evaluate_every=evaluate_every,
         seed=seed,
-        dtype=dtype.value,
+        dtype=dtype,
     )
     generation = Plan(
         count=count,
@@ -192,35 +169,27 @@ def _numbers(option: str, text: str, kind: Callable[[str], _Number]) -> tuple[_N
 
 
 @contextmanager
-def _shown(progress: ProgressName) -> Iterator[OnProgress]:
-    if progress is ProgressName.JSON:
-
-        def written(stage: str, done: int, whole: int, remark: str) -> None:
-            line = {"stage": stage, "done": done, "of": whole, "remark": remark}
-            print(json.dumps(line), file=sys.stderr, flush=True)
-
-        yield written
+def _shown(progress: ProgressForm) -> Iterator[OnProgress]:
+    """A bar for every stage, or a line of JSON for every step."""
+    if progress == "json":
+        yield lambda stage, done, whole, remark: write_step(stage=stage, done=done, of=whole, remark=remark)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    hidden = progress is ProgressName.OFF or not console.is_terminal
-    with Progress(
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[remark]}"),
-        console=console,
-        disable=hidden,
-    ) as bars:
+    )
+    with bars(*columns, form=progress) as shown:
         tasks: dict[str, TaskID] = {}
 
         def on_progress(stage: str, done: int, whole: int, remark: str) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(_DESCRIPTIONS[stage], total=whole, remark="")
-            bars.update(tasks[stage], completed=done, total=whole, remark=remark)
+                tasks[stage] = shown.add_task(_DESCRIPTIONS[stage], total=whole, remark="")
+            shown.update(tasks[stage], completed=done, total=whole, remark=remark)
 
         yield on_progress
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dspark_export.cli.build import ProgressName
+from dspark_export.cli.arguments import AsJson, BundleFolder, Progress, Revision, Threads, UnsafeCheckpoint
+from dspark_export.cli.progress import ProgressForm, bars, write_step
+from dspark_export.validate.extent import Against, Level
 from dspark_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,72 +24,51 @@ FAILED = 10
 """Exit code of a validation with a failed check."""
 
 
-class AgainstName(StrEnum):
-    """Values of ``--against``."""
-
-    TORCH = "torch"
-    ONNXRUNTIME = "onnxruntime"
-    TENSORRT = "tensorrt"
-    TENSORRT_RTX = "tensorrt-rtx"
-
-
-class LevelName(StrEnum):
-    """Values of ``--level``."""
-
-    QUICK = "quick"
-    FULL = "full"
-
-
 def validate(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)],
+    bundle: BundleFolder,
     against: Annotated[
-        AgainstName | None,
+        Against | None,
         typer.Option(
-            help="What graphs are compared with: the model in PyTorch, their standard forms in ONNX Runtime, or "
-            "engines with ONNX Runtime (default: torch where the model can be found, else onnxruntime).",
+            help="Compare graphs with the model in PyTorch, with their standard forms in ONNX Runtime, or engines with "
+            "ONNX Runtime (default: torch where the model can be found, else onnxruntime).",
             show_default=False,
         ),
     ] = None,
-    level: Annotated[LevelName, typer.Option(help="How much is run: minutes, or as long as it takes.")] = (
-        LevelName.QUICK
-    ),
+    level: Annotated[Level, typer.Option(help="Run for minutes, or as long as it takes.")] = "quick",
     prompts: Annotated[
         list[str] | None,
-        typer.Option("--prompts", "-p", help="Shipped set or file instead of a few of each. Repeatable."),
+        typer.Option("--prompts", "-p", help="Use a shipped set or a file instead of a few of each. Repeatable."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The checkpoint the bundle was built from (default: the hub model it names).")
+        str | None, typer.Option(help="Compare with this checkpoint (default: the hub model the bundle names).")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    revision: Revision = None,
     draft: Annotated[
-        list[str] | None, typer.Option("--draft", help="Checkpoint of a drafter in the bundle. Repeatable.")
+        list[str] | None,
+        typer.Option("--draft", help="Compare a drafter of the bundle with its checkpoint. Repeatable."),
     ] = None,
     floors: Annotated[
         Path | None,
-        typer.Option(help="Report or bundle whose accepted lengths must be reached (default: those of this bundle)."),
+        typer.Option(help="Require the accepted lengths of this report or bundle (default: those of BUNDLE)."),
     ] = None,
     exact: Annotated[
-        bool | None, typer.Option("--exact/--no-exact", help="How the bundle is opened (default: its own setting).")
+        bool | None,
+        typer.Option("--exact/--no-exact", help="Open the bundle with this setting (default: its own setting)."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads (default: OMP_NUM_THREADS or all cores).")] = None,
+    threads: Threads = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the report; the bundle then stays as it is.")
+        Path | None, typer.Option("--out", "-o", help="Write the report into this folder; leave the bundle as it is.")
     ] = None,
     polygraphy_script: Annotated[
         Path | None,
         typer.Option(
-            help="Write a data loader with real inputs and a comparison script for Polygraphy into a folder, "
+            help="Write a data loader with real inputs and a comparison script for Polygraphy into this folder, "
             "and do nothing else."
         ),
     ] = None,
-    allow_unsafe_checkpoint: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unsafe-checkpoint", help="Run code that comes with the checkpoint. Only if you trust it."
-        ),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    progress: Annotated[ProgressName, typer.Option(help="Progress on stderr.")] = ProgressName.AUTO,
+    allow_unsafe_checkpoint: UnsafeCheckpoint = False,
+    as_json: AsJson = False,
+    progress: Progress = "auto",
 ) -> None:
     """Check that BUNDLE is still its model and that speculation keeps its text; exit code 10 if not.
 
@@ -109,8 +89,8 @@ def validate(
         return
     options = ValidateOptions(
         bundle=bundle,
-        against=None if against is None else against.value,
-        level=level.value,
+        against=against,
+        level=level,
         prompts=tuple(prompts or ()),
         model=model,
         revision=revision,
@@ -171,21 +151,14 @@ def _print(console: Console, report: Report) -> None:
 
 
 @contextmanager
-def _shown(progress: ProgressName) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time that is left on stderr, nothing where that is no terminal; or a JSON line per step."""
-    import sys
-
-    if progress is ProgressName.JSON:
-        yield lambda what, done, whole: print(
-            json.dumps({"stage": what, "done": done, "of": whole}), file=sys.stderr, flush=True
-        )
+def _shown(progress: ProgressForm) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time that is left, or a line of JSON for every step."""
+    if progress == "json":
+        yield lambda what, done, whole: write_step(stage=what, done=done, of=whole)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    hidden = progress is ProgressName.OFF or not console.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=hidden, transient=True) as bars:
-        task = bars.add_task("validating", total=None)
-        yield lambda what, done, whole: bars.update(task, description=what, completed=done, total=whole)
+    with bars(*columns, form=progress, transient=True) as shown:
+        task = shown.add_task("validating", total=None)
+        yield lambda what, done, whole: shown.update(task, description=what, completed=done, total=whole)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dspark_runtime.bundle.engine_entry import Flavour, HardwareCompatibility
+from dspark_runtime.bundle.engine_names import Flavour, HardwareCompatibility
 from dspark_runtime.errors import UsageError
 
 DEFAULT_LENGTH = 4096

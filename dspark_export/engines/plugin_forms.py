@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from dspark_runtime.backends.plugin_files import NAMES, NAMESPACE, VERSION, PluginForm
+from dspark_runtime.bundle.engine_names import NAMES, NAMESPACE, VERSION, PluginForm
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,7 @@ from pathlib import Path
 from dspark_export.engines.aot_plugins import compile_ptx
 from dspark_export.engines.options import CompileOptions
 from dspark_export.engines.plugin_forms import INLINED, Plugins
-from dspark_runtime.backends.plugin_files import (
-    FOLDER_VARIABLE,
-    LIBRARY,
-    PTX,
-    how_to_build,
-    plugin_file,
-    plugin_folder,
-)
+from dspark_runtime.backends.plugin_files import FOLDER_VARIABLE, LIBRARY, PTX, how_to_build, plugin_file, plugin_folder
 from dspark_runtime.backends.plugin_launches import MAX_BATCH, MAX_ROWS, MAX_VOCAB
 from dspark_runtime.errors import UsageError
 

@@ -9,6 +9,7 @@ from dspark_runtime.errors import UsageError
 
 Markov = Literal["none", "vanilla", "gated", "rnn"]
 Optimizer = Literal["muon", "adamw"]
+Arithmetic = Literal["float32", "bfloat16"]
 TREE = 15
 """Drafts of the trees that a finished drafter is judged by, beside its chain."""
 _RATES: dict[Optimizer, float] = {"muon": 5e-3, "adamw": 1e-3}
@@ -88,7 +89,7 @@ class TrainOptions:
     target_top: int = 64
     chunk: int = 2048
     seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Arithmetic = "float32"
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -109,8 +110,8 @@ class TrainOptions:
                 raise UsageError(f"--{name} {value}: give a number from 0 to {high_f:g}")
         if self.optimizer not in get_args(Optimizer):
             raise UsageError(f"--optimizer {self.optimizer} is unknown; choose {', '.join(get_args(Optimizer))}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UsageError(f"--dtype {self.dtype} is unknown; choose float32 or bfloat16")
+        if self.dtype not in get_args(Arithmetic):
+            raise UsageError(f"--dtype {self.dtype} is unknown; choose {' or '.join(get_args(Arithmetic))}")
 
     @property
     def peak_rate(self) -> float:

@@ -20,7 +20,8 @@ from dspark_runtime.backends.protocol import AnyArray
 from dspark_runtime.backends.tensorrt_check import checked_plan, require_device, require_version
 from dspark_runtime.backends.tensorrt_device import installed_version, this_device
 from dspark_runtime.bundle.contract import INPUT_IDS, WRITE_INDICES
-from dspark_runtime.bundle.engine_entry import EngineEntry, Flavour
+from dspark_runtime.bundle.engine_entry import EngineEntry
+from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.errors import UsageError
 

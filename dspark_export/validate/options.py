@@ -1,33 +1,13 @@
-"""What a validation is asked to do, and how much of it a level is."""
+"""What a validation is asked to do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from dspark_export.checkpoints.trust import Trust
-
-Against = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx"]
-Level = Literal["quick", "full"]
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much a level does. ``tokens``: of a teacher-forced text; ``new``: generated per prompt."""
-
-    prompts: int
-    texts: int
-    tokens: int
-    new: int
-    batch: int
-
-
-EXTENTS: dict[Level, Extent] = {
-    "quick": Extent(prompts=1, texts=2, tokens=64, new=32, batch=0),
-    "full": Extent(prompts=4, texts=3, tokens=160, new=96, batch=4),
-}
+from dspark_export.validate.extent import Against, Level
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from dspark_export.validate import acceptance, draft_acceptance, lossless, sampl
 from dspark_export.validate import drafts as trained
 from dspark_export.validate.checks import Check, Report
 from dspark_export.validate.engines import check_engines, engines_of
+from dspark_export.validate.extent import EXTENTS
 from dspark_export.validate.numerics import GraphCheck, check_quantization
-from dspark_export.validate.options import EXTENTS, ValidateOptions
+from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.quantized import put_into
 from dspark_export.validate.robustness import check_robustness
 from dspark_runtime import Bundle, Generation

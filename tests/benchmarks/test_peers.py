@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.peers import llama_cpp_peer, own
-from benchmarks.peers.__main__ import load_all
+from benchmarks.peers.__main__ import load_all, measuring
 from benchmarks.peers.measure import geometric_mean, measure, own_results, ratios, shared_prefix
 from benchmarks.peers.models import SharedModel
 from benchmarks.peers.protocol import Candidate, Missing, Peer, Stopwatch, Timed
@@ -51,6 +51,18 @@ def test_the_stopwatch_notes_the_first_delivery() -> None:
     result = watch.result()
     assert result.tokens == (7, 8, 9) and result.first == 2
     assert 0 < result.prefill <= result.seconds and watch.count == 3
+
+
+def test_progress_is_lines_on_stderr_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    load_all([Candidate(name, lambda: FakePeer("a", 10.0, [])) for name in ("one", "two")])
+    with measuring(60) as step:
+        for _ in range(60):
+            step()
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert lines[:2] == ["loading 1 of 2: one", "loading 2 of 2: two"]
+    assert len(lines) == 22 and lines[-1] == "measured 60 of 60 runs"
 
 
 def test_peers_take_turns_and_another_begins_each_time() -> None:

@@ -6,16 +6,23 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import chdir
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from typer.testing import CliRunner
 
 from dspark_export.cli import main
+from dspark_export.cli.build import default_out
 from dspark_export.cli.main import app
+from dspark_export.engines.options import PluginsOption
+from dspark_export.train.options import Arithmetic, Markov, Optimizer
+from dspark_export.validate.extent import Against, Level
+from dspark_runtime.bundle.engine_names import Flavour, HardwareCompatibility
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import Manifest
+from dspark_runtime.bundle.precisions import Activations, Weights
 from dspark_runtime.errors import DsparkError, IncompatibleBundle
 from tests.checkpoints.checkpoint_samples import edit_config, write_checkpoint
 from tests.runtime.bundle.test_bundle import flipped
@@ -26,13 +33,15 @@ from tests.runtime.bundle.test_bundle import write_bundle as write_fake_bundle
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     write_checkpoint(folder / "model")
-    arguments = ["build", str(folder / "model"), "--out", str(folder / "bundle"), "--self-draft", "layers=0"]
-    result = CliRunner().invoke(app, [*arguments, "--precision", "int8", "--threads", "1", "--progress", "json"])
+    arguments = ["build", str(folder / "model"), "--self-draft", "layers=0"]
+    with chdir(folder):
+        result = CliRunner().invoke(app, [*arguments, "--precision", "int8", "--threads", "1", "--progress", "json"])
     assert result.exit_code == 0, result.output
-    assert f"built {folder / 'bundle'}" in result.stdout
+    assert "the bundle goes to model.dspark; --out" in result.stderr
+    assert f"built {folder / 'model.dspark'}" in result.stdout
     stages = [json.loads(line)["stage"] for line in result.stderr.splitlines() if line.startswith("{")]
     assert stages[0] == "check" and stages[-1] == "commit"
-    return folder / "bundle"
+    return folder / "model.dspark"
 
 
 def test_a_built_bundle_opens_and_tells_what_it_is(built: Path) -> None:
@@ -116,9 +125,51 @@ def test_errors_are_one_line_on_stderr_with_their_code(tmp_path: Path) -> None:
 
 
 def test_wrong_options_are_usage_errors() -> None:
-    assert run("build", "x", "--out", "y", "--precision", "int3").exit_code == 2
-    assert run("build", "x").exit_code == 2
+    assert run("build").exit_code == 2
     assert run("nonsense").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "known"),
+    [
+        ("build x", "--precision", get_args(Weights)),
+        ("build x", "--activations", get_args(Activations)),
+        ("build x", "--backend", get_args(Flavour)),
+        ("build x", "--plugins", get_args(PluginsOption)),
+        ("build x", "--progress", ("auto", "json", "off")),
+        ("compile x", "--backend", get_args(Flavour)),
+        ("compile x", "--plugins", get_args(PluginsOption)),
+        ("compile x", "--hardware-compatible", get_args(HardwareCompatibility)),
+        ("train-drafter x --out y", "--markov", get_args(Markov)),
+        ("train-drafter x --out y", "--optimizer", get_args(Optimizer)),
+        ("train-drafter x --out y", "--dtype", get_args(Arithmetic)),
+        ("validate x", "--against", get_args(Against)),
+        ("validate x", "--level", get_args(Level)),
+    ],
+)
+def test_a_wrong_word_is_refused_with_those_there_are(command: str, option: str, known: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*command.split(), option, "nothing"], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert all(f"'{word}'" in result.stderr for word in known)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen3-0.6B.dspark"),
+        ("gpt2", "gpt2.dspark"),
+        ("models/Tiny.Q4_1.gguf", "Tiny.Q4_1.dspark"),
+        ("./models/tiny/", "tiny.dspark"),
+    ],
+)
+def test_a_bundle_has_the_name_of_its_model(model: str, name: str) -> None:
+    assert default_out(model) == Path(name)
+
+
+def test_a_bundle_of_this_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_out(".") == Path(f"{tmp_path.name}.dspark")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -156,7 +207,8 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from dspark_export.cli.main import app\n"
         "try: app(['--help'])\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'numpy', 'pydantic'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -27,10 +27,11 @@ from dspark_export.engines.plugins import LIMITS, find_plugins, require_limits
 from dspark_export.engines.prepare import prepare
 from dspark_export.graphs.verify import build_verify_chain_model, build_verify_model
 from dspark_runtime import errors
-from dspark_runtime.backends import plugin_files as names
+from dspark_runtime.backends import plugin_files
 from dspark_runtime.backends.tensorrt_check import DeviceFacts, require_plugins
 from dspark_runtime.backends.tensorrt_plan import LoadedPlan
 from dspark_runtime.backends.tensorrt_plugins import load_plugins
+from dspark_runtime.bundle import engine_names as names
 from dspark_runtime.bundle.engine_entry import EngineEntry
 from dspark_runtime.bundle.files import BundleFiles
 from tests.engines.graphs import OPTIONS, Saved, save
@@ -44,7 +45,7 @@ ADA = DeviceFacts("8.9", "NVIDIA L4", 13000)
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder where compiled plugins are looked for; there is no nvcc."""
-    monkeypatch.setenv(names.FOLDER_VARIABLE, str(tmp_path / "plugins"))
+    monkeypatch.setenv(plugin_files.FOLDER_VARIABLE, str(tmp_path / "plugins"))
     monkeypatch.setattr(found_here.shutil, "which", lambda name: None)
     (tmp_path / "plugins").mkdir()
     return tmp_path / "plugins"
@@ -66,7 +67,7 @@ def test_names_versions_and_limits_are_those_of_the_sources() -> None:
         (found,) = re.findall(rf"constexpr \w+ {constant} = ([^;]+);", headers)
         assert eval(found) == LIMITS[dim]
     cmake = (SOURCES / "CMakeLists.txt").read_text(encoding="utf-8")
-    assert names.FATBIN in cmake and names.PTX in cmake and "dspark_plugins SHARED" in cmake
+    assert plugin_files.FATBIN in cmake and plugin_files.PTX in cmake and "dspark_plugins SHARED" in cmake
 
 
 @pytest.mark.parametrize("model", [build_verify_model, build_verify_chain_model])
@@ -150,10 +151,10 @@ def test_inlined_it_does_not_sort_a_large_vocabulary(verify: Saved) -> None:
 def test_auto_takes_the_library_then_the_kernels_then_nothing(folder: Path) -> None:
     options = CompileOptions(flavour="tensorrt")
     assert find_plugins(options) is None
-    (folder / names.PTX).write_text("// ptx", encoding="utf-8")
+    (folder / plugin_files.PTX).write_text("// ptx", encoding="utf-8")
     assert find_plugins(options) == Plugins("aot", ptx="// ptx")
-    (folder / names.LIBRARY).write_bytes(b"")
-    assert find_plugins(options) == Plugins("library", folder / names.LIBRARY)
+    (folder / plugin_files.LIBRARY).write_bytes(b"")
+    assert find_plugins(options) == Plugins("library", folder / plugin_files.LIBRARY)
     assert find_plugins(CompileOptions(flavour="tensorrt", plugins="none")) == INLINED
     assert find_plugins(CompileOptions(flavour="tensorrt-rtx")) is None
 
@@ -176,7 +177,7 @@ def test_unknown_forms_and_sizes_are_refused() -> None:
 
 def test_a_library_tensorrt_cannot_load_is_named(compiled: Path, tmp_path: Path, folder: Path) -> None:
     bundle = Path(shutil.copytree(compiled, tmp_path / "bundle"))
-    (folder / names.LIBRARY).write_bytes(b"no library")
+    (folder / plugin_files.LIBRARY).write_bytes(b"no library")
     options = CompileOptions(ranges=OPTIONS.ranges, graphs=("verify",), plugins="library")
     with pytest.raises(errors.EngineBuildError, match=r"graph verify cannot get its plugins: .*cannot be loaded"):
         compile_bundle(bundle, options)
@@ -204,7 +205,7 @@ def trt_of(registry: Registry) -> SimpleNamespace:
 
 
 def test_the_library_is_loaded_once_and_its_version_counts(tmp_path: Path) -> None:
-    library = tmp_path / names.LIBRARY
+    library = tmp_path / plugin_files.LIBRARY
     registry = Registry({"VerifyTree": "1"})
     for _ in range(2):
         load_plugins(trt_of(registry), library, {"VerifyTree": "1"})

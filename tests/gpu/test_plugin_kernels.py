@@ -40,7 +40,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self.cuda, self.kernels = CudaBindings(), PluginKernels()
-        self.stream, self.done = self.cuda.stream(), self.cuda.event()
+        self.stream, self.done = self.cuda.stream("kernels"), self.cuda.event()
         self._lent: list[tuple[int, Array]] = []
 
     def tensors(self, arrays: Mapping[str, Array]) -> dict[str, DeviceTensor]:

@@ -1,22 +1,9 @@
-"""The project's TensorRT plugins as manifest and runtime name them; docs/plugins.md has their contract."""
+"""Where the compiled plugins are, and how to get them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
-
-PluginForm = Literal["none", "library", "aot"]
-"""How an engine computes a node of the domain ``dspark``: its ONNX function inlined, a plugin of the library, or a
-kernel embedded in the plan."""
-
-PluginName = Literal["VerifyTree", "VerifyChain", "DraftBlock", "CompactCache"]
-
-NAMESPACE = "dspark"
-VERSION = "1"
-"""Version of every plugin, DSPARK_PLUGIN_VERSION of plugins/include/dspark/version.h: inputs, outputs and meaning."""
-
-NAMES: tuple[PluginName, ...] = get_args(PluginName)
 
 LIBRARY, FATBIN, PTX = "libdspark_plugins.so", "dspark.fatbin", "dspark_walk.ptx"
 FOLDER_VARIABLE = "DSPARK_PLUGINS"

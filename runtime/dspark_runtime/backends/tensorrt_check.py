@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dspark_runtime.backends.plugin_files import LIBRARY, VERSION, how_to_build
+from dspark_runtime.backends.plugin_files import LIBRARY, how_to_build
 from dspark_runtime.bundle.engine_entry import EngineEntry
+from dspark_runtime.bundle.engine_names import VERSION
 from dspark_runtime.bundle.files import BundleFiles, check_regular_file
 from dspark_runtime.bundle.manifest import FileEntry, Manifest
 from dspark_runtime.errors import (

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from dspark_runtime.backends.tensorrt_check import DeviceFacts
-from dspark_runtime.bundle.engine_entry import Flavour
+from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.errors import BackendError
 
 MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

@@ -18,7 +18,8 @@ from dspark_runtime.backends.tensorrt_check import (
 )
 from dspark_runtime.backends.tensorrt_device import MODULES, installed_version, this_device
 from dspark_runtime.backends.tensorrt_plugins import load_plugins
-from dspark_runtime.bundle.engine_entry import EngineEntry, Flavour
+from dspark_runtime.bundle.engine_entry import EngineEntry
+from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.errors import BackendError, EngineRefused, IncompatibleBundle
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dspark_runtime.backends.plugin_files import LIBRARY, NAMESPACE, how_to_build
+from dspark_runtime.backends.plugin_files import LIBRARY, how_to_build
+from dspark_runtime.bundle.engine_names import NAMESPACE
 from dspark_runtime.errors import EnginePluginMismatch, EngineRefused
 
 

@@ -6,11 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from dspark_runtime.backends.plugin_files import PluginForm
+from dspark_runtime.bundle.engine_names import Flavour, HardwareCompatibility, PluginForm
 from dspark_runtime.bundle.records import RECORD, Count, GraphName, Positive, RelativePath, Sha256
-
-Flavour = Literal["tensorrt", "tensorrt-rtx"]
-HardwareCompatibility = Literal["none", "ampere-plus", "same-compute-capability"]
 
 
 class _Record(BaseModel):
