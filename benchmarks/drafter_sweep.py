@@ -129,8 +129,8 @@ def accepted_lengths(
     return evaluate(cut, held_out, torch.float32).accepted_length, tree_lengths(cut, held_out, torch.float32, DRAFTS)
 
 
-def main() -> int:
-    """Returns the exit code."""
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("model")
@@ -142,7 +142,12 @@ def main() -> int:
     parser.add_argument("--responses", type=Path, help="default: WORK/responses.jsonl")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Returns the exit code."""
+    arguments = parsed()
     torch.set_num_threads(arguments.threads)
     costs = Bundle.open(arguments.bundle).manifest.costs
     if costs is None:

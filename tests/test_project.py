@@ -6,6 +6,7 @@ import re
 import subprocess
 import tarfile
 import tomllib
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ VERSION: str = RUNTIME["version"]  # of both distributions
 DEPENDENCIES: list[str] = SETTINGS["tool"]["hatch"]["metadata"]["hooks"]["custom"]["dependencies"]
 # Folders of one machine that must not get into the project. Written in pieces, so that this file passes its own test.
 MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:" + "|".join(("tmp", "work", "root", "home")) + r")/\w")
-LONGEST_MODULE = 400
+LONG_MODULE = 500  # lines; the limits of functions, which matter more, are ruff's
 
 
 @cache
@@ -81,10 +82,14 @@ def test_no_path_of_one_machine() -> None:
     assert not found
 
 
-def test_modules_stay_small_and_named_for_their_job() -> None:
-    modules = {name: len(text.splitlines()) for name, text in texts(".py").items()}
-    assert not {name: lines for name, lines in modules.items() if lines > LONGEST_MODULE}
-    assert not [name for name in modules if Path(name).stem in ("utils", "util", "helpers", "misc", "common")]
+def test_modules_are_named_for_their_job() -> None:
+    assert not [name for name in texts(".py") if Path(name).stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+def test_long_modules_are_named() -> None:
+    for name, text in texts(".py").items():
+        if (lines := len(text.splitlines())) > LONG_MODULE:
+            warnings.warn(f"{name} has {lines} lines: has it more than one job?", stacklevel=1)
 
 
 def test_nothing_built_or_downloaded_is_tracked() -> None:
