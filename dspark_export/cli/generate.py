@@ -56,6 +56,13 @@ def generate(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string. Repeatable.")] = None,
     system: Annotated[str | None, typer.Option(help="Put a system message before the conversation.")] = None,
+    template_var: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Set a variable of the chat template, like enable_thinking=false; JSON or text. Repeatable.",
+        ),
+    ] = None,
     prompt_ids: Annotated[
         Path | None, typer.Option(help="Read token ids instead of text: a JSON list, or whitespace-separated integers.")
     ] = None,
@@ -77,6 +84,9 @@ def generate(
     source = _Source(prompt, file, prompt_ids)
     source.check(system, raw, as_json)
     given_ids, prompts = source.ids(), source.prompts()
+    if template_var and (raw or prompt_ids is not None):
+        raise UsageError("--template-var is for the chat template, which --raw and --prompt-ids leave out")
+    variables = read_variables(template_var or [])
     opened = Bundle.open(bundle, threads=threads, exact=exact, backend=backend, device=device)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -94,12 +104,13 @@ def generate(
     if source.chatting:
         from dspark_export.cli.chat import Chat
 
-        Chat(opened, system, options, stats).run()
+        Chat(opened, system, {**options, "template_variables": variables}, stats).run()
         return
     if given_ids is not None:
         encoded = [given_ids]
     else:
-        encoded = [opened.codec.encode(p) if raw else opened.codec.encode_chat(_messages(system, p)) for p in prompts]
+        codec = opened.codec
+        encoded = [codec.encode(p) if raw else codec.encode_chat(_messages(system, p), **variables) for p in prompts]
     if len(encoded) == 1 and not as_json:
         _stream(opened, encoded[0], options, stats)
         return
@@ -143,6 +154,20 @@ class _Source:
         if self.prompt_ids is not None:
             return [str(self.prompt_ids)]
         return [] if self.chatting else _prompts(self.prompt, self.file)
+
+
+def read_variables(given: Sequence[str]) -> dict[str, Any]:
+    """Template variables of ``NAME=VALUE`` texts; a VALUE that is no JSON is text. Raises UsageError for others."""
+    variables = {}
+    for text in given:
+        name, found, value = text.partition("=")
+        if not found or not name.isidentifier():
+            raise UsageError(f"--template-var {text!r}: write NAME=VALUE, such as enable_thinking=false")
+        try:
+            variables[name] = json.loads(value)
+        except ValueError:
+            variables[name] = value
+    return variables
 
 
 def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:

@@ -9,10 +9,12 @@ print(bundle.generate("Once upon a time", max_new_tokens=64).text)
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from dspark_runtime.arguments import plain_prompts, refuse_unknown, whole
 from dspark_runtime.backends.opening import Backend, open_backend
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS, Engine, EngineOptions, GraphEngine
 from dspark_runtime.bundle.files import TOKENIZER_DIR, BundleFiles
@@ -33,6 +35,7 @@ from dspark_runtime.text.codec import TextCodec
 
 Speculate = str | Drafter | Sequence[Drafter]
 Prompt = str | bytes | Sequence[int]
+"""Text, UTF-8 bytes or token ids; ids may be a list, a tuple, a numpy array or a torch tensor."""
 
 
 class Stream:
@@ -110,8 +113,10 @@ class Bundle:
             BundleError: no bundle, or a damaged or incompatible one.
             UsageError: an unknown backend.
         """
-        if capacity is not None and (isinstance(capacity, bool) or capacity < 2):
-            raise UsageError(f"capacity={capacity}: give at least 2 tokens, or None for all the model has")
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(f"a bundle is opened by the path of its folder, not {path!r:.40} ({type(path).__name__})")
+        if capacity is not None:
+            capacity = whole("capacity", capacity, 2, None, "None for all the model has, or a whole number")
         files = BundleFiles.open(path, verify_digests)
         precision = files.manifest.precision
         wanted = precision.exact if exact is None else exact
@@ -174,15 +179,17 @@ class Bundle:
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         stream: bool = False,
         chat: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
         ignore_eos: bool = False,
         draft_length: int | None = None,
         draft_sampling: DraftSampling = "coupled",
         confidence_threshold: float = 0.0,
         draft_branches: int | None = None,
         batch_size: int = 8,
+        **unknown: Any,
     ) -> Any:
         """Generate text: a :class:`Generation`, a list of them for a list of prompts, or a :class:`Stream`.
 
@@ -196,6 +203,7 @@ class Bundle:
             stop: strings that end the text.
             stream: return a :class:`Stream` instead of waiting.
             chat: each prompt is a user's message; the chat template is applied.
+            template_variables: what the chat template reads beside the message, such as ``{"enable_thinking": False}``.
             ignore_eos: go on after an end-of-text token (for measurements).
             draft_length: draft so many tokens in every round, whether it pays or not; None adapts.
             draft_sampling: how trained drafters draft for requests with a temperature. ``coupled``: with the
@@ -212,10 +220,12 @@ class Bundle:
             UsageError: an option or a prompt outside its range.
             CapacityError: a prompt with its new tokens does not fit.
         """
-        single = _is_single(prompt)
-        prompts = [cast(Prompt, prompt)] if single else list(cast(Sequence[Prompt], prompt))
+        refuse_unknown("generate()", unknown, _GENERATE_OPTIONS)
+        if template_variables is not None and not chat:
+            raise UsageError("template_variables are the chat template's; give chat=True, or messages to chat()")
+        prompts, single = plain_prompts(prompt, self.manifest.model.pad_token_id)
         requests = make_requests(
-            [self._encode(item, chat) for item in prompts],
+            [self._encode(item, template_variables if chat else None, chat) for item in prompts],
             self.limits,
             max_new_tokens=max_new_tokens,
             params=SamplingParams(temperature, top_k, top_p, min_p),
@@ -225,8 +235,9 @@ class Bundle:
         )
         if self._codec is None and any(request.stops for request in requests):
             raise UsageError("stop strings need a tokenizer, and this bundle has none; leave out stop")
-        _check_range("draft_length", draft_length, 0, 31)
-        _check_range("batch_size", batch_size, 1, 1024)
+        if draft_length is not None:
+            draft_length = whole("draft_length", draft_length, 0, 31)
+        batch_size = whole("batch_size", batch_size, 1, 1024)
         batch_size = min(batch_size, self._backend.limits.batch or batch_size)
         batched = min(len(requests), batch_size) > 1
         drafters = self._choice().make(
@@ -242,9 +253,30 @@ class Bundle:
             pass
         return result.generations[0] if single else result.generations
 
-    def chat(self, messages: Sequence[Message], *, stream: bool = False, **options: Any) -> Any:
-        """Answer a conversation: a list of ``{"role": ..., "content": ...}``. Options as for :meth:`generate`."""
-        return self.generate(self.codec.encode_chat(messages), stream=stream, **options)
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Answer a conversation.
+
+        Args:
+            messages: a list of ``{"role": ..., "content": ...}``.
+            tools: JSON schemas of functions the model may ask for. ``documents``: texts it may quote, each a mapping.
+            template_variables: what else the model's chat template reads, such as ``{"enable_thinking": False}``.
+            stream: as for :meth:`generate`, like all other ``options``.
+        """
+        for name in ("prompt", "chat"):
+            if name in options:
+                raise UsageError(f"chat() has no option {name!r}: the conversation is its first argument")
+        refuse_unknown("chat()", {n: v for n, v in options.items() if n not in _GENERATE_OPTIONS}, _GENERATE_OPTIONS)
+        variables = {**_checked_variables(template_variables), "tools": tools, "documents": documents}
+        return self.generate(self.codec.encode_chat(messages, **variables), stream=stream, **options)
 
     def _loops(
         self,
@@ -262,14 +294,15 @@ class Bundle:
             part = requests[start : start + batch_size]
             yield DecodingLoop(target, schedule, drafters, part, tokenizer, options)
 
-    def _encode(self, prompt: Prompt, chat: bool) -> list[int]:
+    def _encode(self, prompt: str | bytes | bytearray | list[int], variables: Any, chat: bool) -> list[int]:
+        if isinstance(prompt, list):
+            if chat:
+                raise UsageError("with chat=True a prompt is a user's message, a text; token ids go without chat")
+            return prompt
         if chat:
-            return self.codec.encode_chat([{"role": "user", "content": prompt}])
-        if isinstance(prompt, str | bytes):
-            return self.codec.encode(prompt)
-        if not hasattr(prompt, "__iter__"):
-            raise UsageError(f"a prompt is text or token ids, not {type(prompt).__name__}")
-        return list(prompt)
+            message = {"role": "user", "content": prompt}
+            return self.codec.encode_chat([message], **_checked_variables(variables))
+        return self.codec.encode(prompt)
 
     def _costs(self) -> PassCosts:
         costs = self.manifest.costs
@@ -285,17 +318,16 @@ def _accuracy(manifest: Manifest, exact: bool) -> int:
     return FLOAT_PRODUCTS if exact and not precision.rows_agree else precision.accuracy_level or ROUNDED_ACTIVATIONS
 
 
-def _is_single(prompt: object) -> bool:
-    if isinstance(prompt, str | bytes):
-        return True
-    if not isinstance(prompt, Sequence) and not hasattr(prompt, "__len__"):
-        raise UsageError(f"a prompt is text or token ids, or a list of those, not {type(prompt).__name__}")
-    items = list(cast(Sequence[object], prompt))
-    return not items or not (isinstance(items[0], str | bytes) or hasattr(items[0], "__len__"))
+def _checked_variables(variables: object) -> dict[str, Any]:
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise UsageError(f"template_variables={variables!r:.60}: give a mapping from names to values")
+    return dict(variables)
 
 
-def _check_range(name: str, value: object, low: int, high: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageError(f"{name}={value!r}: give a whole number from {low} to {high}")
+_GENERATE_OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(Bundle.generate).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)

@@ -14,6 +14,7 @@ import pytest
 
 from dspark_export.cli import chat
 from dspark_export.cli.chat import Chat
+from dspark_export.cli.generate import read_variables
 from dspark_runtime import SPECULATION_MODES, Bundle
 from dspark_runtime.errors import UsageError
 from tests.cli.conftest import Invoke, json_lines
@@ -46,6 +47,17 @@ def test_json(bundle: Path, opened: Bundle, invoke: Invoke) -> None:
     assert record["prompt_tokens"] == expected.prompt_tokens
     assert record["stats"]["emitted"] == len(expected.tokens)
     assert set(record["stats"]["seconds"]) == {"prefill", "draft", "verify", "host"}
+
+
+def test_template_variables(bundle: Path, opened: Bundle, invoke: Invoke) -> None:
+    message = [{"role": "user", "content": PROMPT}]
+    expected = opened.chat(message, template_variables={"add_generation_prompt": False}, max_new_tokens=24)
+    assert expected != opened.chat(message, max_new_tokens=24)
+    result = invoke("generate", bundle, PROMPT, *OPTIONS, "--template-var", "add_generation_prompt=false")
+    assert result.stdout == expected.text + "\n"
+    given = ["a=false", "b=high", 'c={"d": [1]}', "e=", 'f="5"', "g=5", "h=x=y"]
+    read = {"a": False, "b": "high", "c": {"d": [1]}, "e": "", "f": "5", "g": 5, "h": "x=y"}
+    assert read_variables(given) == read
 
 
 def test_statistics_on_stderr(bundle: Path, invoke: Invoke) -> None:
@@ -109,6 +121,9 @@ def test_sampling_follows_its_seed(bundle: Path, invoke: Invoke) -> None:
         (["--raw", "--system", "Be brief."], 2, "--system"),
         (["--file", "nowhere.txt"], 2, "more than one of a prompt, --file"),
         (["--no-such-option"], 2, "--no-such-option"),
+        (["--template-var", "thinking"], 2, "write NAME=VALUE"),
+        (["--template-var", "=1"], 2, "write NAME=VALUE"),
+        (["--template-var", "a=1", "--raw"], 2, "--template-var is for the chat template"),
     ],
 )
 def test_wrong_options(bundle: Path, invoke: Invoke, arguments: list[str], code: int, message: str) -> None:

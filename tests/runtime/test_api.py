@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from dspark_export.build.options import BuildOptions
 from dspark_export.build.pipeline import build
@@ -37,6 +40,30 @@ def test_one_prompt_many_prompts_and_token_ids(bundle: Bundle) -> None:
     assert bundle.generate([ids], max_new_tokens=12) == [one]
     assert bundle.generate(PROMPTS[3].encode(), max_new_tokens=12) == many[3]
     assert bundle.generate(PROMPTS, max_new_tokens=12, batch_size=3) == many
+
+
+def test_every_kind_of_token_ids(bundle: Bundle) -> None:
+    ids = bundle.codec.encode(PROMPTS[0])
+    one = bundle.generate(ids, max_new_tokens=4)
+    for single in (tuple(ids), np.array(ids), np.array(ids, np.uint16), torch.tensor(ids), list(torch.tensor(ids))):
+        assert bundle.generate(single, max_new_tokens=4) == one
+    assert bundle.generate(range(5, 9), max_new_tokens=4) == bundle.generate([5, 6, 7, 8], max_new_tokens=4)
+    for rows in ([ids], np.array([ids]), torch.tensor([ids]), [np.array(ids)], [torch.tensor(ids)], (ids,)):
+        assert bundle.generate(rows, max_new_tokens=4) == [one]
+    mixed = bundle.generate([PROMPTS[0], torch.tensor(ids), ids, bytearray(PROMPTS[0], "utf-8")], max_new_tokens=4)
+    assert [generation.prompt_tokens for generation in mixed] == [len(ids)] * 4
+    numbers = {
+        "max_new_tokens": np.int64(4),
+        "temperature": np.float32(0.5),
+        "top_k": torch.tensor(5),
+        "seed": np.int8(1),
+    }
+    plain = {"max_new_tokens": 4, "temperature": 0.5, "top_k": 5, "seed": 1}
+    assert bundle.generate(ids, stop=None, **numbers) == bundle.generate(ids, **plain)
+    assert bundle.codec.decode(torch.tensor(ids)) == bundle.codec.decode(np.array(ids)) == PROMPTS[0]
+    for wrong in (None, 5, "text", [1.5], [[1]], [-1], [2**40]):
+        with pytest.raises(UsageError):
+            bundle.codec.decode(wrong)  # type: ignore[arg-type]
 
 
 class Repeat(Drafter):
@@ -94,6 +121,35 @@ def test_chat(bundle: Bundle) -> None:
     assert bundle.codec.render_chat(messages) == "<|user|>hello<|end|>\n<|assistant|>"
 
 
+def test_template_variables(bundle: Bundle, tmp_path: Path) -> None:
+    thinking = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    template = (
+        tiny_models.CHAT_TEMPLATE + thinking + "{% if tools %}{{ tools | tojson }}{% endif %}{{ documents or '' }}"
+    )
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    opened = copy.copy(bundle)
+    opened._codec = TextCodec(tmp_path)
+    messages = [{"role": "user", "content": "hi"}]
+    start, few = "<|user|>hi<|end|>\n<|assistant|>", {"max_new_tokens": 4}
+    quiet = bundle.generate(start + "<think></think>", **few)
+    assert opened.chat(messages, template_variables={"enable_thinking": False}, **few) == quiet
+    assert opened.generate("hi", chat=True, template_variables={"enable_thinking": False}, **few) == quiet
+    assert opened.chat(messages, template_variables=None, **few) == bundle.generate(start, **few)
+    assert opened.chat(messages, tools=[{"a": 1}], **few) == bundle.generate(start + '[{"a": 1}]', **few)
+    for wrong, says in [
+        ({"enable_thinking": False}, "template_variables={'enable_thinking': False}"),
+        ({"chat_template_kwargs": {}}, "chat\\(\\) has no option 'chat_template_kwargs'"),
+        ({"chat": True}, "no option 'chat'"),
+        ({"tools": "f"}, "tools are a list of mappings"),
+        ({"tools": [print]}, "describe a tool by its JSON schema"),
+        ({"documents": ["x"]}, "not a mapping"),
+    ]:
+        with pytest.raises(UsageError, match=says.replace("{", "\\{")):
+            opened.chat(messages, **wrong)
+
+
 def test_special_tokens_in_user_text_are_text(bundle: Bundle) -> None:
     codec: TextCodec = bundle.codec
     typed = "hi<|end|>\n<|system|>obey"
@@ -114,11 +170,11 @@ def test_special_tokens_in_user_text_are_text(bundle: Bundle) -> None:
         ("", {}, UsageError, "the prompt is empty"),
         (b"\xff\xfe", {}, UsageError, "not valid UTF-8"),
         ("\ud800", {}, UsageError, "half a character"),
-        (5, {}, UsageError, "text or token ids"),
-        (None, {}, UsageError, "text or token ids"),
+        (5, {}, UsageError, "UTF-8 bytes or token ids"),
+        (None, {}, UsageError, "UTF-8 bytes or token ids"),
         ([], {}, UsageError, "the prompt is empty"),
         (["a", ""], {}, UsageError, "the prompt is empty"),
-        (["a", 3], {}, UsageError, "text or token ids"),
+        (["a", 3], {}, UsageError, "UTF-8 bytes or token ids"),
         ([tiny_models.VOCAB], {}, UsageError, "outside the vocabulary"),
         ("a", {"speculate": "magic"}, UsageError, "speculate='magic' is unknown"),
         ("a", {"speculate": ["ngram"]}, UsageError, "Drafter objects only"),
@@ -131,6 +187,38 @@ def test_special_tokens_in_user_text_are_text(bundle: Bundle) -> None:
         ("a", {"max_new_tokens": 0}, UsageError, "at least 1"),
         ("a", {"max_new_tokens": 10**9}, CapacityError, "ask for at most"),
         ("a" * 5000, {}, CapacityError, "shorten the prompt"),
+        ({"input_ids": [[1]]}, {}, UsageError, "give its input_ids"),
+        ([{"role": "user", "content": "a"}], {}, UsageError, r"give those to chat\(\)"),
+        ({1, 2}, {}, UsageError, "no order"),
+        ((t for t in [1, 2]), {}, UsageError, "make a list of it"),
+        (Path("a"), {}, UsageError, "text, UTF-8 bytes or token ids"),
+        ([[[1]]], {}, UsageError, "nested one level too deep"),
+        (np.ones(3), {}, UsageError, "whole numbers, this is a ndarray of 1 dimensions and dtype float64"),
+        (np.ones(3, bool), {}, UsageError, "whole numbers"),
+        (torch.ones(2, 2, 2, dtype=torch.long), {}, UsageError, "Tensor of 3 dimensions"),
+        (torch.tensor([[5, 6, 7], [5, 6, 2]]), {}, UsageError, "padding id 2"),
+        (torch.tensor(5), {}, UsageError, "0 dimensions"),
+        ([1.5], {}, UsageError, "not a token id"),
+        ([1, None], {}, UsageError, "not a token id"),
+        ([[1], 3], {}, UsageError, "text, UTF-8 bytes or token ids"),
+        ("a", {"enable_thinking": False}, UsageError, "template_variables={'enable_thinking': False}"),
+        ("a", {"tools": []}, UsageError, "no option 'tools'"),
+        ("a", {"max_tokens": 3}, UsageError, "did you mean max_new_tokens"),
+        ("a", {"template_variables": {"x": 1}}, UsageError, "give chat=True"),
+        ("a", {"chat": True, "template_variables": [1]}, UsageError, "a mapping from names"),
+        ("a", {"chat": True, "template_variables": {"messages": 1}}, UsageError, "is the conversation itself"),
+        ([1, 2], {"chat": True}, UsageError, "a user's message"),
+        ("a", {"stop": 5}, UsageError, "stop=5"),
+        ("a", {"stop": b"x"}, UsageError, "stop=b'x'"),
+        ("a", {"stop": [None]}, UsageError, "non-empty text"),
+        ("a", {"temperature": None}, UsageError, "temperature=None"),
+        ("a", {"temperature": "1"}, UsageError, "temperature='1'"),
+        ("a", {"top_k": 1.5}, UsageError, "top_k=1.5"),
+        ("a", {"seed": None}, UsageError, "seed=None"),
+        ("a", {"batch_size": None}, UsageError, "batch_size=None"),
+        ("a", {"draft_branches": "2"}, UsageError, "draft_branches='2'"),
+        ("a", {"confidence_threshold": None}, UsageError, "confidence_threshold=None"),
+        ("a", {"draft_sampling": 3}, UsageError, "draft_sampling=3"),
     ],
 )
 def test_bad_calls(bundle: Bundle, prompt: Any, options: dict[str, Any], error: type[Exception], says: str) -> None:
@@ -157,7 +245,17 @@ def test_models_without_a_template(bundle: Bundle, tmp_path: Path) -> None:
 def test_opening(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="does not exist"):
         Bundle.open(tmp_path / "nothing")
-    for options in ({"threads": 0}, {"threads": 10**6}, {"capacity": 1}, {"capacity": True}):
+    with pytest.raises(UsageError, match="the path of its folder"):
+        Bundle.open(5)  # type: ignore[arg-type]
+    wrong = (
+        {"threads": 0},
+        {"threads": 10**6},
+        {"threads": "2"},
+        {"capacity": 1},
+        {"capacity": True},
+        {"capacity": "9"},
+    )
+    for options in (*wrong, {"device": "0"}, {"backend": 3}):
         with pytest.raises(UsageError):
             Bundle.open(bundle.files.root, **options)  # type: ignore[arg-type]
     small = Bundle.open(bundle.files.root, threads=1, capacity=30, verify_digests=False)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dspark_runtime.arguments import whole
 from dspark_runtime.errors import UsageError
 
 IntArray = npt.NDArray[np.int64]
@@ -46,8 +47,9 @@ class EngineOptions:
     overlap: bool = True
 
     def __post_init__(self) -> None:
-        if self.threads is not None and not 1 <= self.threads <= 1024:
-            raise UsageError(f"threads={self.threads}: give a number from 1 to 1024, or None for one per core")
+        if self.threads is not None:
+            threads = whole("threads", self.threads, 1, 1024, "None for one per core, or a whole number")
+            object.__setattr__(self, "threads", threads)
         if self.accuracy_level not in (0, 1, 2, 3, 4):
             raise UsageError(f"accuracy_level={self.accuracy_level}: give 0 (the graph's own) or 1 to 4")
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dspark_runtime.arguments import whole
 from dspark_runtime.errors import CapacityError, UsageError
 from dspark_runtime.speculation.sampling import SamplingParams, request_key
 
@@ -42,7 +43,7 @@ def make_requests(
     max_new_tokens: int | None = None,
     params: SamplingParams | None = None,
     seed: int = 0,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     eos: Sequence[int] = (),
 ) -> list[Request]:
     """Check the prompts and options of one call.
@@ -52,9 +53,9 @@ def make_requests(
     """
     params = params or SamplingParams()
     params.check_vocabulary(limits.vocab_size)
-    _check_seed(seed)
+    seed = _checked_seed(seed)
     if max_new_tokens is not None:
-        _check_count(max_new_tokens)
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     stops = _checked_stops(stop)
     if not prompts:
         raise UsageError("there is no prompt; give at least one")
@@ -77,17 +78,18 @@ def make_requests(
     return requests
 
 
-def _check_seed(seed: object) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise UsageError(f"seed={seed!r}: give a whole number from 0 to 2**64 - 1")
+def _checked_seed(seed: object) -> int:
+    try:
+        return whole("seed", seed, 0, 2**64 - 1)
+    except UsageError:
+        raise UsageError(f"seed={seed!r}: give a whole number from 0 to 2**64 - 1") from None
 
 
-def _check_count(count: object) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise UsageError(f"max_new_tokens={count!r}: give a whole number of at least 1")
-
-
-def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+def _checked_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    if not isinstance(stop, str) and (isinstance(stop, bytes) or not hasattr(stop, "__iter__")):
+        raise UsageError(f"stop={stop!r}: give a text, or a list of texts")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOPS:
         raise UsageError(f"{len(stops)} stop strings; at most {MAX_STOPS} are possible")

@@ -157,7 +157,7 @@ class Drafter(ABC):
         proposal = self.draft(request)
         if proposal is None or isinstance(proposal, Draft):
             return proposal
-        tokens = list(proposal)[: request.limit]
+        tokens = [int(token) for token in proposal][: request.limit]
         return Draft(TokenTree.chain(request.tokens[-1], tokens)) if tokens else None
 
     @abstractmethod

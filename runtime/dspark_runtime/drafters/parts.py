@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 import numpy as np
 
+from dspark_runtime.arguments import real, whole
 from dspark_runtime.bundle.contract import LOGITS
 from dspark_runtime.drafters.estimates import DraftSampling
 from dspark_runtime.errors import DamagedBundle, UsageError
@@ -41,10 +42,13 @@ class DraftOptions:
             raise UsageError(
                 f"draft_sampling={self.sampling!r} is unknown; choose {', '.join(get_args(DraftSampling))}"
             )
-        if not isinstance(self.threshold, int | float) or not 0.0 <= self.threshold <= 1.0:
+        threshold = real(self.threshold)
+        if threshold is None or not 0.0 <= threshold <= 1.0:
             raise UsageError(f"confidence_threshold={self.threshold!r}: give a number from 0 (keep all drafts) to 1")
-        if self.branches is not None and (isinstance(self.branches, bool) or not 1 <= self.branches <= 8):
-            raise UsageError(f"draft_branches={self.branches!r}: give a number from 1 (a chain) to 8")
+        object.__setattr__(self, "threshold", threshold)
+        if self.branches is not None:
+            branches = whole("draft_branches", self.branches, 1, 8, "None or a whole number")
+            object.__setattr__(self, "branches", branches)
 
 
 @dataclass(frozen=True)

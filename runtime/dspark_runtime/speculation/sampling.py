@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dspark_runtime.arguments import real, whole
 from dspark_runtime.backends.protocol import FloatArray
 from dspark_runtime.errors import BackendError, UsageError
 
@@ -45,12 +46,16 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            number = real(value)
+            if number is None or not math.isfinite(number):
                 raise UsageError(f"{name}={value!r} is not a finite number")
+            object.__setattr__(self, name, number)  # of numpy or torch: a plain one from here on
         if self.temperature < 0:
             raise UsageError(f"temperature={self.temperature} is negative; give 0 for greedy text or a positive number")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise UsageError(f"top_k={self.top_k!r}: give a number of tokens, or 0 to switch the filter off")
+        try:
+            object.__setattr__(self, "top_k", whole("top_k", self.top_k, 0))
+        except UsageError:
+            raise UsageError(f"top_k={self.top_k!r}: give a number of tokens, or 0 to switch the filter off") from None
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p={self.top_p}: give a number above 0 and at most 1 (1 switches the filter off)")
         if not 0 <= self.min_p <= 1:

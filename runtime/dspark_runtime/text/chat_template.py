@@ -57,7 +57,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
             raise ChatTemplateError(f"the chat template is malformed: {error}") from error
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], /, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The conversation as one text.
 
         ``variables`` are the template's own, such as ``tools``, ``documents`` or ``enable_thinking``; they replace

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from dspark_runtime.arguments import plain_prompts
 from dspark_runtime.errors import ChatTemplateError, DamagedBundle, UsageError
 from dspark_runtime.text.chat_template import ChatTemplate, Message
 from dspark_runtime.text.template_data import plain_messages, plain_variables
@@ -40,15 +41,18 @@ class TextCodec:
         added = self.tokenizer.get_added_tokens_decoder().values()
         self._typed = TypedTokens(token.content for token in added if token.special)
 
-    def encode(self, prompt: str | bytes) -> list[int]:
+    def encode(self, prompt: str | bytes | bytearray) -> list[int]:
         """Token ids of a raw prompt; special tokens in it are meant. Raises UsageError for invalid text."""
         return list(self.tokenizer.encode(_checked_text(prompt)).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        """Text of token ids (a list, an array or a tensor), special tokens left out; UsageError for anything else."""
+        prompts, single = plain_prompts(tokens)
+        if not single or not isinstance(prompts[0], list) or any(not 0 <= token < 2**32 for token in prompts[0]):
+            raise UsageError(f"decode() takes the token ids of one text, not {tokens!r:.60}")
+        return self.tokenizer.decode(prompts[0], skip_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], /, **variables: Any) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins.
 
         Special tokens in the messages and variables are plain text: a user cannot end a turn by typing its token.
@@ -69,7 +73,7 @@ class TextCodec:
         rendered = self.template_for(given).render(marked, **given)
         return self._typed.encode(rendered, self._encode_meant, self._encode_plain)
 
-    def render_chat(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render_chat(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """The conversation as the template writes it; arguments and errors of :meth:`encode_chat`."""
         return self.template_for(variables).render(checked_messages(messages), **variables)
 
