@@ -30,17 +30,18 @@ import torch
 
 from dspark_export.bundle.weights import save_graphs
 from dspark_export.checkpoints import resolve
-from dspark_export.drafts.export import BEAMS, CANDIDATES
+from dspark_export.drafts.extras import stored_vocabulary
 from dspark_export.drafts.formats import recognise
 from dspark_export.drafts.formats.draft import BlockConfig, DraftCheckpoint
 from dspark_export.drafts.graphs.block import export_block_drafter, hide_inner_values
+from dspark_export.drafts.modules.beams import BEAMS, CANDIDATES
 from dspark_export.passes import optimize, ort_cpu_variants
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.train.evaluate import evaluate, tree_lengths
 from dspark_export.train.features import FeatureStore, Sample
 from dspark_export.train.module import TrainableDrafter
 from dspark_export.train.responses import ResponseFile
-from dspark_export.train.saving import load_drafter, stored_vocabulary
+from dspark_export.train.saving import load_drafter
 from dspark_export.train.targets import embedding_and_head, frequent_tokens
 from dspark_runtime import Bundle
 from dspark_runtime.backends.ort_graph import OrtGraphEngine

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from dspark_export.checkpoints.config import positions_of
 from dspark_export.passes.match import RANGES, SMOOTHED
 from dspark_export.passes.pack_projections import GROUPS
 from dspark_export.passes.smooth_norms import SmoothNorms, norms_of_products
@@ -65,7 +66,7 @@ def calibrate(model: PreTrainedModel, tokenizer: Tokenizer, graph: ir.Model) -> 
     Products whose module cannot be found by the name of their weight keep a scale for every row, and so does the head.
     """
     readers = _readers(model, graph)
-    room = min(_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS)
+    room = min(_TOKENS, positions_of(model.config) or _TOKENS)
     texts = [tokenizer.encode(item.text).ids[:room] for item in load_sets(list(SHIPPED), _PROMPTS_OF_A_SET)]
     texts = [ids for ids in texts if ids]
     if not readers or not texts:

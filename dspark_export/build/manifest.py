@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dspark_export.build.options import BuildOptions
 from dspark_export.checkpoints import Checkpoint
+from dspark_export.checkpoints.config import POSITIONS, positions_of
 from dspark_runtime.backends.protocol import ROUNDED_ACTIVATIONS
 from dspark_runtime.bundle.contract import CacheLayer, TensorSpec
 from dspark_runtime.bundle.files import GRAPH_DIR
@@ -21,7 +22,6 @@ from dspark_runtime.bundle.manifest import DrafterEntry, GraphEntry, Manifest, M
 from dspark_runtime.errors import ExportError
 
 _TOOLS = ("torch", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 
 
 class ExactnessWarning(UserWarning):
@@ -55,10 +55,10 @@ def own_version() -> str:
 def model_facts(checkpoint: Checkpoint, model: PreTrainedModel, cache: Sequence[CacheLayer]) -> ModelFacts:
     """The facts the runtime needs; raises ExportError if the config leaves the number of positions open."""
     config = model.config.get_text_config()
-    positions = next((getattr(config, name) for name in _POSITIONS if getattr(config, name, None)), None)
+    positions = positions_of(model.config)
     if positions is None:
         raise ExportError(
-            f"the config of {checkpoint.id} has none of {', '.join(_POSITIONS)}; add max_position_embeddings"
+            f"the config of {checkpoint.id} has none of {', '.join(POSITIONS)}; add max_position_embeddings"
         )
     return ModelFacts(
         architecture=type(model).__name__,

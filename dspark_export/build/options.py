@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dspark_export.checkpoints.trust import Trust
+from dspark_export.drafts.opened import DraftSettings
 from dspark_export.engines.options import PluginsOption
 from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.precisions import (
@@ -122,6 +123,18 @@ class BuildOptions:
     def chains_only(self) -> bool:
         """Whether drafts must be chains, because branches of a tree would not be exact: see docs/exactness.md."""
         return self.quantized and self.dtype == "float32" and (self.kind.integer_products or self.exact_text)
+
+    @property
+    def draft_settings(self) -> DraftSettings:
+        """What is said here about drafts."""
+        return DraftSettings(
+            dtype=self.dtype,
+            chains_only=self.chains_only,
+            vocabulary=self.draft_vocab,
+            markov_topk=self.markov_topk,
+            allow_own_embeddings=self.allow_own_embeddings,
+            trust=self.trust,
+        )
 
     @property
     def block(self) -> int | None:

@@ -17,7 +17,8 @@ from pydantic import JsonValue
 
 from dspark_export.build.options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle.writer import BundleWriter
-from dspark_export.drafts.export import DraftGraphs, export_drafts, open_drafts, taps_of, write_vocab_maps
+from dspark_export.drafts.export import export_drafts, open_drafts, taps_of, write_vocab_maps
+from dspark_export.drafts.opened import DraftGraphs
 from dspark_export.engines.options import PluginsOption
 from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.files import GRAPH_DIR, TOKENIZER_DIR, BundleFiles
@@ -83,7 +84,7 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
             find_plugins(CompileOptions(flavour=options.backend, plugins=options.plugins))
         checkpoint = resolve(options.model, options.revision, options.trust, options.allow_untested)
         layers = _requested_layers(options, checkpoint)
-        drafts = open_drafts(checkpoint, options)
+        drafts = open_drafts(checkpoint, options.drafts, options.draft_settings)
         stages.enter("load")
         import torch
 
@@ -96,7 +97,8 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         graphs = _trace(model, layers, taps_of(drafts))
         stages.enter("optimize")
         _optimize(graphs, options, _calibrated(model, checkpoint, options))
-        exported = export_drafts(drafts, model, options, lambda graph: _optimize({"": graph}, options))
+        settings = options.draft_settings
+        exported = export_drafts(drafts, model, settings, lambda graph: _optimize({"": graph}, options))
         stages.enter("save")
         facts = _facts(checkpoint, model)
         entries = _save(graphs, exported, writer.dir / GRAPH_DIR, options, layers, facts.max_positions, taps_of(drafts))

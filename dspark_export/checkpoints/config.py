@@ -27,6 +27,9 @@ MAX_DEPTH = 24
 MAX_DIM = 2**31 - 1
 MAX_LAYERS = 4096
 
+POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+"""What configs call the longest text a model was made for."""
+
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _HEADS = ("num_attention_heads", "n_head")
 _WIDTH = ("hidden_size", "n_embd")
@@ -86,6 +89,12 @@ def load_config(folder: Path, name: str, trust: Trust) -> PretrainedConfig:
         raise InvalidConfig(f"transformers refuses the {CONFIG} of {name}: {first_line(cause)}") from cause
     declared_end_ids(folder, config, name)
     return config
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Longest text a model was made for, in tokens; None if its config does not say."""
+    text = config.get_text_config()
+    return next((int(value) for name in POSITIONS if (value := getattr(text, name, None))), None)
 
 
 def _what_is_there(folder: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
+from dspark_export.checkpoints.config import positions_of
 from dspark_export.graphs.decoder import decoder_layers
 from dspark_export.tracing.geometry import probe
 from dspark_export.tracing.seams import CacheSeam, Pass, seamed
@@ -136,7 +137,7 @@ def running(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
 def _prompt_ids(tokenizer: Tokenizer, count: int, tokens: int, model: PreTrainedModel) -> torch.Tensor:
     """[count, length] ids: the built-in prompts cut to one length, so that no row needs padding."""
     encoded = [tokenizer.encode(text).ids for text in PROMPTS[:count]]
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    room = positions_of(model.config) or 1 << 30
     length = min(_LONGEST_PROMPT, room - tokens, *(len(ids) for ids in encoded))
     if length < 1:
         raise ExportError(

@@ -46,6 +46,12 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
+def embedding_scale(model: PreTrainedModel) -> float:
+    """What the model multiplies its embeddings with (Gemma), 1 for most."""
+    scale = getattr(model.get_input_embeddings(), "embed_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
 def probe(config: PretrainedConfig) -> tuple[CacheLayer, ...]:
     """The cache of every layer of the model that ``config`` describes.
 

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_export.drafts.export import BEAMS, CANDIDATES
-from dspark_export.drafts.modules.beams import BeamNodes, Beams
+from dspark_export.drafts.modules.beams import BEAMS, CANDIDATES, BeamNodes, Beams
 from dspark_export.train.features import Sample, collate
 from dspark_export.train.module import TrainableDrafter
 from dspark_runtime.drafters.beams import BeamLayout

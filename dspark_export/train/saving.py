@@ -7,19 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dspark_export.drafts.extras import CALIBRATION, VOCABULARY, stored_vocabulary
 from dspark_export.train.module import DraftGeometry, TrainableDrafter
-from dspark_runtime.errors import InvalidVocabMap, UsageError
+from dspark_runtime.errors import UsageError
 
-VOCABULARY = "draft_vocabulary.safetensors"
-"""``d2t`` (int64 offsets from draft ids to target ids) and ``t2d`` (membership) of a reduced vocabulary."""
-
-CALIBRATION = "calibration.json"
-"""``confidence_temperatures``, one per slot, and the calibration errors before and after."""
 _BIAS = "confidence_head.proj.bias"
 
 
@@ -90,37 +85,6 @@ def draft_config(g: DraftGeometry, target_layers: int) -> dict[str, Any]:
     if g.confidence:
         config["confidence_head_with_markov"] = g.markov != "none"
     return config
-
-
-def stored_vocabulary(folder: Path, vocab_size: int) -> torch.Tensor | None:
-    """int64 [draft vocab], ascending: the tokens a drafter was trained for; None if it has no map of its own.
-
-    Raises InvalidVocabMap for ids outside the vocabulary or given twice.
-    """
-    path = folder / VOCABULARY
-    if not path.is_file():
-        return None
-    offsets = load_file(path)["d2t"].to(torch.int64)
-    ids = offsets + torch.arange(len(offsets))
-    if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(torch.unique(ids)) != len(ids):
-        raise InvalidVocabMap(f"{path}: d2t leads outside the {vocab_size} tokens or to one twice; get the draft again")
-    return ids.sort().values
-
-
-def stored_temperatures(folder: Path, drafts: int) -> tuple[float, ...] | None:
-    """Temperatures of the confidences, one for each of ``drafts`` slots; None if the drafter was not calibrated."""
-    path = folder / CALIBRATION
-    if not path.is_file():
-        return None
-    try:
-        values = [float(t) for t in json.loads(path.read_text("utf-8"))["confidence_temperatures"]]
-    except (ValueError, KeyError, TypeError):
-        values = []
-    if len(values) != drafts or not all(np.isfinite(v) and v > 0 for v in values):
-        raise InvalidVocabMap(
-            f"{path} needs confidence_temperatures, {drafts} positive numbers; calibrate the draft again"
-        )
-    return tuple(values)
 
 
 def load_drafter(folder: Path, embedding: torch.Tensor, head: torch.Tensor) -> TrainableDrafter:

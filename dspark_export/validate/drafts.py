@@ -108,34 +108,16 @@ def references(
 def _modules(
     bundle: Bundle, entry: DrafterEntry, checkpoint: DraftCheckpoint, model: PreTrainedModel
 ) -> dict[str, tuple[torch.nn.Module, GraphContract]]:
-    from dspark_export.drafts.export import embedding_scale
-    from dspark_export.drafts.graphs.block import block_module
-    from dspark_export.drafts.graphs.eagle3 import eagle_modules
+    from dspark_export.drafts.export import kind_of
+    from dspark_export.drafts.opened import TargetTables
 
     kind = getattr(torch, bundle.files.graph(entry.graph_name).dtype)
     rounded = {name: tensor.to(kind).float() for name, tensor in checkpoint.tensors.items()}
-    shared: dict[str, Any] = {
-        "embedding": model.get_input_embeddings().weight.float(),
-        "head": model.get_output_embeddings().weight.float(),
-        "name": entry.name,
-        "dtype": "float32",
-        "embedding_scale": embedding_scale(model),
-    }
     checkpoint = replace(checkpoint, tensors=rounded)
-    if entry.eagle3 is not None:
-        return {contract.name: (module, contract) for module, contract in eagle_modules(checkpoint, **shared)}
-    assert entry.block is not None
-    ids = None
-    if entry.block.vocab_map is not None:
-        ids = torch.from_numpy(np.load(bundle.files.path(entry.block.vocab_map)))
-    made = block_module(
-        checkpoint,
-        candidates=entry.block.candidates,
-        beams=entry.block.beams,
-        draft_vocabulary=None if checkpoint.target_ids is not None else ids,
-        **shared,
-    )
-    return {entry.name: made}
+    path = entry.vocab_map
+    ids = None if path is None else torch.from_numpy(np.load(bundle.files.path(path)))
+    made = kind_of(checkpoint).modules(checkpoint, entry, TargetTables.of(model).float(), ids)
+    return {contract.name: (module, contract) for module, contract in made}
 
 
 @torch.inference_mode()

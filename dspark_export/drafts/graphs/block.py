@@ -1,4 +1,5 @@
-"""The graph of a block drafter (DSpark, DFlash); its contract stands in :mod:`dspark_runtime.bundle.draft_contract`."""
+"""A block drafter (DSpark, DFlash): its graph, whose contract stands in :mod:`dspark_runtime.bundle.draft_contract`,
+and its entry in the manifest."""
 
 from __future__ import annotations
 
@@ -7,13 +8,26 @@ from dataclasses import replace
 
 import onnx_ir as ir
 import torch
+from transformers import PreTrainedModel
 
+from dspark_export.checkpoints import Checkpoint
+from dspark_export.drafts.extras import read_draft_vocab, stored_temperatures, stored_vocabulary
 from dspark_export.drafts.formats.draft import BlockConfig, DraftCheckpoint
 from dspark_export.drafts.graphs.shared_tables import shared_tables
-from dspark_export.drafts.modules.beams import node_count
+from dspark_export.drafts.modules.beams import BEAMS, CANDIDATES, node_count
 from dspark_export.drafts.modules.block import BlockModule
+from dspark_export.drafts.opened import (
+    DraftGraphs,
+    DraftSettings,
+    OpenedDraft,
+    TargetTables,
+    as_array,
+    cache_of,
+    source_of,
+    vocab_map,
+)
 from dspark_export.tracing.to_onnx import trace
-from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES, CacheLayer, GraphContract, TensorSpec
+from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES, GraphContract, TensorSpec
 from dspark_runtime.bundle.draft_contract import (
     BASE_LOGITS,
     BLOCK_HIDDEN,
@@ -24,9 +38,96 @@ from dspark_runtime.bundle.draft_contract import (
     TEMPERATURE,
     block_contract,
 )
+from dspark_runtime.bundle.manifest import BlockFacts, DrafterEntry
 from dspark_runtime.errors import UsageError
 
 _SIZES = {"batch": 2, "features": 3, "kv_len": 29, "capacity": 37}
+
+
+def default_name(checkpoint: DraftCheckpoint | Checkpoint) -> str:
+    """What a drafter of this kind is called in a bundle: by whether it has heads."""
+    config = _config(checkpoint)
+    return "dspark" if config.markov != "none" or config.confidence else "dflash"
+
+
+def export(draft: OpenedDraft, target: PreTrainedModel, settings: DraftSettings) -> DraftGraphs:
+    """The graph of a block drafter, and its entry in the manifest.
+
+    Raises:
+        UsageError: a vocabulary is given and the draft has one of its own, or one of the settings does not fit it.
+        ExportError: torch cannot trace the draft.
+    """
+    checkpoint = draft.checkpoint
+    assert isinstance(checkpoint, DraftCheckpoint)
+    config = _config(checkpoint)
+    chosen = _vocabulary(checkpoint, config, settings)
+    vocab = config.draft_vocab_size if chosen is None else len(chosen)
+    beams = 0 if settings.chains_only else BEAMS  # what is not verified is not asked of the graph either
+    candidates = 1 if settings.chains_only else min(CANDIDATES, vocab, settings.markov_topk or vocab)
+    graph = export_block_drafter(
+        checkpoint,
+        name=draft.name,
+        dtype=settings.dtype,
+        candidates=candidates,
+        beams=beams,
+        draft_vocabulary=chosen,
+        markov_topk=settings.markov_topk,
+        **TargetTables.of(target)._asdict(),
+    )
+    facts = BlockFacts(
+        taps=config.taps,
+        block=config.block,
+        drafts=config.drafts,
+        mask_token_id=config.mask_token_id,
+        candidates=candidates,
+        beams=beams,
+        confidence=config.confidence,
+        vocab_map=vocab_map(draft.name, chosen),
+        confidence_temperatures=stored_temperatures(checkpoint.directory, config.drafts) if config.confidence else None,
+    )
+    entry = DrafterEntry(
+        name=draft.name,
+        kind="block",
+        graph=draft.name,
+        max_positions=config.layers.max_positions,
+        block=facts,
+        source=source_of(checkpoint),
+    )
+    return DraftGraphs({draft.name: graph}, cache_of(config.layers), entry, as_array(chosen))
+
+
+def modules(
+    checkpoint: DraftCheckpoint, entry: DrafterEntry, tables: TargetTables, target_ids: torch.Tensor | None
+) -> list[tuple[torch.nn.Module, GraphContract]]:
+    """See :class:`dspark_export.drafts.export.DraftKind`."""
+    assert entry.block is not None
+    made = block_module(
+        checkpoint,
+        name=entry.name,
+        dtype="float32",
+        candidates=entry.block.candidates,
+        beams=entry.block.beams,
+        draft_vocabulary=None if checkpoint.target_ids is not None else target_ids,
+        **tables._asdict(),
+    )
+    return [made]
+
+
+def _config(checkpoint: DraftCheckpoint | Checkpoint) -> BlockConfig:
+    assert isinstance(checkpoint.config, BlockConfig)  # which is what this file was chosen by
+    return checkpoint.config
+
+
+def _vocabulary(checkpoint: DraftCheckpoint, config: BlockConfig, settings: DraftSettings) -> torch.Tensor | None:
+    """The target's ids that may be drafted, None for all: the draft's own, or those that were asked for."""
+    own = checkpoint.target_ids
+    if settings.vocabulary is None:
+        return stored_vocabulary(checkpoint.directory, config.vocab_size) if own is None else own
+    if own is not None:
+        raise UsageError(
+            f"--draft-vocab restricts the vocabulary of a draft, but {checkpoint.id} has its own of {len(own)}"
+        )
+    return read_draft_vocab(settings.vocabulary, config.vocab_size)
 
 
 def export_block_drafter(
@@ -89,8 +190,7 @@ def block_module(
     embedding_scale: float = 1.0,
 ) -> tuple[BlockModule, GraphContract]:
     """The module that is traced, and the contract of its inputs and outputs, inner values included."""
-    config = checkpoint.config
-    assert isinstance(config, BlockConfig)
+    config = _config(checkpoint)
     kind: torch.dtype = getattr(torch, dtype)
     ids = checkpoint.target_ids if draft_vocabulary is None else draft_vocabulary
     weights = {key: tensor.to(kind) for key, tensor in checkpoint.tensors.items()}
@@ -108,13 +208,9 @@ def block_module(
         markov_topk=markov_topk,
         embedding_scale=embedding_scale,
     ).eval()
-    cache = [
-        CacheLayer(config.layers.kv_heads, config.layers.head_dim, config.layers.head_dim, window)
-        for window in config.layers.windows
-    ]
     contract = block_contract(
         name,
-        cache,
+        cache_of(config.layers),
         dtype,
         features_width=len(config.taps) * config.layers.hidden_size,
         block=config.block,

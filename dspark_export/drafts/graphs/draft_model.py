@@ -1,15 +1,50 @@
-"""The graph of an independent language model that drafts: inputs and outputs of ``target``, under its own name.
+"""An independent language model that drafts: a graph with the inputs and outputs of ``target``, under its own name, and
+its entry in the manifest.
 
-It has its own weights and cache and no ``hidden_taps``; see :mod:`dspark_export.graphs.target`.
+The graph has its own weights and cache and no ``hidden_taps``; see :mod:`dspark_export.graphs.target`.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
+import torch
 from transformers import PreTrainedModel
 
+from dspark_export.checkpoints import Checkpoint
+from dspark_export.checkpoints.config import positions_of
+from dspark_export.drafts.formats.draft import DraftCheckpoint
+from dspark_export.drafts.opened import DraftGraphs, DraftSettings, OpenedDraft, TargetTables
 from dspark_export.graphs.decoder import DecoderTrace
-from dspark_runtime.bundle.contract import decoder_contract
+from dspark_export.tracing.geometry import probe
+from dspark_runtime.bundle.contract import GraphContract, decoder_contract
+from dspark_runtime.bundle.manifest import DrafterEntry
+
+
+def default_name(checkpoint: DraftCheckpoint | Checkpoint) -> str:
+    """What a drafter of this kind is called in a bundle."""
+    return "draft-model"
+
+
+def export(draft: OpenedDraft, target: PreTrainedModel, settings: DraftSettings) -> DraftGraphs:
+    """The graph of the model, and its entry in the manifest. Raises ExportError."""
+    checkpoint = draft.checkpoint
+    assert isinstance(checkpoint, Checkpoint)
+    model = checkpoint.load_model(getattr(torch, settings.dtype))
+    entry = DrafterEntry(
+        name=draft.name,
+        kind="draft_model",
+        graph=draft.name,
+        max_positions=positions_of(model.config),
+        source=checkpoint.source(),
+    )
+    return DraftGraphs({draft.name: export_draft_model(model, name=draft.name)}, tuple(probe(model.config)), entry)
+
+
+def modules(
+    checkpoint: DraftCheckpoint, entry: DrafterEntry, tables: TargetTables, target_ids: torch.Tensor | None
+) -> list[tuple[torch.nn.Module, GraphContract]]:
+    """None: the model itself is compared."""
+    return []
 
 
 def export_draft_model(source: PreTrainedModel | DecoderTrace, *, name: str) -> ir.Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dspark_export.checkpoints.config import positions_of
 from dspark_export.drafts.formats.draft import BlockConfig, DraftCheckpoint
 from dspark_export.drafts.formats.speculators import eagle3_taps
 from dspark_export.drafts.formats.zlab import zlab_taps
@@ -99,13 +100,10 @@ def check_block(draft: DraftCheckpoint, drafts: int | None) -> list[Finding]:
 
 def check_positions(target: Checkpoint, draft: DraftCheckpoint | Checkpoint) -> list[Finding]:
     """Positions of the draft; behind its last one it drafts nothing."""
-    ours = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(draft, DraftCheckpoint):
-        theirs: Any = draft.config.layers.max_positions
-    else:
-        theirs = getattr(draft.config.get_text_config(), "max_position_embeddings", None)
+    ours = positions_of(target.config)
+    theirs = draft.config.layers.max_positions if isinstance(draft, DraftCheckpoint) else positions_of(draft.config)
     asked = "the draft should reach as far as the model"
-    if isinstance(ours, int) and isinstance(theirs, int) and theirs < ours:
+    if ours is not None and theirs is not None and theirs < ours:
         found = f"its positions end at {theirs}, the model's at {ours}; it drafts nothing behind its last one"
         return [Finding("positions", "warning", asked, found)]
     return [passed("positions", asked, f"{theirs} positions")]
