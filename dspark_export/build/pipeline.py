@@ -20,6 +20,7 @@ from dspark_export.bundle.writer import BundleWriter
 from dspark_export.drafts.export import export_drafts, open_drafts, taps_of, write_vocab_maps
 from dspark_export.drafts.opened import DraftGraphs
 from dspark_export.engines.options import PluginsOption
+from dspark_runtime.bundle.contract import VERIFY
 from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.files import GRAPH_DIR, TOKENIZER_DIR, BundleFiles
 from dspark_runtime.bundle.manifest import GraphEntry, Manifest, ModelFacts, Variant
@@ -220,7 +221,7 @@ def _save(
     for name, _, graph in forms:
         if name in caches:
             hide_inner_values(graph)
-    forms.append(("verify", "standard", build_verify_model()))
+    forms.append((VERIFY, "standard", build_verify_model()))
     save_graphs({file_stem(name, variant): model for name, variant, model in forms}, folder, DATA_FILE)
     return [
         graph_entry(
@@ -228,7 +229,7 @@ def _save(
             variant,
             model,
             folder,
-            options.dtype if variant == "standard" and name != "verify" else "float32",
+            options.dtype if variant == "standard" and name != VERIFY else "float32",
             layers if name == "self_draft" else None,
             taps=taps if name == "target" else (),
             cache=caches.get(name),

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from dspark_export.engines.failures import compiler_missing
+from dspark_runtime.bundle.contract import VERIFY_CHAIN_INPUTS, VERIFY_INPUTS, VERIFY_OUTPUTS
+from dspark_runtime.bundle.engine_names import NAMESPACE
 from dspark_runtime.errors import EngineBuildError
 
-NAMESPACE = "dspark"
 BLOCK = 512  # threads of a sequence
 ARCHITECTURE = "compute_80"  # PTX of the oldest architecture runs on all later ones
-OUTPUTS = ("path", "emitted", "accepted")
+OUTPUTS = tuple(spec.name for spec in VERIFY_OUTPUTS)
 
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _SUFFIXES = {"FLOAT": "f32", "HALF": "f16", "BF16": "bf16"}
 _ENTRY = re.compile(r"^\.visible \.entry (\w+)\(.*?^}$", re.MULTILINE | re.DOTALL)
 
@@ -60,12 +60,8 @@ class AotPlugin:
 
 
 PLUGINS = (
-    AotPlugin("VerifyTree", "dspark_walk_tree", ("logits", "tokens", "ancestors", "uniforms", *_SAMPLING)),
-    AotPlugin(
-        "VerifyChain",
-        "dspark_walk_chain",
-        ("logits", "tokens", "draft_probs", "drafted", "accept_uniforms", "draw_uniforms", *_SAMPLING),
-    ),
+    AotPlugin("VerifyTree", "dspark_walk_tree", tuple(spec.name for spec in VERIFY_INPUTS)),
+    AotPlugin("VerifyChain", "dspark_walk_chain", tuple(spec.name for spec in VERIFY_CHAIN_INPUTS)),
 )
 
 

@@ -15,8 +15,9 @@ from dspark_export.engines.inspection import inspect
 from dspark_export.engines.options import CompileOptions
 from dspark_export.engines.plugin_forms import INLINED, Plugins
 from dspark_export.engines.plugins import SORT_LIMIT, find_plugins, require_limits
-from dspark_export.engines.prepare import VERIFY, check_precision, has_cache, onnx_bytes, prepare
+from dspark_export.engines.prepare import check_precision, has_cache, onnx_bytes, prepare
 from dspark_runtime.backends.tensorrt_device import MODULES
+from dspark_runtime.bundle.contract import VERIFY
 from dspark_runtime.bundle.engine_entry import EngineBuild, EngineEntry, EngineProfile
 from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.files import ENGINE_DIR, BundleFiles

@@ -14,14 +14,12 @@ from dspark_export.passes.draw_for_all import DrawForAll
 from dspark_export.passes.equal_attention_widths import EqualAttentionWidths
 from dspark_export.passes.gather_experts import GatherExperts
 from dspark_export.passes.pin_capacity import CAPACITY, PinCapacity
+from dspark_runtime.bundle.contract import PAST, PRESENT, VERIFY
 from dspark_runtime.bundle.manifest import GraphEntry
 from dspark_runtime.bundle.precisions import BLOCKED, HALF, listed
 from dspark_runtime.errors import EngineBuildError, EnginePrecisionError
 
 PROFILES: tuple[Profile, ...] = ("decode", "prefill")
-VERIFY = "verify"
-"""The graph of verification: it has no cache, and computes in float32."""
-_PAST, _PRESENT = "past_key_values.", "present."
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,14 @@ def prepare(
     # A graph that neither chunks a prompt nor reads its features has one profile.
     if not {"tokens", "features"} & set(dims["prefill"]):
         del dims["prefill"]
-    outputs = [spec.name for spec in entry.outputs if spec.name.startswith(_PRESENT)]
+    outputs = [spec.name for spec in entry.outputs if spec.name.startswith(PRESENT)]
     return PreparedGraph(
         entry.name,
         to,
         dims,
         {profile: {i.name: _bounds(i.shape, sizes) for i in entry.inputs} for profile, sizes in dims.items()},
         tuple(node.name or "" for node in model.graph if node.op_type == "Attention"),
-        {name: _PAST + name.removeprefix(_PRESENT) for name in outputs},
+        {name: PAST + name.removeprefix(PRESENT) for name in outputs},
         {
             node.name: NodeFacts(node.op_type, tuple(value.name or "" for value in node.outputs))
             for node in model.graph.all_nodes()

@@ -29,16 +29,27 @@ Absent on purpose: state, random number generation (the caller owns the counter)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import onnx_ir as ir
 from onnxscript import script
 from onnxscript.values import Opset
 
-from dspark_runtime.bundle.contract import OPSET
+from dspark_runtime.bundle.contract import (
+    OPSET,
+    VERIFY,
+    VERIFY_CHAIN_INPUTS,
+    VERIFY_INPUTS,
+    VERIFY_OUTPUTS,
+    TensorSpec,
+)
+from dspark_runtime.bundle.engine_names import NAMESPACE
 from dspark_runtime.speculation.sampling import GREEDY_BELOW
 from dspark_runtime.speculation.verify import MIN_RESIDUAL
 
 op = Opset("", OPSET)
-dspark = Opset("dspark", 1)
+dspark = Opset(NAMESPACE, 1)
 
 
 @script(dspark, default_opset=op)
@@ -163,60 +174,32 @@ def VerifyChain(logits, tokens, draft_probs, drafted, accept_uniforms, draw_unif
     return path, emitted, accepted
 
 
-_FLOAT, _INT, _BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
-_LOGITS = ("logits", _FLOAT, ["batch", "rows", "vocab"])
-_TOKENS = ("tokens", _INT, ["batch", "rows"])
-_SAMPLING = [
-    ("temperature", _FLOAT, ["batch"]),
-    ("top_k", _INT, ["batch"]),
-    ("top_p", _FLOAT, ["batch"]),
-    ("min_p", _FLOAT, ["batch"]),
-]
-_TREE_INPUTS = [
-    _LOGITS,
-    _TOKENS,
-    ("ancestors", _BOOL, ["batch", "rows", "rows"]),
-    ("uniforms", _FLOAT, ["batch", "rows"]),
-    *_SAMPLING,
-]
-_CHAIN_INPUTS = [
-    _LOGITS,
-    _TOKENS,
-    ("draft_probs", _FLOAT, ["batch", "drafts", "vocab"]),
-    ("drafted", _INT, ["batch"]),
-    ("accept_uniforms", _FLOAT, ["batch", "drafts"]),
-    ("draw_uniforms", _FLOAT, ["batch", "rows"]),
-    *_SAMPLING,
-]
-_OUTPUTS = [("path", _INT, ["batch", "rows"]), ("emitted", _INT, ["batch", "rows"]), ("accepted", _INT, ["batch"])]
-
-
 def verify_functions() -> list[ir.Function]:
     """All functions of the domain ``dspark``, to be added to a model that calls one of them."""
     scripts = (FilterWeights, TargetWeights, InverseCdf, FollowTree, VerifyTree, VerifyChain)
     functions = [ir.from_proto(function.to_function_proto()) for function in scripts]
     for function in functions:
-        function.opset_imports["dspark"] = 1  # not found out by itself where only a branch calls another function
+        function.opset_imports[NAMESPACE] = 1  # not found out by itself where only a branch calls another function
     return functions
 
 
 def build_verify_model() -> ir.Model:
     """The ``verify`` graph: ``VerifyTree`` as a model of its own, all dimensions dynamic."""
-    return _model("verify", "VerifyTree", _TREE_INPUTS)
+    return _model(VERIFY, "VerifyTree", VERIFY_INPUTS)
 
 
 def build_verify_chain_model() -> ir.Model:
     """``VerifyChain`` as a model of its own, all dimensions dynamic; ``drafts`` is ``rows`` - 1."""
-    return _model("verify_chain", "VerifyChain", _CHAIN_INPUTS)
+    return _model("verify_chain", "VerifyChain", VERIFY_CHAIN_INPUTS)
 
 
-def _model(name: str, function: str, inputs: list[tuple[str, ir.DataType, list[str]]]) -> ir.Model:
-    ins = [_value(*entry) for entry in inputs]
-    outs = [_value(*entry) for entry in _OUTPUTS]
-    call = ir.Node("dspark", function, inputs=ins, outputs=outs, name=function)
-    graph = ir.Graph(ins, outs, nodes=[call], name=name, opset_imports={"": OPSET, "dspark": 1})
+def _model(name: str, function: str, inputs: Sequence[TensorSpec]) -> ir.Model:
+    ins, outs = [_value(spec) for spec in inputs], [_value(spec) for spec in VERIFY_OUTPUTS]
+    call = ir.Node(NAMESPACE, function, inputs=ins, outputs=outs, name=function)
+    graph = ir.Graph(ins, outs, nodes=[call], name=name, opset_imports={"": OPSET, NAMESPACE: 1})
     return ir.Model(graph, ir_version=11, functions=verify_functions(), producer_name="dspark-export")
 
 
-def _value(name: str, dtype: ir.DataType, shape: list[str]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+def _value(spec: TensorSpec) -> ir.Value:
+    dtype = ir.DataType.from_numpy(np.dtype(spec.dtype))
+    return ir.Value(name=spec.name, type=ir.TensorType(dtype), shape=ir.Shape(spec.shape))

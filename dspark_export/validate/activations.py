@@ -17,11 +17,12 @@ from dspark_runtime.bundle.contract import (
     ATTENTION_MASK,
     INPUT_IDS,
     LOGIT_ROWS,
+    PAST,
     POSITION_IDS,
+    PRESENT,
     WRITE_INDICES,
 )
 
-PAST, PRESENT = "past_key_values.", "present."
 Run = Callable[[dict[str, AnyArray]], dict[str, AnyArray]]
 _SPARE = 24  # slots behind the text, so that there is something to poison
 

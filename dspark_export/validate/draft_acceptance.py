@@ -18,7 +18,7 @@ from dspark_export.validate.references import ModelRunner
 from dspark_export.validate.tolerances import ACCEPTANCE, ACCEPTANCE_QUANTIZED, AGAINST_MODEL, largest_relative
 from dspark_runtime import Bundle
 from dspark_runtime.backends.protocol import AnyArray
-from dspark_runtime.bundle.contract import ATTENTION_MASK, LOGIT_ROWS, WRITE_INDICES
+from dspark_runtime.bundle.contract import ATTENTION_MASK, LOGIT_ROWS, PAST, WRITE_INDICES
 from dspark_runtime.bundle.draft_contract import (
     ANCHOR_IDS,
     BLOCK_POSITIONS,
@@ -35,8 +35,6 @@ from dspark_runtime.drafters.parts import DraftOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_PAST = "past_key_values."
 
 
 def check_features(
@@ -159,7 +157,7 @@ def _reference_rounds(
                 [1 if d == "batch" else at + facts.block if d == "capacity" else int(d) for d in spec.shape], np.float32
             )
             for spec in contract.inputs
-            if spec.name.startswith(_PAST)
+            if spec.name.startswith(PAST)
         }
         tokens = in_pytorch(module, contract, Call(entry.name, inputs, {}, cache))[DRAFT_TOKENS][0]
         right = 0

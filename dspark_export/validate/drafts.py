@@ -22,7 +22,7 @@ from dspark_export.validate.tolerances import (
 )
 from dspark_runtime import Bundle
 from dspark_runtime.backends.protocol import AnyArray
-from dspark_runtime.bundle.contract import GraphContract
+from dspark_runtime.bundle.contract import PAST, PRESENT, GraphContract
 from dspark_runtime.bundle.draft_contract import (
     BEAM_PARENTS,
     BEAM_PROBS,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 _AFTER_A_CHOICE = ("corrected_logits", "confidence_logits", "candidate_probs")
 _REACHES = "beam_reaches"
-_PAST, _PRESENT = "past_key_values.", "present."
 _MEANING = {
     "ctx_features": "projection and norm of the target's features",
     "ctx_keys": "keys of the context",
@@ -125,14 +124,14 @@ def in_pytorch(module: torch.nn.Module, contract: GraphContract, call: Call) -> 
     """Outputs of ``module`` for a recorded pass, caches left out."""
     inputs = []
     for spec in contract.inputs:
-        array = call.cache[spec.name] if spec.name.startswith(_PAST) else call.inputs[spec.name]
+        array = call.cache[spec.name] if spec.name.startswith(PAST) else call.inputs[spec.name]
         tensor = torch.from_numpy(np.array(array))
         inputs.append(tensor.float() if tensor.is_floating_point() else tensor)
     outputs = module(*inputs)
     return {
         spec.name: tensor.numpy()
         for spec, tensor in zip(contract.outputs, outputs, strict=False)
-        if not spec.name.startswith(_PRESENT)
+        if not spec.name.startswith(PRESENT)
     }
 
 

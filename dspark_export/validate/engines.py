@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark_export.validate.activations import PRESENT, record
+from dspark_export.validate.activations import record
 from dspark_export.validate.checks import Check
 from dspark_export.validate.numerics import cache_shapes, compare, quiet, save_inputs
 from dspark_export.validate.references import GraphRunner
@@ -19,7 +19,7 @@ from dspark_export.validate.tolerances import ENGINE, relative_rms
 from dspark_runtime.backends.protocol import AnyArray
 from dspark_runtime.backends.tensorrt_check import checked_plan, require_device, require_version
 from dspark_runtime.backends.tensorrt_device import installed_version, this_device
-from dspark_runtime.bundle.contract import INPUT_IDS, WRITE_INDICES
+from dspark_runtime.bundle.contract import INPUT_IDS, PRESENT, WRITE_INDICES
 from dspark_runtime.bundle.engine_entry import EngineEntry
 from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.files import BundleFiles

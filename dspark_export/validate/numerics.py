@@ -16,7 +16,7 @@ from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from dspark_export.build.measure import distances
-from dspark_export.validate.activations import PAST, Pass, inputs_of, record
+from dspark_export.validate.activations import Pass, inputs_of, record
 from dspark_export.validate.bisect import Culprit, first_difference
 from dspark_export.validate.checks import Check
 from dspark_export.validate.references import GraphRunner, ModelRunner
@@ -28,7 +28,7 @@ from dspark_export.validate.tolerances import (
     relative_rms,
 )
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, AnyArray
-from dspark_runtime.bundle.contract import LOGITS
+from dspark_runtime.bundle.contract import LOGITS, PAST
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import GraphEntry
 

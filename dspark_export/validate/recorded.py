@@ -19,6 +19,7 @@ from dspark_runtime.backends.protocol import (
     GraphRunner,
     StepBuffers,
 )
+from dspark_runtime.bundle.contract import past_name
 from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
 from dspark_runtime.decoding.request import make_requests
 from dspark_runtime.decoding.schedule import Schedule
@@ -26,8 +27,6 @@ from dspark_runtime.decoding.statistics import Statistics
 from dspark_runtime.drafters.choice import DrafterChoice
 from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.speculation.tree import TokenTree
-
-_PAST = "past_key_values."
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class _RecordingRunner:
 
     def run(self, inputs: Mapping[str, Features]) -> dict[str, AnyArray]:
         tensors = self._memory.tensors()  # type: ignore[attr-defined]
-        cache = {f"{_PAST}{layer}.{part}": array[self._rows].copy() for (layer, part), array in tensors.items()}
+        cache = {past_name(*key): array[self._rows].copy() for key, array in tensors.items()}
         kept = {name: np.array(value) for name, value in inputs.items()}
         found = self._runner.run(inputs)
         self._calls.append(Call(self._name, kept, found, cache))

@@ -21,9 +21,9 @@ from polygraphy.common import TensorMetadata
 from transformers import DynamicCache
 
 from dspark_export.graphs.decoder import EMBEDDING, decoder_layers
-from dspark_export.validate.activations import PRESENT, Pass
+from dspark_export.validate.activations import Pass
 from dspark_runtime.backends.protocol import AnyArray
-from dspark_runtime.bundle.contract import HIDDEN_TAPS, INPUT_IDS, LOGITS, WRITE_INDICES
+from dspark_runtime.bundle.contract import HIDDEN_TAPS, INPUT_IDS, LOGITS, PRESENT, WRITE_INDICES, present_name
 from dspark_runtime.processors import default_threads
 
 if TYPE_CHECKING:
@@ -170,5 +170,5 @@ class ModelRunner(BaseRunner):  # type: ignore[misc]
         for number, layer in enumerate(self._layers):
             kept = result.past_key_values.layers[number]
             for part, tensor in (("key", kept.keys), ("value", kept.values)):
-                found[f"{PRESENT}{layer}.{part}"] = tensor[:, :, -last:].float().numpy()
+                found[present_name(layer, part)] = tensor[:, :, -last:].float().numpy()
         return found

@@ -14,6 +14,7 @@ from dspark_export.validate.probe import Probe, branching
 from dspark_export.validate.references import session
 from dspark_runtime import Bundle
 from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.bundle.contract import VERIFY, VERIFY_INPUTS, VERIFY_OUTPUTS
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.errors import DsparkError
 from dspark_runtime.speculation.sampling import Sampler, SamplingParams, distribution
@@ -101,7 +102,7 @@ def _told(expected: tuple[list[int], list[int]], path: Sequence[int], tokens: Se
 
 
 def _verify_session(files: BundleFiles) -> ort.InferenceSession | None:
-    return session(files.path(files.graph("verify").file), 1) if files.has_graph("verify") else None
+    return session(files.path(files.graph(VERIFY).file), 1) if files.has_graph(VERIFY) else None
 
 
 def _by_graph(
@@ -115,18 +116,17 @@ def _by_graph(
     rows = len(tree)
     depths = np.array(tree.depths)
     draws = sampler.draft_uniforms(start + 1, int(depths.max()) + 1, coupled=True)
+    sampling = (params.temperature, params.top_k, params.top_p, params.min_p)
+    given = (
+        logits[None],
+        np.array([tree.tokens]),
+        np.array(tree.ancestors())[None],
+        draws[depths].reshape(1, rows),
+        *(np.array([value]) for value in sampling),
+    )
     found = running.run(
-        ["path", "emitted", "accepted"],
-        {
-            "logits": logits[None],
-            "tokens": np.array([tree.tokens], np.int64),
-            "ancestors": np.array(tree.ancestors())[None],
-            "uniforms": draws[depths].reshape(1, rows).astype(np.float32),
-            "temperature": np.array([params.temperature], np.float32),
-            "top_k": np.array([params.top_k], np.int64),
-            "top_p": np.array([params.top_p], np.float32),
-            "min_p": np.array([params.min_p], np.float32),
-        },
+        [spec.name for spec in VERIFY_OUTPUTS],
+        {spec.name: array.astype(spec.dtype) for spec, array in zip(VERIFY_INPUTS, given, strict=True)},
     )
     kept = int(found[2][0]) + 1
     return [int(row) for row in found[0][0][:kept]], [int(token) for token in found[1][0][:kept]]

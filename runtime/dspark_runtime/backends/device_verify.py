@@ -10,24 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_runtime.backends.cuda import Bytes, Cuda
-from dspark_runtime.backends.plugin_launches import DeviceTensor, Element, Launch, verify_tree, verify_workspace
+from dspark_runtime.backends.plugin_launches import DeviceTensor, Element, Launch, sized, verify_tree, verify_workspace
 from dspark_runtime.backends.protocol import TreeCheck, TreeVerdicts
+from dspark_runtime.bundle.contract import LOGITS, VERIFY_INPUTS, VERIFY_OUTPUTS
 
 _ALIGNMENT = 256
-_INPUTS: dict[str, tuple[Element, str]] = {  # type, and dims: b(atch) and r(ows)
-    "tokens": ("int64", "br"),
-    "ancestors": ("bool", "brr"),
-    "uniforms": ("float32", "br"),
-    "temperature": ("float32", "b"),
-    "top_k": ("int64", "b"),
-    "top_p": ("float32", "b"),
-    "min_p": ("float32", "b"),
-}
-_OUTPUTS: dict[str, tuple[Element, str]] = {
-    "path": ("int64", "br"),
-    "emitted": ("int64", "br"),
-    "accepted": ("int64", "b"),
-}
+_INPUTS = tuple(spec for spec in VERIFY_INPUTS if spec.name != LOGITS)  # logits are there already
 Places = dict[str, tuple[int, tuple[int, ...], Element]]
 
 
@@ -112,8 +100,7 @@ def _layout(inputs: bool, batch: int, rows: int) -> tuple[Places, int]:
     """Offset, dims and type of every input or output in its staging memory, and the bytes of all."""
     places: Places = {}
     end = 0
-    for name, (dtype, letters) in (_INPUTS if inputs else _OUTPUTS).items():
-        dims = tuple(batch if letter == "b" else rows for letter in letters)
+    for name, (dtype, dims) in sized(_INPUTS if inputs else VERIFY_OUTPUTS, batch=batch, rows=rows).items():
         places[name] = end, dims, dtype
         end += -(-int(np.prod(dims)) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
     return places, end

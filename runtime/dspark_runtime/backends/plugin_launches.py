@@ -6,13 +6,14 @@ gives the tensors. Nothing here touches a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
+from dspark_runtime.bundle.contract import LOGITS, VERIFY_CHAIN_INPUTS, VERIFY_INPUTS, VERIFY_OUTPUTS, TensorSpec
 from dspark_runtime.errors import BackendError
 
 Element = Literal["float32", "float16", "bfloat16", "int64", "bool"]
@@ -30,7 +31,6 @@ _TOKENS = 4  # rows of w2 a warp takes together
 _KINDS: tuple[Markov, ...] = ("none", "vanilla", "gated", "rnn")
 _SUFFIX = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
-_SAMPLING: dict[str, Element] = {"temperature": "float32", "top_k": "int64", "top_p": "float32", "min_p": "float32"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ class Launch:
     arguments: tuple[Argument, ...]
 
 
+def sized(specs: Iterable[TensorSpec], **sizes: int) -> Wanted:
+    """Type and dims of every tensor, with the ``sizes`` of its symbolic dims."""
+    return {
+        spec.name: (
+            cast("Element", spec.dtype),
+            tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape),
+        )
+        for spec in specs
+    }
+
+
 def verify_workspace(batch: int, rows: int) -> int:
     """Bytes of workspace of :func:`verify_tree` and :func:`verify_chain`, zeroed once: a launch leaves it zeroed."""
     each = batch * rows
@@ -87,15 +98,7 @@ def verify_tree(inputs: Tensors, outputs: Tensors, workspace: int, processors: i
     Raises:
         BackendError: a tensor is missing, of another type or shape, or too large.
     """
-    batch, rows, vocab = _verify_sizes(inputs)
-    _require("VerifyTree", inputs, {
-        "tokens": ("int64", (batch, rows)),
-        "ancestors": ("bool", (batch, rows, rows)),
-        "uniforms": ("float32", (batch, rows)),
-        **{name: (dtype, (batch,)) for name, dtype in _SAMPLING.items()},
-    })  # fmt: skip
-    names = ("logits", "tokens", "ancestors", "uniforms", *_SAMPLING)
-    return _verify("tree", names, inputs, outputs, (batch, rows, vocab), workspace, processors)
+    return _verify("tree", VERIFY_INPUTS, inputs, outputs, workspace, processors)
 
 
 def verify_chain(inputs: Tensors, outputs: Tensors, workspace: int, processors: int) -> tuple[Launch, ...]:
@@ -105,17 +108,7 @@ def verify_chain(inputs: Tensors, outputs: Tensors, workspace: int, processors: 
     float32 [batch, rows - 1, vocab], drafted int64 [batch], accept_uniforms float32 [batch, rows - 1] and draw_uniforms
     float32 [batch, rows].
     """
-    batch, rows, vocab = _verify_sizes(inputs)
-    _require("VerifyChain", inputs, {
-        "tokens": ("int64", (batch, rows)),
-        "draft_probs": ("float32", (batch, rows - 1, vocab)),
-        "drafted": ("int64", (batch,)),
-        "accept_uniforms": ("float32", (batch, rows - 1)),
-        "draw_uniforms": ("float32", (batch, rows)),
-        **{name: (dtype, (batch,)) for name, dtype in _SAMPLING.items()},
-    })  # fmt: skip
-    names = ("logits", "tokens", "draft_probs", "drafted", "accept_uniforms", "draw_uniforms", *_SAMPLING)
-    return _verify("chain", names, inputs, outputs, (batch, rows, vocab), workspace, processors)
+    return _verify("chain", VERIFY_CHAIN_INPUTS, inputs, outputs, workspace, processors)
 
 
 def draft_block(kind: Markov, inputs: Tensors, outputs: Tensors, workspace: int, processors: int) -> tuple[Launch, ...]:
@@ -263,20 +256,20 @@ def compact_cache(table: CacheTable, address: int, inputs: Tensors) -> tuple[Lau
 
 def _verify(
     family: str,
-    names: tuple[str, ...],
+    wanted: Sequence[TensorSpec],
     inputs: Tensors,
     outputs: Tensors,
-    sizes: tuple[int, int, int],
     workspace: int,
     processors: int,
 ) -> tuple[Launch, ...]:
-    batch, rows, vocab = sizes
-    _require(f"Verify{family.title()}", outputs, {
-        "path": ("int64", (batch, rows)), "emitted": ("int64", (batch, rows)), "accepted": ("int64", (batch,)),
-    })  # fmt: skip
-    suffix = _SUFFIX[inputs["logits"].dtype]
-    results = _addresses(outputs, ("path", "emitted", "accepted"))
-    arguments = (*_addresses(inputs, names), *_numbers(rows, vocab), *results)
+    plugin = f"Verify{family.title()}"
+    batch, rows, vocab = _verify_sizes(inputs)
+    beside = [spec for spec in wanted if spec.name != LOGITS]  # they may be of any float type
+    _require(plugin, inputs, sized(beside, batch=batch, rows=rows, drafts=rows - 1, vocab=vocab))
+    _require(plugin, outputs, sized(VERIFY_OUTPUTS, batch=batch, rows=rows))
+    suffix = _SUFFIX[inputs[LOGITS].dtype]
+    given, results = (tuple(spec.name for spec in specs) for specs in (wanted, VERIFY_OUTPUTS))
+    arguments = (*_addresses(inputs, given), *_numbers(rows, vocab), *_addresses(outputs, results))
     if not workspace:
         return (Launch(f"dspark_walk_{family}_{suffix}", (batch, 1, 1), BLOCK_THREADS, arguments),)
     # Blocks that share a row: enough for the whole device, none without work.
@@ -287,7 +280,7 @@ def _verify(
 
 
 def _verify_sizes(inputs: Tensors) -> tuple[int, int, int]:
-    batch, rows, vocab = _float_tensor("verification", inputs, "logits").shape
+    batch, rows, vocab = _float_tensor("verification", inputs, LOGITS).shape
     limits = {"batch": (batch, MAX_BATCH), "rows": (rows, MAX_ROWS), "vocab": (vocab, MAX_VOCAB)}
     _within("verification", limits)
     return batch, rows, vocab

@@ -11,6 +11,12 @@ from dataclasses import dataclass
 
 OPSET = 24
 
+PAST, PRESENT = "past_key_values.", "present."
+"""How names of cache inputs and outputs begin."""
+
+VERIFY = "verify"
+"""Name of the graph that is ``VerifyTree`` alone."""
+
 INPUT_IDS = "input_ids"
 POSITION_IDS = "position_ids"
 ATTENTION_MASK = "attention_mask"
@@ -24,12 +30,12 @@ Dim = int | str
 
 def past_name(layer: int, part: str) -> str:
     """Input name of one cache tensor; ``part`` is ``key`` or ``value``."""
-    return f"past_key_values.{layer}.{part}"
+    return f"{PAST}{layer}.{part}"
 
 
 def present_name(layer: int, part: str) -> str:
     """Output name of one cache tensor: the same memory as :func:`past_name`."""
-    return f"present.{layer}.{part}"
+    return f"{PRESENT}{layer}.{part}"
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,42 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[Dim, ...]
+
+
+_SAMPLING = (
+    TensorSpec("temperature", "float32", ("batch",)),
+    TensorSpec("top_k", "int64", ("batch",)),
+    TensorSpec("top_p", "float32", ("batch",)),
+    TensorSpec("min_p", "float32", ("batch",)),
+)
+_VERIFIED = (
+    TensorSpec(LOGITS, "float32", ("batch", "rows", "vocab")),
+    TensorSpec("tokens", "int64", ("batch", "rows")),
+)
+VERIFY_INPUTS = (
+    *_VERIFIED,
+    TensorSpec("ancestors", "bool", ("batch", "rows", "rows")),
+    TensorSpec("uniforms", "float32", ("batch", "rows")),
+    *_SAMPLING,
+)
+"""Of ``VerifyTree``, in order; what they mean stands in docs/plugins.md. Plugins read logits of half precision too."""
+
+VERIFY_CHAIN_INPUTS = (
+    *_VERIFIED,
+    TensorSpec("draft_probs", "float32", ("batch", "drafts", "vocab")),
+    TensorSpec("drafted", "int64", ("batch",)),
+    TensorSpec("accept_uniforms", "float32", ("batch", "drafts")),
+    TensorSpec("draw_uniforms", "float32", ("batch", "rows")),
+    *_SAMPLING,
+)
+"""Of ``VerifyChain``; ``drafts`` is ``rows`` - 1."""
+
+VERIFY_OUTPUTS = (
+    TensorSpec("path", "int64", ("batch", "rows")),
+    TensorSpec("emitted", "int64", ("batch", "rows")),
+    TensorSpec("accepted", "int64", ("batch",)),
+)
+"""Of both."""
 
 
 @dataclass(frozen=True)
