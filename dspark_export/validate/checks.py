@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from dspark_runtime.bundle.records import Record
 
 Family = Literal["numerics", "losslessness", "plumbing", "robustness", "speed"]
 Status = Literal["passed", "failed", "skipped"]
 FAMILIES: tuple[Family, ...] = ("numerics", "losslessness", "plumbing", "robustness", "speed")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Check(_Record):
+class Check(Record, allow_inf_nan=True):
     """One question and its answer.
 
     ``id`` names it for scripts, ``title`` for people. ``measured`` and ``limit`` are in ``unit``; None where there is
@@ -33,10 +31,10 @@ class Check(_Record):
     where: str = ""
     message: str = ""
     seconds: float = 0.0
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = Field(default_factory=dict)
 
 
-class Report(_Record):
+class Report(Record, allow_inf_nan=True):
     """All checks of one run. ``passed``: none failed. ``bundle_digest`` identifies graphs, weights and tokenizer."""
 
     schema_version: Literal[1] = 1

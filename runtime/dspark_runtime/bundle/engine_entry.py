@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from dspark_runtime.bundle.engine_names import Flavour, HardwareCompatibility, PluginForm
-from dspark_runtime.bundle.records import RECORD, Count, GraphName, Positive, RelativePath, Sha256
+from dspark_runtime.bundle.records import Count, GraphName, Positive, Record, RelativePath, Sha256
 
 
-class _Record(BaseModel):
-    model_config = RECORD
-
-
-class EngineProfile(_Record):
+class EngineProfile(Record):
     """Shapes an engine takes: ``dims`` gives smallest, likeliest and largest size of every symbolic dimension."""
 
     name: Literal["decode", "prefill"]
@@ -27,7 +23,7 @@ class EngineProfile(_Record):
         return self
 
 
-class EngineInspection(_Record):
+class EngineInspection(Record):
     """What the compiler itself reports of a finished engine.
 
     ``attention``: fused attention kernels per profile; ``softmax``: softmax layers outside of them (routers of experts
@@ -40,7 +36,7 @@ class EngineInspection(_Record):
     layers: tuple[Count, ...]
 
 
-class EngineBuild(_Record):
+class EngineBuild(Record):
     """Cost of compiling: ``seconds``, ``peak_memory`` (bytes of the compiler's process), sizes of the plan and of graph
     and weights in ONNX, and ``scratch`` device memory that a pass needs, all in bytes."""
 
@@ -51,7 +47,7 @@ class EngineBuild(_Record):
     scratch: Count
 
 
-class EngineEntry(_Record):
+class EngineEntry(Record):
     """One TensorRT engine of the graph ``graph``, compiled from the file with digest ``graph_sha256``.
 
     ``targets`` are compute capabilities such as ``8.6``; empty: every GPU the flavour supports by default.
@@ -75,7 +71,7 @@ class EngineEntry(_Record):
     hardware_compatible: HardwareCompatibility = "none"
     refittable: bool = False
     stripped: bool = False
-    plugins: dict[str, str] = {}
+    plugins: dict[str, str] = Field(default_factory=dict)
     plugin_form: PluginForm = "none"
     inspection: EngineInspection
     build: EngineBuild

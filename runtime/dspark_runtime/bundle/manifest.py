@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic_core
-from pydantic import BaseModel, Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from dspark_runtime.bundle.contract import CacheLayer, TensorSpec
 from dspark_runtime.bundle.engine_entry import EngineEntry
 from dspark_runtime.bundle.precisions import PRECISIONS, FloatType, PrecisionKind, Weights
-from dspark_runtime.bundle.records import RECORD, Count, GraphName, Positive, RelativePath, Sha256
+from dspark_runtime.bundle.records import Count, GraphName, Positive, Record, RelativePath, Sha256
 from dspark_runtime.errors import BundleError, DamagedBundle, IncompatibleBundle
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -23,27 +23,23 @@ TrainedKind = Literal["block", "eagle3", "draft_model"]
 Variant = Literal["standard", "onnxruntime-cpu", "onnxruntime-cpu-batch"]
 
 
-class _Record(BaseModel):
-    model_config = RECORD
-
-
-class FileEntry(_Record):
+class FileEntry(Record):
     """Size in bytes and digest of one file."""
 
     sha256: Sha256
     size: Count
 
 
-class Source(_Record):
+class Source(Record):
     """Where the model came from. ``revision`` is a hub commit; ``files`` are the SHA-256 of the checkpoint's files."""
 
     kind: Literal["hub", "local", "gguf"]
     id: str
     revision: str | None = None
-    files: dict[str, Sha256] = {}
+    files: dict[str, Sha256] = Field(default_factory=dict)
 
 
-class ModelFacts(_Record):
+class ModelFacts(Record):
     """What the runtime must know about the model. ``eos_token_ids`` holds every id that ends a text."""
 
     architecture: str
@@ -67,7 +63,7 @@ class ModelFacts(_Record):
         return self
 
 
-class GraphEntry(_Record):
+class GraphEntry(Record):
     """One ONNX file. ``layers`` are the decoder layers it runs (None: all, or not a decoder).
 
     ``taps`` are the layers whose outputs ``hidden_taps`` joins, ascending, -1 for the embedding. ``cache`` is the
@@ -86,7 +82,7 @@ class GraphEntry(_Record):
     outputs: tuple[TensorSpec, ...]
 
 
-class BlockFacts(_Record):
+class BlockFacts(Record):
     """A block drafter (DSpark, DFlash).
 
     ``taps``: target layers whose outputs it reads, ascending, -1 for the embedding. ``block``: rows of a block, the
@@ -107,7 +103,7 @@ class BlockFacts(_Record):
     vocab_map: RelativePath | None = None
 
 
-class EagleFacts(_Record):
+class EagleFacts(Record):
     """An EAGLE-3 drafter: its ``taps``, most steps of a chain, and ``vocab_map`` as in :class:`BlockFacts`."""
 
     taps: tuple[Annotated[int, Field(ge=-1)], ...]
@@ -115,7 +111,7 @@ class EagleFacts(_Record):
     vocab_map: RelativePath | None = None
 
 
-class DrafterEntry(_Record):
+class DrafterEntry(Record):
     """One way of drafting. ``agreement`` is the share of positions whose top token equals the target's, in [0, 1].
 
     ``graph`` is the drafter's graph (of an ``eagle3`` drafter the one that ends in ``-extend``). ``block`` and
@@ -126,7 +122,7 @@ class DrafterEntry(_Record):
     name: str
     kind: Literal["ngram", "self_draft"] | TrainedKind
     graph: GraphName | None = None
-    settings: dict[str, JsonValue] = {}
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
     agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     max_positions: Positive | None = None
     block: BlockFacts | None = None
@@ -159,7 +155,7 @@ class DrafterEntry(_Record):
         return None if self.facts is None else self.facts.vocab_map
 
 
-class RowNoise(_Record):
+class RowNoise(Record):
     """How far logits move with the number of rows of a pass, seen over ``positions`` of a text and ``rows``.
 
     ``max_abs_logit_diff`` is the largest difference between a pass over one row and one over more;
@@ -172,7 +168,7 @@ class RowNoise(_Record):
     positions: Positive
 
 
-class Precision(_Record):
+class Precision(Record):
     """Weight storage. ``block_size`` applies to int8 and int4 only, ``head`` and ``embedding`` to w8a8 as well."""
 
     weights: Weights
@@ -204,7 +200,7 @@ class Precision(_Record):
         return self.kind.integer_products
 
 
-class StepCosts(_Record):
+class StepCosts(Record):
     """Milliseconds of one pass: ``ms[graph][rows]``, measured with ``context`` committed tokens in the cache."""
 
     threads: Positive
@@ -213,13 +209,13 @@ class StepCosts(_Record):
     ms: dict[str, dict[Annotated[str, Field(pattern="^[1-9][0-9]*$")], Annotated[float, Field(ge=0)]]]
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """``manifest.json``. ``files`` lists every file of the bundle but the manifest; the writer fills it at commit."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     created_by: str
     created_at: str
-    tools: dict[str, str] = {}
+    tools: dict[str, str] = Field(default_factory=dict)
     source: Source
     model: ModelFacts
     graphs: tuple[GraphEntry, ...]
@@ -227,8 +223,8 @@ class Manifest(_Record):
     precision: Precision
     costs: StepCosts | None = None
     engines: tuple[EngineEntry, ...] = ()
-    files: dict[RelativePath, FileEntry] = {}
-    validation: dict[str, JsonValue] = {}
+    files: dict[RelativePath, FileEntry] = Field(default_factory=dict)
+    validation: dict[str, JsonValue] = Field(default_factory=dict)
 
     def missing_references(self) -> list[str]:
         """What graphs and drafters refer to and the manifest does not list; empty for a complete manifest."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def safe_relative_path(path: str) -> str:
@@ -20,5 +20,9 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 GraphName = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]*$")]
-RECORD = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-"""Configuration of every part of the manifest: immutable, and strict about its keys."""
+
+
+class Record(BaseModel):
+    """A part of the manifest: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
