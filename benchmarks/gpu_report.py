@@ -30,11 +30,12 @@ import numpy as np
 
 from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
 from dspark_export.bench.machine import this_machine
-from dspark_export.bench.runner import encode, run
+from dspark_export.bench.runner import run
 from dspark_export.bench.spans import Span, SpannedCuda, SpannedPlan, host_spans
 from dspark_export.bench.timeline import draw_timeline, host_microseconds, last_rounds
-from dspark_export.build.measure import row_logits
+from dspark_export.build.row_noise import row_logits
 from dspark_export.prompts.sets import load_sets
+from dspark_export.prompts.texts import encode
 from dspark_runtime import Bundle
 from dspark_runtime.backends.cuda import CudaBindings
 from dspark_runtime.backends.device import DeviceEngine, Plan

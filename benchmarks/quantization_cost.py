@@ -17,9 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dspark_export.bench.runner import encode
-from dspark_export.build.measure import distances, row_logits
+from dspark_export.build.row_noise import distances, row_logits
 from dspark_export.prompts.sets import SHIPPED, load_sets
+from dspark_export.prompts.texts import encode
 from dspark_runtime import Bundle
 from dspark_runtime.errors import DsparkError
 

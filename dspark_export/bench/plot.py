@@ -10,7 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dspark_export.bench.runner import PLAIN, DrafterSummary, ModeSummary
+from dspark_export.bench.runner import DrafterSummary, ModeSummary
+from dspark_export.prompts.texts import PLAIN
 from dspark_runtime.errors import UsageError
 
 _COLOURS = ("#31688e", "#e08e3a", "#4f9d69", "#8661a8", "#8a8a8a")

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dspark_export.bench.bandwidth import Bandwidth
-from dspark_export.bench.runner import ALL_SETS, PLAIN, BenchResult, Divergence, ModeSummary
+from dspark_export.bench.runner import ALL_SETS, BenchResult, Divergence, ModeSummary
+from dspark_export.prompts.texts import PLAIN
 from dspark_runtime import Bundle
 
 if TYPE_CHECKING:

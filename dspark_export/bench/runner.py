@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dspark_export.prompts.sets import PromptItem
+from dspark_export.prompts.texts import PLAIN, encode, first_difference
 from dspark_runtime import Bundle, Generation
 from dspark_runtime.decoding.statistics import Statistics
-from dspark_runtime.errors import ChatTemplateError, UsageError
+from dspark_runtime.errors import UsageError
 
-PLAIN = "off"
 ALL_SETS = "all"
 _WARM_UP_TOKENS = 16
 
@@ -157,15 +157,6 @@ def run(
     return _summarize(prompts, modes, measured)
 
 
-def encode(bundle: Bundle, text: str) -> list[int]:
-    """Token ids of a user's message; of the text alone if the model has no usable chat template."""
-    try:
-        _ = bundle.codec.template
-    except ChatTemplateError:
-        return bundle.codec.encode(text)
-    return bundle.codec.encode_chat([{"role": "user", "content": text}])
-
-
 def _rotated(modes: Sequence[str], turn: int) -> list[str]:
     start = turn % len(modes)
     return [*modes[start:], *modes[:start]]
@@ -200,14 +191,6 @@ def _divergence(plain: Measured, other: Measured) -> tuple[int, int | None, int 
 
 def _token(tokens: Sequence[int], position: int) -> int | None:
     return tokens[position] if position < len(tokens) else None
-
-
-def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
-    """Index of the first token that differs, the shorter length if one text is the other's beginning, None if equal."""
-    for position, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return position
-    return None if len(left) == len(right) else min(len(left), len(right))
 
 
 def _summary(name: str, mode: str, plain: Sequence[Measured], own: Sequence[Measured], differing: int) -> ModeSummary:

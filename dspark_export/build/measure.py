@@ -6,33 +6,28 @@ The graphs are run as the runtime will run them, from the files as they will be 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+import time
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from dspark_export.build.measure_drafts import measure_draft_ms
+from dspark_export.build.row_noise import noise_text, row_noise
 from dspark_runtime.backends.ort import OrtEngine
-from dspark_runtime.backends.protocol import Engine, EngineOptions
+from dspark_runtime.backends.ort_graph import OrtGraphEngine
+from dspark_runtime.backends.protocol import AnyArray, EngineOptions
+from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES
+from dspark_runtime.bundle.draft_contract import BLOCK_POSITIONS
 from dspark_runtime.bundle.files import BundleFiles
-from dspark_runtime.bundle.manifest import RowNoise, StepCosts
+from dspark_runtime.bundle.manifest import DrafterEntry, GraphEntry, RowNoise, StepCosts
 from dspark_runtime.processors import default_threads, described_processors
 from dspark_runtime.speculation.costs import MEASURED_ROWS, measure_pass_ms
 from dspark_runtime.speculation.kv_cache import round_up
 
 CONTEXT = 256
 DRAFT_ROWS = 4
-NOISE_ROWS = (2, 3, 5, 8, 16)
-NOISE_PREFIX = 16
-_NOISE_TOKENS = 144
-
-_TEXT = """A bicycle stays upright while it moves because small corrections never stop. When it leans to the left, the \
-front wheel turns a little to the left as well, and the contact points of the wheels move back under the weight of the \
-rider. def mean(values): return sum(values) / len(values). At 15 kilometres per hour the wheels turn about twice a \
-second; at 30 they turn four times, and the same lean is corrected in half the time. A heavy load on the handlebar \
-makes this slower. Question: a train leaves at 9:40 and arrives at 11:05. How long is the journey? Answer: from 9:40 \
-to 10:40 is one hour, and from 10:40 to 11:05 are 25 minutes, so it takes 1 hour and 25 minutes."""
+_REPEATS = 9
+_FEATURES = 2  # context rows new to the drafter in a typical round
+_FLOATS = {"float32": np.float32, "float16": np.float16}
 
 
 @dataclass(frozen=True)
@@ -60,11 +55,11 @@ def measure(files: BundleFiles, threads: int | None = None) -> Measurements:
             found = measure_pass_ms(engine, counts, context=context)
             ms[name] = {str(count): round(value, 4) for count, value in found.items()}
             if name == "target":
-                noise = _row_noise(engine, noise_text(files))
+                noise = row_noise(engine, noise_text(files))
             del engine  # one graph in memory at a time
     for drafter in manifest.drafters:
         if drafter.trained:
-            ms[drafter.graph_name] = {"1": round(measure_draft_ms(files, drafter, options, context), 4)}
+            ms[drafter.graph_name] = {"1": round(_draft_ms(files, drafter, options, context), 4)}
     return Measurements(
         StepCosts(threads=threads or default_threads(), device=_device(), context=context, ms=ms), noise
     )
@@ -82,96 +77,37 @@ def _open(files: BundleFiles, name: str, options: EngineOptions) -> OrtEngine:
     )
 
 
-def distances(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """[positions, 2]: divergence in nats, and 1 where the likeliest token is the same; of logits [positions, vocab]."""
-    p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), 1, keepdims=True) for x in (wanted, found))
-    return np.stack(((np.exp(p) * (p - q)).sum(1), p.argmax(1) == q.argmax(1)), 1)
-
-
-def row_logits(engine: Engine, ids: Sequence[int], prefix: int, rows: int) -> np.ndarray:
-    """Logits [len(ids) - prefix, vocab] of a text run as one pass over ``prefix`` tokens, then ``rows`` at a time."""
-    memory = engine.allocate(1, round_up(len(ids)))
-    runner = engine.open(memory)
-    runner.select(0, 1)
-    collected = []
-    start = 0
-    while start < len(ids):
-        count = prefix if start == 0 else min(rows, len(ids) - start)
-        buffers = runner.prepare(count, count, start + count)
-        buffers.input_ids[0] = ids[start : start + count]
-        buffers.position_ids[0] = np.arange(start, start + count)
-        buffers.logit_rows[0] = np.arange(count)
-        buffers.write_indices[0] = start
-        buffers.attention_mask[0, 0] = np.tri(count, start + count, start, dtype=np.bool_)
-        runner.run()
-        if start:
-            collected.append(buffers.logits[0].copy())
-        start += count
-    return np.concatenate(collected)
-
-
-@dataclass(frozen=True)
-class LogitsByRows:
-    """Logits [positions, vocab] of one text: from passes over one row, and over several, by their number."""
-
-    single: np.ndarray
-    several: dict[int, np.ndarray]
-
-    def from_single(self) -> Iterator[tuple[int, np.ndarray]]:
-        """For every number of rows, how far its logits are from those of single rows."""
-        return ((count, _distance(self.single, logits)) for count, logits in self.several.items())
-
-    @property
-    def single_row(self) -> float:
-        """The largest difference from passes over one row."""
-        return max((float(distance.max()) for _, distance in self.from_single()), default=0.0)
-
-    @property
-    def other_rows(self) -> float:
-        """The largest difference between passes over several rows: of all others from the smallest number."""
-        fewest = next(iter(self.several.values()), self.single)
-        return max((float(_distance(fewest, logits).max()) for logits in self.several.values()), default=0.0)
-
-
-def logits_by_rows(engine: Engine, ids: Sequence[int], prefix: int = NOISE_PREFIX) -> LogitsByRows:
-    """Run a text behind its first ``prefix`` tokens with every number of ``NOISE_ROWS`` that there is room for."""
-    body = len(ids) - prefix
-    several = {}
-    for count in (n for n in NOISE_ROWS if n <= body):
-        # A last chunk of one row would be a single-row pass again: cut the text to whole chunks.
-        whole = body // count * count
-        several[count] = row_logits(engine, ids[: prefix + whole], prefix, count)
-    return LogitsByRows(row_logits(engine, ids, prefix, 1), several)
-
-
-def _distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    shared = min(len(left), len(right))
-    distance: np.ndarray = np.abs(left[:shared] - right[:shared])
-    return distance
-
-
-def _row_noise(engine: Engine, ids: Sequence[int]) -> RowNoise | None:
-    if len(ids) < NOISE_PREFIX + NOISE_ROWS[1]:  # two numbers of rows, to compare with each other
-        return None
-    found = logits_by_rows(engine, ids)
-    return RowNoise(
-        max_abs_logit_diff=found.single_row,
-        without_single_rows=found.other_rows,
-        rows=tuple(found.several),
-        positions=len(found.single),
+def _draft_ms(files: BundleFiles, drafter: DrafterEntry, options: EngineOptions, context: int) -> float:
+    """Median milliseconds of a pass over a typical number of rows behind ``context`` slots of the drafter's cache."""
+    graph = files.graph(drafter.graph_name, prefer=["onnxruntime-cpu"])
+    engine = OrtGraphEngine(
+        files.path(graph.file), name=graph.name, cache=graph.cache or (), dtype=graph.dtype, options=options
     )
+    block = next((int(spec.shape[1]) for spec in graph.inputs if spec.name == BLOCK_POSITIONS), 0)
+    new = _FEATURES if block else 1
+    slots = context + new + block
+    memory = engine.allocate(1, round_up(slots))
+    runner = engine.open(memory)
+    inputs = _zeros(graph, new, slots, context, engine.inputs)
+    times = []
+    for _ in range(_REPEATS + 1):
+        started = time.perf_counter()
+        runner.run(inputs)
+        times.append((time.perf_counter() - started) * 1e3)
+    return float(np.median(times[1:]))  # the first pass also allocates
 
 
-def noise_text(files: BundleFiles) -> list[int]:
-    """The token ids row noise is measured on: real words, or, without a tokenizer, arbitrary ids."""
-    model = files.manifest.model
-    vocab_size, room = model.vocab_size, model.max_positions
-    path = files.tokenizer_dir / "tokenizer.json"
-    if path.is_file():
-        ids = Tokenizer.from_file(str(path)).encode(_TEXT).ids
-    else:
-        ids = [int(i) for i in np.random.default_rng(0).integers(0, vocab_size, _NOISE_TOKENS)]
-    return [i for i in ids if i < vocab_size][: min(_NOISE_TOKENS, room)]
+def _zeros(graph: GraphEntry, new: int, slots: int, context: int, wanted: set[str]) -> dict[str, AnyArray]:
+    sizes = {"batch": 1, "features": new, "tokens": new, "rows": 1, "kv_len": slots}
+    inputs: dict[str, AnyArray] = {}
+    for spec in graph.inputs:
+        if spec.name in wanted:
+            shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+            kind = np.int64 if spec.dtype == "int64" else np.bool_ if spec.dtype == "bool" else _FLOATS[spec.dtype]
+            inputs[spec.name] = np.zeros(shape, kind)
+    inputs[ATTENTION_MASK][:] = True
+    inputs[WRITE_INDICES][:] = context
+    return inputs
 
 
 def _device() -> str:

@@ -15,7 +15,8 @@ from dspark_export.train.options import Arithmetic, Markov, Optimizer
 from dspark_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from dspark_export.train.pipeline import OnProgress, TrainedDrafter
+    from dspark_export.train.card import TrainedDrafter
+    from dspark_export.train.pipeline import OnProgress
 
 _Number = TypeVar("_Number")
 

@@ -15,7 +15,6 @@ from dspark_export.train.responses import Response
 
 if TYPE_CHECKING:
     from dspark_export.checkpoints import Checkpoint
-    from dspark_export.train.pipeline import TrainedDrafter
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,22 @@ class CardFacts:
     license: str | None = None
     base_model: str | None = None
     note: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainedDrafter:
+    """A finished training. ``accepted_length``: tokens per round of a chain, bonus included, greedy, on held-out
+    responses; ``tree_length``: of trees of ``options.TREE`` drafts."""
+
+    out: Path
+    accepted_length: float
+    untrained_length: float
+    tree_length: float
+    survival: tuple[float, ...]
+    calibration_error: tuple[float, float]
+    parameters: int
+    steps: int
+    seconds: dict[str, float]
 
 
 def write_card(

@@ -23,7 +23,7 @@ from dspark_export.checkpoints import resolve
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.train.asking import Plan, PromptFile, make_responses, read_prompts, synthesise_prompts
 from dspark_export.train.calibration import Calibration, calibrated
-from dspark_export.train.card import CardFacts, record, write_card
+from dspark_export.train.card import CardFacts, TrainedDrafter, record, write_card
 from dspark_export.train.curves import draw_curves
 from dspark_export.train.evaluate import Evaluation, tree_lengths
 from dspark_export.train.features import FeatureStore, Rows, TappedTarget, fill
@@ -79,22 +79,6 @@ class DrafterJob:
             raise UsageError(f"--held-out {self.held_out}: give at least 4 responses to judge the drafter by")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads}: give at least 1")
-
-
-@dataclass(frozen=True)
-class TrainedDrafter:
-    """A finished training. ``accepted_length``: tokens per round of a chain, bonus included, greedy, on held-out
-    responses; ``tree_length``: of trees of ``options.TREE`` drafts."""
-
-    out: Path
-    accepted_length: float
-    untrained_length: float
-    tree_length: float
-    survival: tuple[float, ...]
-    calibration_error: tuple[float, float]
-    parameters: int
-    steps: int
-    seconds: dict[str, float]
 
 
 def train_drafter(job: DrafterJob, on_progress: OnProgress = lambda *_: None) -> TrainedDrafter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dspark_export.bench.runner import PLAIN
+from dspark_export.prompts.texts import PLAIN
 from dspark_export.validate.checks import Check
 from dspark_export.validate.lossless import Texts
 from dspark_export.validate.tolerances import ACCEPTANCE_DROP

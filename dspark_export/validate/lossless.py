@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dspark_export.bench.runner import PLAIN, encode, first_difference
-from dspark_export.build.measure import NOISE_PREFIX, NOISE_ROWS, logits_by_rows, noise_text, row_logits
+from dspark_export.build.row_noise import NOISE_PREFIX, NOISE_ROWS, logits_by_rows, noise_text, row_logits
 from dspark_export.prompts.sets import PromptItem
+from dspark_export.prompts.texts import PLAIN, encode, first_difference
 from dspark_export.validate.checks import Check
 from dspark_export.validate.probe import one_pass
 from dspark_export.validate.tolerances import AGAINST_MODEL

@@ -15,7 +15,7 @@ from polygraphy.comparator import Comparator
 from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
-from dspark_export.build.measure import distances
+from dspark_export.build.row_noise import distances
 from dspark_export.validate.activations import Pass, inputs_of, record
 from dspark_export.validate.bisect import Culprit, first_difference
 from dspark_export.validate.checks import Check

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from polygraphy.json import save_json
 
-from dspark_export.bench.runner import encode
 from dspark_export.prompts.sets import SHIPPED, load_sets
+from dspark_export.prompts.texts import encode
 from dspark_export.validate.activations import record
 from dspark_export.validate.numerics import cache_shapes, quiet
 from dspark_export.validate.references import GraphRunner

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dspark_export.build.measure import row_logits
+from dspark_export.build.row_noise import row_logits
 from dspark_runtime import Bundle
 from dspark_runtime.backends.opening import HostBackend
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, AnyArray, FloatArray

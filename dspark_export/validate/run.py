@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dspark_export.bench.machine import this_machine
-from dspark_export.bench.runner import PLAIN, encode
 from dspark_export.build.manifest import own_version
 from dspark_export.prompts.sets import SHIPPED, load_sets
+from dspark_export.prompts.texts import PLAIN, encode
 from dspark_export.validate import acceptance, draft_acceptance, lossless, sampling, speed
 from dspark_export.validate import drafts as trained
 from dspark_export.validate.checks import Check, Report

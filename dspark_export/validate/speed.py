@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 
 from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
-from dspark_export.bench.runner import PLAIN
+from dspark_export.prompts.texts import PLAIN
 from dspark_export.validate.checks import Check
 from dspark_export.validate.lossless import Texts
 from dspark_runtime import Bundle, Generation

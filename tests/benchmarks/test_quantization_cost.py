@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import quantization_cost
-from dspark_export.build.measure import distances
 from dspark_export.build.options import BuildOptions
 from dspark_export.build.pipeline import build
+from dspark_export.build.row_noise import distances
 from tests import tiny_models
 
 

@@ -24,11 +24,11 @@ from dspark_export.bench.runner import (
     _rotated,
     _summary,
     checked_modes,
-    first_difference,
     modes_of,
     run,
 )
 from dspark_export.prompts.sets import SHIPPED, load_sets
+from dspark_export.prompts.texts import first_difference
 from dspark_runtime import SPECULATION_MODES, Bundle, Generation
 from dspark_runtime.decoding.statistics import DrafterCounts, Statistics
 from dspark_runtime.errors import UsageError

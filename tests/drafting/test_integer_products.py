@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dspark_export.build.measure import row_logits
 from dspark_export.build.options import BuildOptions
 from dspark_export.build.pipeline import build
+from dspark_export.build.row_noise import row_logits
 from dspark_runtime import Bundle
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS
 from tests.drafts.writers import target_tables, write_deepspec, write_target

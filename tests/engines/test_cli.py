@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from typer.testing import CliRunner
 
-from dspark_export.build.measure import row_logits
+from dspark_export.build.row_noise import row_logits
 from dspark_export.cli.main import app
 from dspark_export.validate.probe import with_float_products
 from dspark_runtime import Bundle

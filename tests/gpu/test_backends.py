@@ -14,9 +14,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from dspark_export.build.measure import row_logits
 from dspark_export.build.options import BuildOptions
 from dspark_export.build.pipeline import build
+from dspark_export.build.row_noise import row_logits
 from dspark_export.engines.compile import compile_bundle
 from dspark_export.engines.options import CompileOptions, Ranges
 from dspark_runtime import Bundle

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_export.build.measure import row_logits
+from dspark_export.build.row_noise import row_logits
 from dspark_runtime import Bundle, Generation
 
 PROMPTS = [

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.nn import functional
 
 Family = Literal["qwen3", "gemma4"]
 MarkovType = Literal["none", "vanilla", "gated", "rnn"]
 TapsRule = Literal["given", "eagle3", "zlab"]
+
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+}
+"""Activations by the names that configs give them."""
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from dspark_export.drafts.formats.draft import DraftLayers
+from dspark_export.drafts.formats.draft import ACTIVATIONS, DraftLayers
 from dspark_export.drafts.modules.layers import (
     Linear,
     Norm,
     Turn,
     Weights,
-    activation,
     heads_of,
     keep,
     rms_norm,
@@ -57,7 +56,7 @@ class DraftLayer:
         self._q_norm, self._k_norm = (norm(f"self_attn.{part}_norm") if normed else None for part in "qk")
         self._after_attention = norm("post_attention_layernorm")
         self._gate, self._up, self._down = (linear(f"mlp.{part}_proj") for part in ("gate", "up", "down"))
-        self._activation = activation(layers.activation)
+        self._activation = ACTIVATIONS[layers.activation]
         self._scalar: str | None = None
         if self._gemma:
             self._before_inner = norm("pre_feedforward_layernorm")

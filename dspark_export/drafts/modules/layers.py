@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch.nn import functional
@@ -13,14 +13,6 @@ from dspark_runtime.errors import InvalidConfig
 Weights = Mapping[str, torch.Tensor]
 Turn = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine of every row's rotation, each [batch, rows, head_dim]."""
-
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": functional.silu,
-    "swish": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-}
 
 
 def keep(owner: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -43,13 +35,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> to
 def softcapped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     """``cap * tanh(logits / cap)``; the logits themselves without a cap."""
     return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation a config names; InvalidConfig for one that is not known."""
-    if name not in _ACTIVATIONS:
-        raise InvalidConfig(f"activation {name!r} of the draft is unknown; known are {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
 
 
 def inverse_frequencies(layers: DraftLayers) -> tuple[torch.Tensor, float]:
