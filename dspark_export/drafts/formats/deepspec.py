@@ -10,7 +10,7 @@ from typing import Any
 
 from dspark_export.drafts.formats.block_fields import read_block
 from dspark_export.drafts.formats.description import Description
-from dspark_export.drafts.formats.draft import BlockConfig, EagleConfig, Family
+from dspark_export.drafts.formats.draft import DraftConfig, EagleConfig, Family
 from dspark_export.drafts.formats.fields import Fields
 from dspark_export.drafts.formats.layers import read_layers
 
@@ -32,7 +32,7 @@ def read_deepspec(raw: Mapping[str, Any], where: str, architecture: str) -> Desc
     vocab = fields.whole("vocab_size")
     taps = fields.ascending("target_layer_ids", -1 if kind == "block" else 0) or (0,)
     fields.neutral("tie_word_embeddings", False)
-    config: BlockConfig | EagleConfig
+    config: DraftConfig
     if kind == "eagle3":
         fields.without_effect("step_loss_decay", "target_model_name_or_path")
         if layers.count != 1:

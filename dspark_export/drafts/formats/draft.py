@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from torch.nn import functional
 Family = Literal["qwen3", "gemma4"]
 MarkovType = Literal["none", "vanilla", "gated", "rnn"]
 TapsRule = Literal["given", "eagle3", "zlab"]
+Shape = tuple[int, ...]
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -61,6 +62,29 @@ class DraftLayers:
     scale: float = 1.0
     softcap: float | None = None
 
+    def tensors(self, number: int, width: int, qk_norm: bool) -> Iterator[tuple[str, Shape]]:
+        """Those of layer ``number``, whose projections read rows of ``width``."""
+        p, hidden, inner, head = f"layers.{number}.", self.hidden_size, self.intermediate_size, self.head_dim
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if self.family == "gemma4":
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+            yield f"{p}layer_scalar", (1,)
+        for name in norms:
+            yield f"{p}{name}.weight", (hidden,)
+        for name in ("q", "k") if qk_norm else ():
+            yield f"{p}self_attn.{name}_norm.weight", (head,)
+        projections = {"q": self.heads * head, "k": self.kv_heads * head}
+        if not self.k_eq_v:
+            projections["v"] = self.kv_heads * head
+        shapes = {name: (rows, width) for name, rows in projections.items()} | {"o": (hidden, self.heads * head)}
+        for name, shape in shapes.items():
+            yield f"{p}self_attn.{name}_proj.weight", shape
+            if self.attention_bias:
+                yield f"{p}self_attn.{name}_proj.bias", shape[:1]
+        yield f"{p}mlp.gate_proj.weight", (inner, hidden)
+        yield f"{p}mlp.up_proj.weight", (inner, hidden)
+        yield f"{p}mlp.down_proj.weight", (hidden, inner)
+
 
 @dataclass(frozen=True)
 class BlockConfig:
@@ -90,6 +114,25 @@ class BlockConfig:
         """Tokens drafted per block."""
         return self.block - self.first_slot
 
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """What it needs beside the projection of the features and the last norm."""
+        hidden, rank = self.layers.hidden_size, self.markov_rank
+        yield "hidden_norm.weight", (hidden,)
+        for i in range(self.layers.count):
+            yield from self.layers.tensors(i, hidden, True)
+        if self.markov != "none":
+            yield "markov_head.markov_w1.weight", (self.vocab_size, rank)
+            yield "markov_head.markov_w2.weight", (self.draft_vocab_size, rank)
+        if self.markov == "gated":
+            yield "markov_head.gate_proj.weight", (rank, hidden + rank)
+            yield "markov_head.gate_proj.bias", (rank,)
+        if self.markov == "rnn":
+            yield "markov_head.joint_proj.weight", (3 * rank, 2 * rank + hidden)
+            yield "markov_head.joint_proj.bias", (3 * rank,)
+        if self.confidence:
+            yield "confidence_head.proj.weight", (1, hidden + (rank if self.confidence_with_markov else 0))
+            yield "confidence_head.proj.bias", (1,)
+
 
 @dataclass(frozen=True)
 class EagleConfig:
@@ -107,6 +150,22 @@ class EagleConfig:
     qk_norm: bool
     norm_before_residual: bool = False
     fc_bias: bool = False
+
+    @property
+    def drafts(self) -> int:
+        """Tokens drafted in a row."""
+        return self.steps
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """What it needs beside the projection of the features and the last norm."""
+        hidden = self.layers.hidden_size
+        if self.fc_bias:
+            yield "fc.bias", (hidden,)
+        yield "layers.0.hidden_norm.weight", (hidden,)
+        yield from self.layers.tensors(0, 2 * hidden, self.qk_norm)
+
+
+DraftConfig = BlockConfig | EagleConfig
 
 
 @dataclass(frozen=True)
@@ -128,7 +187,7 @@ class DraftCheckpoint:
     id: str
     format: str
     directory: Path
-    config: BlockConfig | EagleConfig
+    config: DraftConfig
     tensors: Mapping[str, torch.Tensor]
     target_ids: torch.Tensor | None = None
     own_embedding: bool = False

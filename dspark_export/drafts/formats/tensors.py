@@ -18,9 +18,9 @@ from dspark_export.drafts.formats.description import (
     MAPS,
     T2D,
     Description,
-    Shape,
     expected_tensors,
 )
+from dspark_export.drafts.formats.draft import Shape
 from dspark_runtime.errors import InvalidVocabMap, InvalidWeights
 
 if TYPE_CHECKING:

@@ -86,7 +86,7 @@ def _listed(numbers: tuple[int, ...] | list[int]) -> str:
 def check_block(draft: DraftCheckpoint, drafts: int | None) -> list[Finding]:
     """Tokens per round: ``drafts`` asked for, None for as many as it was trained for."""
     config = draft.config
-    can = config.drafts if isinstance(config, BlockConfig) else config.steps
+    can = config.drafts
     asked = f"the draft has to draft {drafts or 'at least 1'} tokens per round"
     if can < (drafts or 1):
         if isinstance(config, BlockConfig):
