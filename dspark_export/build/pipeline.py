@@ -83,7 +83,10 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
 
             require_compiler(options.backend)
             find_plugins(CompileOptions(flavour=options.backend, plugins=options.plugins))
-        checkpoint = resolve(options.model, options.revision, options.trust, options.allow_untested)
+        from dspark_export.graphs.decoder import trace_without_weights
+
+        trial = trace_without_weights if options.allow_untested else None
+        checkpoint = resolve(options.model, options.revision, options.trust, trial)
         layers = _requested_layers(options, checkpoint)
         drafts = open_drafts(checkpoint, options.drafts, options.draft_settings)
         stages.enter("load")

@@ -1,19 +1,18 @@
 """Which architectures can be exported, decided from the config alone, before any weight is loaded.
 
 A type is *tested* when a parity test compares its graphs with plain transformers. Others are refused unless asked for;
-then they are first run and traced without weights, so that what cannot be traced is still refused early.
+then the caller hands in a trial, so that what cannot be traced is still refused early.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dspark_runtime.errors import DsparkError, UnsupportedArchitecture
+from dspark_runtime.errors import UnsupportedArchitecture
 
 TESTED = frozenset(
     [
@@ -68,11 +67,15 @@ _RECURRENT = ("mamba", "rwkv", "xlstm", "recurrent", "jamba", "bamba", "zamba", 
 _ALIBI = ("bloom", "mpt")
 
 
-def check_supported(config: PretrainedConfig, *, allow_untested: bool = False) -> None:
+Trial = Callable[[PretrainedConfig], None]
+"""Raises UnsupportedArchitecture for a model that cannot be exported, having tried."""
+
+
+def check_supported(config: PretrainedConfig, *, trial: Trial | None = None) -> None:
     """Return if the model that ``config`` describes can be exported.
 
     Args:
-        allow_untested: also accept a type without a parity test, if a copy of it without weights can be traced.
+        trial: also accept a type without a parity test, if it passes this one; None refuses it.
 
     Raises:
         UnsupportedArchitecture: with the reason, and with what can be done about it where something can.
@@ -84,12 +87,12 @@ def check_supported(config: PretrainedConfig, *, allow_untested: bool = False) -
             raise UnsupportedArchitecture(f"{kind}: {reason}")
     if kind in TESTED:
         return
-    if not allow_untested:
+    if trial is None:
         raise UnsupportedArchitecture(
             f"{kind}: no parity test covers this architecture; tested are {', '.join(sorted(TESTED))}. Pass "
             "--allow-untested-architecture to try it, and compare its output with transformers before you trust it"
         )
-    _trace_without_weights(config)
+    trial(config)
 
 
 def _encoder_decoder(config: PretrainedConfig) -> str | None:
@@ -181,25 +184,3 @@ _RULES: tuple[Callable[[PretrainedConfig], str | None], ...] = (
     _rope,
     _quantized,
 )
-
-
-def _trace_without_weights(config: PretrainedConfig) -> None:
-    """Run and trace the first layers of the architecture on the meta device."""
-    from dspark_export.graphs.decoder import trace_skeleton
-    from dspark_export.tracing.geometry import probe
-
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    text.num_hidden_layers = min(2, text.num_hidden_layers)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: text.num_hidden_layers]
-    try:
-        probe(config)
-        trace_skeleton(small)
-    except DsparkError:
-        raise
-    except Exception as error:  # an architecture nobody tested may raise anything
-        first_line = str(error).strip().split("\n", 1)[0]
-        raise UnsupportedArchitecture(
-            f"{config.model_type}: transformers' code for it cannot be traced ({type(error).__name__}: {first_line})"
-        ) from error

@@ -29,13 +29,15 @@ from dspark_runtime.errors import ModelNotFound, UsageError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from dspark_export.checkpoints.architectures import Trial
+
 
 def resolve(
-    model: str, revision: str | None = None, trust: Trust | None = None, allow_untested: bool = False
+    model: str, revision: str | None = None, trust: Trust | None = None, trial: Trial | None = None
 ) -> Checkpoint:
     """Find and check ``model``: a GGUF file, a local folder, or a hub id at ``revision``.
 
-    ``allow_untested`` accepts architectures without a parity test, if they can be traced.
+    ``trial`` decides about architectures without a parity test; None refuses them.
 
     Config, architecture, weight headers and tokenizer are checked, in that order; no weights are read, and those of a
     hub model are downloaded only after its config was accepted. Raises a CheckpointError that says what is wrong.
@@ -46,40 +48,40 @@ def resolve(
         if revision is not None:
             raise UsageError(f"--revision {revision} applies to hub models, {model} is a local path; leave it out")
         if path.is_file():
-            return _from_gguf(path, allow_untested)
-        return _from_folder(path, model, trust, allow_untested)
+            return _from_gguf(path, trial)
+        return _from_folder(path, model, trust, trial)
     if _looks_local(model) or not is_hub_id(model):
         raise ModelNotFound(
             f"no file or folder {model!r}; pass a hub id (owner/name), a folder with config.json, or a .gguf file"
         )
-    return _from_hub(model, revision, trust, allow_untested)
+    return _from_hub(model, revision, trust, trial)
 
 
 def _looks_local(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or model.endswith(".gguf") or "\\" in model
 
 
-def _from_gguf(path: Path, allow_untested: bool) -> Checkpoint:
+def _from_gguf(path: Path, trial: Trial | None) -> Checkpoint:
     if path.suffix != ".gguf":
         raise ModelNotFound(f"{path} is a file but no .gguf; pass a hub id, a folder with config.json, or a .gguf file")
     file = GgufFile.read(path)
     config = file.load_config()
-    _check_supported(config, allow_untested)
+    _check_supported(config, trial)
     tokenizer = load_gguf_tokenizer(file)
     tokenizer.check(config.vocab_size, str(path))
     return Checkpoint("gguf", path.name, None, config, tokenizer, Trust.closed(), gguf=file)
 
 
-def _from_folder(folder: Path, name: str, trust: Trust, allow_untested: bool) -> Checkpoint:
+def _from_folder(folder: Path, name: str, trust: Trust, trial: Trial | None) -> Checkpoint:
     config = load_config(folder, name, trust)
-    _check_supported(config, allow_untested)
+    _check_supported(config, trial)
     return _with_weights("local", find_weights(folder, name, trust), config, name, None, trust)
 
 
-def _from_hub(model: str, revision: str | None, trust: Trust, allow_untested: bool) -> Checkpoint:
+def _from_hub(model: str, revision: str | None, trust: Trust, trial: Trial | None) -> Checkpoint:
     snapshot = HubSnapshot.fetch(model, revision)
     config = load_config(snapshot.directory, model, trust)
-    _check_supported(config, allow_untested)
+    _check_supported(config, trial)
     snapshot.fetch_files(
         [SINGLE] if not (snapshot.directory / INDEX).exists() else shard_names(snapshot.directory, model)
     )
@@ -110,7 +112,7 @@ def _with_weights(
     return Checkpoint(kind, source, revision, config, tokenizer, trust, weights=weights)
 
 
-def _check_supported(config: PretrainedConfig, allow_untested: bool) -> None:
+def _check_supported(config: PretrainedConfig, trial: Trial | None) -> None:
     from dspark_export.checkpoints.architectures import check_supported
 
-    check_supported(config, allow_untested=allow_untested)
+    check_supported(config, trial=trial)

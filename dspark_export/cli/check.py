@@ -37,8 +37,13 @@ def check(
     from dspark_export.drafts.pair_check import check_pair
 
     trust = Trust.opened() if allow_unsafe_checkpoint else Trust.closed()
-    target = resolve(model, revision, trust, allow_untested_architecture)
-    opened = recognise(draft, revision=draft_revision, trust=trust, allow_untested=allow_untested_architecture)
+    trial = None
+    if allow_untested_architecture:
+        from dspark_export.graphs.decoder import trace_without_weights  # onnx: only where something is traced
+
+        trial = trace_without_weights
+    target = resolve(model, revision, trust, trial)
+    opened = recognise(draft, revision=draft_revision, trust=trust, trial=trial)
     report = check_pair(target, opened, allow_own_embeddings=allow_own_embeddings, drafts=drafts)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))

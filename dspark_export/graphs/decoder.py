@@ -7,6 +7,7 @@ down to it is rewiring at the markers, so a second graph of the same model costs
 
 from __future__ import annotations
 
+import copy
 from collections.abc import MutableSequence
 
 import onnx_ir as ir
@@ -22,7 +23,7 @@ from dspark_export.tracing.seams import CacheSeam, Pass, pairs, seamed
 from dspark_export.tracing.tidy import remove_unreachable_nodes
 from dspark_export.tracing.to_onnx import dynamic_shapes, match_contract, trace
 from dspark_runtime.bundle.contract import HIDDEN_TAPS, GraphContract, decoder_contract
-from dspark_runtime.errors import ExportError
+from dspark_runtime.errors import DsparkError, ExportError, UnsupportedArchitecture
 
 EMBEDDING = -1
 """The tap number of the embedding's output, which is what layer 0 reads."""
@@ -120,6 +121,29 @@ def trace_skeleton(config: PretrainedConfig) -> None:
     with torch.device("meta"), seamed(model), torch.no_grad():
         example = tuple(tensor.to("meta") for tensor in example_inputs(contract))
         torch.export.export(_SeamedDecoder(model), example, dynamic_shapes=(dynamic_shapes(contract),), strict=False)
+
+
+def trace_without_weights(config: PretrainedConfig) -> None:
+    """Run and trace the first layers of the architecture on the meta device, to find out whether that can be done.
+
+    Raises:
+        UnsupportedArchitecture: it cannot.
+    """
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers = min(2, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    try:
+        probe(config)
+        trace_skeleton(small)
+    except DsparkError:
+        raise
+    except Exception as error:  # an architecture nobody tested may raise anything
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise UnsupportedArchitecture(
+            f"{config.model_type}: transformers' code for it cannot be traced ({type(error).__name__}: {first_line})"
+        ) from error
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:

@@ -111,6 +111,7 @@ class _Validation:
 
     def _find_model(self) -> Checkpoint | None:
         from dspark_export.checkpoints import resolve
+        from dspark_export.graphs.decoder import trace_without_weights
 
         source = self.files.manifest.source
         name = self.options.model or (source.id if source.kind == "hub" else None)
@@ -125,7 +126,7 @@ class _Validation:
             return None
         revision = self.options.revision or (source.revision if self.options.model is None else None)
         try:
-            checkpoint = resolve(name, revision, self.options.trust, allow_untested=True)
+            checkpoint = resolve(name, revision, self.options.trust, trial=trace_without_weights)
         except ModelNotFound:
             if self.options.model is not None or self.options.against == "torch":
                 raise

@@ -8,6 +8,7 @@ import pytest
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from dspark_export.checkpoints.architectures import TESTED, check_supported
+from dspark_export.graphs.decoder import trace_without_weights
 from dspark_runtime.errors import UnsupportedArchitecture
 from tests import tiny_models
 
@@ -85,17 +86,17 @@ def test_refusals_name_the_architecture_and_the_reason(made: Any, reason: str) -
 
 @pytest.mark.parametrize("kind", ["apertus", "vaultgemma", "persimmon"])
 def test_an_untested_architecture_may_be_tried(kind: str) -> None:
-    check_supported(config(kind, **TINY), allow_untested=True)
+    check_supported(config(kind, **TINY), trial=trace_without_weights)
 
 
 @pytest.mark.parametrize("kind", ["falcon", "gptj"])
 def test_an_untested_architecture_that_cannot_be_traced_is_refused(kind: str) -> None:
     """Their attention is written out, not looked up, so no seam reaches it."""
     with pytest.raises(UnsupportedArchitecture, match="cannot be traced"):
-        check_supported(config(kind, **TINY), allow_untested=True)
+        check_supported(config(kind, **TINY), trial=trace_without_weights)
 
 
 @pytest.mark.parametrize("kind", ["bart", "gpt_oss", "mamba"])
 def test_allowing_untested_ones_overrides_no_known_reason(kind: str) -> None:
     with pytest.raises(UnsupportedArchitecture):
-        check_supported(config(kind), allow_untested=True)
+        check_supported(config(kind), trial=trace_without_weights)

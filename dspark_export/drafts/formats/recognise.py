@@ -20,6 +20,7 @@ from dspark_runtime.bundle.files import sha256_of
 from dspark_runtime.errors import InvalidConfig, UnsupportedArchitecture, UsageError
 
 if TYPE_CHECKING:
+    from dspark_export.checkpoints.architectures import Trial
     from dspark_export.checkpoints.checkpoint import Checkpoint
 
 _LOOKS_LIKE_A_DRAFT = ("dspark", "dflash", "eagle", "speculator", "medusa", "hydra", "mlpspeculator", "mtpmodel")
@@ -27,7 +28,7 @@ _FIELDS_OF_DRAFTS = ("target_layer_ids", "num_target_layers", "markov_rank", "tt
 
 
 def recognise(
-    draft: str, *, revision: str | None = None, trust: Trust | None = None, allow_untested: bool = False
+    draft: str, *, revision: str | None = None, trust: Trust | None = None, trial: Trial | None = None
 ) -> DraftCheckpoint | Checkpoint:
     """Open and check ``draft``: a folder or hub id of a trained drafter, or any causal language model.
 
@@ -51,7 +52,7 @@ def recognise(
         )
         if _is_trained(raw, draft):
             return _open(raw, _fetched(snapshot, draft, trust), draft, draft, trust, snapshot.commit)
-    return resolve(draft, revision, trust, allow_untested)
+    return resolve(draft, revision, trust, trial)
 
 
 def _fetched(snapshot: HubSnapshot, draft: str, trust: Trust) -> WeightFiles:
