@@ -29,14 +29,19 @@ struct Weights {
   const uint8_t* minimum;
 };
 
-// Activations of a product, row after row. Floats, or what quantize_blocks / quantize_row makes of them.
+// Activations of a product. Floats row after row, or what quantize_row makes of them; with blocks, what quantize_blocks
+// makes: eight rows are interleaved block by block, so that a kernel finds all of them from one pointer.
 struct Activations {
   const float* x;         // [rows, K]
-  const int8_t* q;        // [rows, padded K]
-  const float* scale;     // [rows, blocks]
-  const int32_t* start;   // [rows, blocks]: first value of the integer sum, takes the weight's offset back
-  const float* lift;      // [rows, blocks]: scale * sum of q, what a minimum is multiplied by
+  const int8_t* q;        // [rows, padded K], or [rows / 8, blocks, 8, block]
+  const float* scale;     // [rows], or [rows / 8, blocks, 8], as the following
+  const int32_t* start;   // first value of the integer sum, takes the weight's offset back
+  const float* lift;      // scale * sum of q, what a minimum is multiplied by
 };
+
+// Where row m's block b is among interleaved ones, and how many there are room for.
+inline int64_t interleaved(int64_t m, int64_t b, int64_t blocks) { return (m / kRows * blocks + b) * kRows + m % kRows; }
+inline int64_t interleaved_size(int64_t rows, int64_t blocks) { return (rows + kRows - 1) / kRows * kRows * blocks; }
 
 // Rows [row0, row1) times tiles [tile0, tile1). Row m goes to y + target[m] * N, or y + m * N without target.
 struct Product {
@@ -85,8 +90,8 @@ enum class Activation : int { Silu, Gelu, GeluTanh, Sigmoid, Tanh, Softcap };
 
 struct Set {
   const char* name;
-  // q, scale, start and lift of one row, block by block
-  void (*quantize_blocks)(const float* x, int64_t K, int64_t block, Format format, int8_t* q, float* scale, int32_t* start, float* lift);
+  // row m of the interleaved q, scale, start and lift
+  void (*quantize_blocks)(const float* x, int64_t K, int64_t block, Format format, int64_t m, int8_t* q, float* scale, int32_t* start, float* lift);
   // one scale for the row; q is padded with zeros to a multiple of 4
   void (*quantize_row)(const float* x, int64_t K, float range, int8_t* q, float* scale, int32_t* start);
   void (*product)(const Product&);

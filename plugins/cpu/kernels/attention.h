@@ -58,15 +58,18 @@ inline void turn_keys(const float* key, int64_t width, int keys, float* turned) 
 template <int R>
 inline void score_rows(const float* turned, int64_t width, const float* query, float* scores, int64_t stride) {
   Wide sums[R];
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++) sums[r] = wide(0);
   for (int64_t d = 0; d < width; d++) {
     const Wide key = wide_load(turned + 16 * d);
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const F q = set(query[r * width + d]);
+#pragma GCC unroll 16
       for (int i = 0; i < Wide::kParts; i++) sums[r].r[i] = fma(key.r[i], q, sums[r].r[i]);
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++) wide_store(scores + r * stride, sums[r]);
 }
 
@@ -88,19 +91,25 @@ inline F load_columns(const float* p, int n) { return n == W ? load(p) : load_pa
 template <int R, int C>
 inline void value_rows(const float* value, int64_t width, const int16_t* places, int count, const float* weights, float* sums, int part) {
   F a[R][C];
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) a[r][c] = zero();
   for (int i = 0; i < count; i++) {
     const float* v = value + places[i] * width;
     F x[C];
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) x[c] = c < C - 1 ? load(v + W * c) : load_columns(v + W * c, part);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const F by = set(weights[r * kChunk + places[i]]);
+#pragma GCC unroll 16
       for (int c = 0; c < C; c++) a[r][c] = fma(x[c], by, a[r][c]);
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++)
       if (c < C - 1 || part == W) store(sums + r * width + W * c, a[r][c]);
       else store_part(sums + r * width + W * c, a[r][c], part);

@@ -20,15 +20,17 @@ template <int M, bool Nibbles, int Groups>
 inline void block_columns(const Product& p, int64_t m0, int64_t tile, int part, float* const* y, int columns) {
   const Weights& w = p.weights;
   const int64_t blocks = w.K / w.block, groups = Groups ? Groups : w.block / 4;
-  const int64_t block_bytes = w.block * (Nibbles ? 8 : 16), scale_bytes = w.half ? 32 : 64;
+  const int64_t block = Groups ? Groups * 4 : w.block, block_bytes = block * (Nibbles ? 8 : 16), scale_bytes = w.half ? 32 : 64;
   const uint8_t* data = w.data + tile * blocks * block_bytes + part * 4 * W;
   const uint8_t* scale = w.scale + tile * blocks * scale_bytes + part * W * (w.half ? 2 : 4);
   const uint8_t* minimum = w.minimum ? w.minimum + tile * blocks * scale_bytes + part * W * (w.half ? 2 : 4) : nullptr;
-  const int8_t* q = p.from.q + m0 * w.K;
-  const float* by = p.from.scale + m0 * blocks;
-  const int32_t* start = p.from.start + m0 * blocks;
-  const float* lift = p.from.lift + m0 * blocks;
+  const int64_t first = interleaved(m0, 0, blocks);
+  const int8_t* q = p.from.q + first * block;
+  const float* by = p.from.scale + first;
+  const int32_t* start = p.from.start + first;
+  const float* lift = p.from.lift + first;
   F sum[M];
+#pragma GCC unroll 16
   for (int m = 0; m < M; m++) sum[m] = zero();
   for (int64_t b = 0; b < blocks; b++) {
     if (part == 0) {
@@ -38,49 +40,55 @@ inline void block_columns(const Product& p, int64_t m0, int64_t tile, int part, 
     I dots[M];
     if constexpr (Nibbles && Groups == 8 && W == 16) {  // the whole block unpacked in registers
       U v[8];
+#pragma GCC unroll 16
       for (int j = 0; j < 4; j++) {
         const U both = load_bytes(data + 64 * j);
         v[2 * j] = low(both);
         v[2 * j + 1] = high(both);
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int m = 0; m < M; m++) {
-        const int8_t* a = q + m * w.K + b * 32;
-        dots[m] = set_int(start[m * blocks + b]);
-#pragma GCC unroll 8
+        const int8_t* a = q + m * block;
+        dots[m] = set_int(start[m]);
+#pragma GCC unroll 16
         for (int g = 0; g < 8; g++) dots[m] = dot_nibble(dots[m], v[g], four(a + 4 * g));
       }
     } else {
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) dots[m] = set_int(start[m * blocks + b]);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) dots[m] = set_int(start[m]);
       for (int64_t g = 0; g < groups; g += Nibbles ? 2 : 1) {
-        const int8_t* a = q + b * w.block + 4 * g;
+        const int8_t* a = q + 4 * g;
         if constexpr (Nibbles) {
           const U both = load_bytes(data + 32 * g), even = low(both), odd = high(both);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
           for (int m = 0; m < M; m++) {
-            dots[m] = dot_nibble(dots[m], even, four(a + m * w.K));
-            dots[m] = dot_nibble(dots[m], odd, four(a + m * w.K + 4));
+            dots[m] = dot_nibble(dots[m], even, four(a + m * block));
+            dots[m] = dot_nibble(dots[m], odd, four(a + m * block + 4));
           }
         } else {
           const U v = load_bytes(data + 64 * g);
-#pragma GCC unroll 8
-          for (int m = 0; m < M; m++) dots[m] = dot_byte(dots[m], v, four(a + m * w.K));
+#pragma GCC unroll 16
+          for (int m = 0; m < M; m++) dots[m] = dot_byte(dots[m], v, four(a + m * block));
         }
       }
     }
     const F s = load_scale(scale, w.half);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) sum[m] = fma(mul(to_float(dots[m]), set(by[m * blocks + b])), s, sum[m]);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) sum[m] = fma(mul(to_float(dots[m]), set(by[m])), s, sum[m]);
     if (minimum) {
       const F least_value = load_scale(minimum, w.half);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) sum[m] = fma(set(lift[m * blocks + b]), least_value, sum[m]);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) sum[m] = fma(set(lift[m]), least_value, sum[m]);
       minimum += scale_bytes;
     }
     data += block_bytes;
     scale += scale_bytes;
+    q += kRows * block;
+    by += kRows;
+    start += kRows;
+    lift += kRows;
   }
+#pragma GCC unroll 16
   for (int m = 0; m < M; m++)
     if (columns >= W) store(y[m], sum[m]);
     else if (columns > 0) store_part(y[m], sum[m], columns);
@@ -115,8 +123,10 @@ inline void block_rows(const Product& p, int64_t m0, int rows, int64_t tile) {
 template <bool Nibbles, int Groups>
 void block_product(const Product& p) {
   for (int64_t tile = p.tile0; tile < p.tile1; tile++)
-    for (int64_t m = p.row0; m < p.row1; m += kProductRows)
-      block_rows<Nibbles, Groups>(p, m, static_cast<int>(least(kProductRows, p.row1 - m)), tile);
+    for (int64_t m = p.row0, rows; m < p.row1; m += rows) {
+      rows = least(least(kProductRows, kRows - m % kRows), p.row1 - m);  // of one group of interleaved rows
+      block_rows<Nibbles, Groups>(p, m, static_cast<int>(rows), tile);
+    }
 }
 
 void product(const Product& p) {

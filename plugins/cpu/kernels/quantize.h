@@ -52,21 +52,22 @@ inline void fill_zero(int8_t* q, int64_t n) {
   for (int64_t k = 0; k < n; k++) q[k] = 0;
 }
 
-void quantize_blocks(const float* x, int64_t K, int64_t block, Format format, int8_t* q, float* scale, int32_t* start, float* lift) {
+void quantize_blocks(const float* x, int64_t K, int64_t block, Format format, int64_t m, int8_t* q, float* scale, int32_t* start, float* lift) {
   const int32_t offset = format == Format::Int8          ? kByteOffset - 128
                          : format == Format::Int8Minimum ? kByteOffset
                          : format == Format::Int4        ? -8
                                                          : 0;
   for (int64_t b = 0; b < K / block; b++) {
     const Rounding by = rounding(largest_magnitude(x + b * block, block));
+    const int64_t at = interleaved(m, b, K / block);
     int32_t total = 0;
     if (by.ok)
-      total = round_values(x + b * block, block, by.factor, false, q + b * block);
+      total = round_values(x + b * block, block, by.factor, false, q + at * block);
     else
-      fill_zero(q + b * block, block);
-    scale[b] = by.scale;
-    start[b] = offset * total;
-    lift[b] = by.scale * static_cast<float>(total);
+      fill_zero(q + at * block, block);
+    scale[at] = by.scale;
+    start[at] = offset * total;
+    lift[at] = by.scale * static_cast<float>(total);
   }
 }
 

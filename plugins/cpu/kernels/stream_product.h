@@ -60,27 +60,33 @@ inline void stream_columns(const Product& p, int64_t m0, int64_t tile, int part)
   const int64_t steps = w.K / Stream::kStep, tile_bytes = (w.K + Stream::kStep - 1) / Stream::kStep * Stream::kBytes;
   const uint8_t* data = w.data + tile * tile_bytes;
   typename Stream::Sum sums[M][C];
+#pragma GCC unroll 16
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) sums[m][c] = Stream::begin(p, m0 + m);
   for (int64_t k = 0; k < steps; k++) {
     typename Stream::Weight v[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) {
       prefetch(data + c * tile_bytes + k * Stream::kBytes + kStreamAhead);
       v[c] = Stream::read(data + c * tile_bytes + k * Stream::kBytes, part);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int c = 0; c < C; c++) sums[m][c] = Stream::step(sums[m][c], v[c], p, m0 + m, k * Stream::kStep);
   }
   if (steps * Stream::kStep < w.K)
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) {
       const auto v = Stream::read(data + c * tile_bytes + steps * Stream::kBytes, part);
+#pragma GCC unroll 16
       for (int m = 0; m < M; m++) sums[m][c] = Stream::last(sums[m][c], v, p, m0 + m, steps * Stream::kStep);
     }
+#pragma GCC unroll 16
   for (int m = 0; m < M; m++) {
     float* y = p.y + (p.target ? p.target[m0 + m] : m0 + m) * w.N;
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) {
       const int64_t column = (tile + c) * kTile + part * W;
       const int columns = clamp_int(w.N - column, 0, W);

@@ -147,8 +147,9 @@ class ProductKernel : public Kernel {
     const int64_t K = w.K, blocks = w.block ? K / w.block : 1, padded = format_ == Format::W8A8 ? (K + 3) / 4 * 4 : K;
     Pieces pieces;
     const bool quantized = is_quantized(format_);
-    const size_t q = pieces.add<int8_t>(quantized ? rows * padded + 64 : 0), scale = pieces.add<float>(quantized ? rows * blocks : 0);
-    const size_t start = pieces.add<int32_t>(quantized ? rows * blocks : 0), lift = pieces.add<float>(quantized ? rows * blocks : 0);
+    const int64_t scales = quantized ? interleaved_size(rows, blocks) : 0;
+    const size_t q = pieces.add<int8_t>(scales / blocks * padded), scale = pieces.add<float>(scales);
+    const size_t start = pieces.add<int32_t>(scales), lift = pieces.add<float>(scales);
     const size_t copies = pieces.add<float>(chosen && !quantized ? rows * K : 0);
     const size_t order = pieces.add<int32_t>(chosen ? rows : 0), groups = pieces.add<Group>(chosen ? std::min(rows, experts) : 1);
     const size_t counts = pieces.add<int32_t>(chosen ? experts + 1 : 0);
@@ -166,8 +167,7 @@ class ProductKernel : public Kernel {
         if (format_ == Format::W8A8)
           set_.quantize_row(row, K, range_, pieces.at<int8_t>(q) + m * padded, pieces.at<float>(scale) + m, pieces.at<int32_t>(start) + m);
         else
-          set_.quantize_blocks(row, K, w.block, format_, pieces.at<int8_t>(q) + m * K, pieces.at<float>(scale) + m * blocks,
-                               pieces.at<int32_t>(start) + m * blocks, pieces.at<float>(lift) + m * blocks);
+          set_.quantize_blocks(row, K, w.block, format_, m, pieces.at<int8_t>(q), pieces.at<float>(scale), pieces.at<int32_t>(start), pieces.at<float>(lift));
       });
     } else if (chosen) {
       prepare(call, rows, K, [&](int64_t m) { std::copy_n(x + target[m] * K, K, pieces.at<float>(copies) + m * K); });

@@ -67,11 +67,11 @@ static void products(const std::vector<const Set*>& sets) {
     const bool has_minimum = format == Format::Int8Minimum || format == Format::Int4Minimum;
     const Weights w = {format, K, N, blocks ? block : 0, false, data.data(), reinterpret_cast<const uint8_t*>(scale.data()), has_minimum ? reinterpret_cast<const uint8_t*>(minimum.data()) : nullptr};
     const auto run = [&](const Set& set, int threads, int64_t at_once) {
-      std::vector<int8_t> q(static_cast<size_t>(rows * padded + 64));
-      std::vector<float> s(static_cast<size_t>(rows * per)), lift(s.size()), y(static_cast<size_t>(rows * N), NAN);
+      std::vector<int8_t> q(static_cast<size_t>(interleaved_size(rows, 1) * padded));
+      std::vector<float> s(static_cast<size_t>(interleaved_size(rows, per))), lift(s.size()), y(static_cast<size_t>(rows * N), NAN);
       std::vector<int32_t> start(s.size());
       for (int64_t m = 0; m < rows; m++) {
-        if (blocks) set.quantize_blocks(&x[static_cast<size_t>(m * K)], K, block, format, &q[static_cast<size_t>(m * K)], &s[static_cast<size_t>(m * per)], &start[static_cast<size_t>(m * per)], &lift[static_cast<size_t>(m * per)]);
+        if (blocks) set.quantize_blocks(&x[static_cast<size_t>(m * K)], K, block, format, m, q.data(), s.data(), start.data(), lift.data());
         if (bytes) set.quantize_row(&x[static_cast<size_t>(m * K)], K, 0, &q[static_cast<size_t>(m * padded)], &s[static_cast<size_t>(m)], &start[static_cast<size_t>(m)]);
       }
       std::vector<std::thread> pool;
