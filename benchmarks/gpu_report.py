@@ -29,7 +29,6 @@ from typing import Any, cast
 import numpy as np
 
 from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
-from dspark_export.bench.machine import this_machine
 from dspark_export.bench.runner import run
 from dspark_export.bench.spans import Span, SpannedCuda, SpannedPlan, host_spans
 from dspark_export.bench.timeline import draw_timeline, host_microseconds, last_rounds
@@ -42,6 +41,7 @@ from dspark_runtime.backends.device import DeviceEngine, Plan
 from dspark_runtime.backends.opening import BackendName, DeviceBackend
 from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.errors import BackendError, DsparkError
+from dspark_runtime.processors import this_machine
 from dspark_runtime.speculation.costs import measure_pass_ms
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,11 +25,11 @@ from benchmarks.peers.models import SharedModel
 from benchmarks.peers.protocol import Candidate, Missing, Peer
 from benchmarks.peers.report import Conditions, draw, print_report, to_json
 from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
-from dspark_export.bench.machine import this_machine
 from dspark_export.prompts.sets import SHIPPED, PromptItem, load_sets
 from dspark_export.prompts.texts import encode
 from dspark_runtime import Bundle
 from dspark_runtime.errors import DsparkError
+from dspark_runtime.processors import this_machine
 
 
 def say(text: str) -> None:

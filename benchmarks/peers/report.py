@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.peers.measure import Measured, fastest_own, geometric_mean, own_results, ratios, shared_prefix
 from benchmarks.peers.own import PLAIN_EXACT, SETTINGS, OwnPeer
 from dspark_export.bench.bandwidth import Bandwidth
-from dspark_export.bench.machine import Machine
+from dspark_runtime.processors import Machine
 
 _PACKAGES = (
     "dspark-export",

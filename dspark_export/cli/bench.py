@@ -41,11 +41,11 @@ def bench(
     Speed is that of decoding, prefill excluded. Nothing else should be running meanwhile.
     """
     from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
-    from dspark_export.bench.machine import this_machine
     from dspark_export.bench.report import Conditions, heading, over_all_sets, print_report, shown_summaries, to_json
     from dspark_export.bench.runner import checked_modes, modes_of, run
     from dspark_export.prompts.sets import SHIPPED, load_sets
     from dspark_runtime import Bundle
+    from dspark_runtime.processors import this_machine
 
     if plot is not None:
         _check_plot(plot)

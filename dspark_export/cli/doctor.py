@@ -105,7 +105,7 @@ def _engines(bundle: Path) -> list[EngineFinding]:
 
 
 def _machine() -> dict[str, str]:
-    from dspark_export.bench.machine import this_machine
+    from dspark_runtime.processors import this_machine
 
     found = this_machine()
     return {

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from dspark_export.bench.machine import this_machine
 from dspark_export.build.manifest import own_version
 from dspark_export.prompts.sets import SHIPPED, load_sets
 from dspark_export.prompts.texts import PLAIN, encode
@@ -27,7 +26,7 @@ from dspark_export.validate.robustness import check_robustness
 from dspark_runtime import Bundle, Generation
 from dspark_runtime.bundle.manifest import DrafterEntry, Source
 from dspark_runtime.errors import BackendError, DsparkError, ModelNotFound, UsageError
-from dspark_runtime.processors import default_threads
+from dspark_runtime.processors import default_threads, this_machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,10 +1,24 @@
-"""The processors this process may use, and how many threads run one operator on them."""
+"""The processors this process may use, how many threads run one operator on them, and what to say of them."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
+from dataclasses import dataclass
 from pathlib import Path
+
+_NOTABLE = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The processor: its name, the cores this process may use, and the instructions that matter for inference."""
+
+    cpu: str
+    physical_cores: int
+    logical_cores: int
+    instructions: tuple[str, ...]
 
 
 def allowed_processors() -> set[int]:
@@ -35,3 +49,16 @@ def default_threads() -> int:
     """Threads of one operator where nobody asked for a number: ``OMP_NUM_THREADS``, otherwise one per physical core."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number per level of nesting
     return min(int(wanted), 1024) if wanted.isdecimal() and int(wanted) > 0 else physical_cores()
+
+
+def this_machine() -> Machine:
+    """What the operating system says of the processors this process may use."""
+    mine = described_processors()
+    first = mine[0] if mine else {}
+    flags = set((first.get("flags") or first.get("Features") or "").split())
+    return Machine(
+        cpu=first.get("model name", platform.processor() or platform.machine()),
+        physical_cores=physical_cores(),
+        logical_cores=len(allowed_processors()),
+        instructions=tuple(flag for flag in _NOTABLE if flag in flags),
+    )

@@ -16,7 +16,7 @@ from benchmarks.peers.models import SharedModel
 from benchmarks.peers.protocol import Candidate, Missing, Peer, Stopwatch, Timed
 from benchmarks.peers.report import Conditions, draw, print_report, to_json
 from dspark_export.bench.bandwidth import Bandwidth
-from dspark_export.bench.machine import this_machine
+from dspark_runtime.processors import this_machine
 
 
 class FakePeer:

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from dspark_export.bench import bandwidth
 from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
-from dspark_export.bench.machine import this_machine
 from dspark_export.bench.plot import draw
 from dspark_export.bench.report import _drafters_table, over_all_sets, shown_summaries
 from dspark_export.bench.runner import (
@@ -32,6 +31,7 @@ from dspark_export.prompts.texts import first_difference
 from dspark_runtime import SPECULATION_MODES, Bundle, Generation
 from dspark_runtime.decoding.statistics import DrafterCounts, Statistics
 from dspark_runtime.errors import UsageError
+from dspark_runtime.processors import this_machine
 from tests.cli.conftest import Invoke
 
 PROMPTS = ["one two one two", "red blue red", "a b c a b"]
