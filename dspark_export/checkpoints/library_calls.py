@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,34 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Like :func:`quiet`, but with a list of the warnings that transformers logs while active, for the caller to act
+    on or to pass on."""
+    from transformers.utils import logging
+
+    said: list[str] = []
+    listener = _Listener(said)
+    with quiet():
+        logging.set_verbosity_warning()
+        logging.disable_default_handler()
+        logging.add_handler(listener)
+        try:
+            yield said
+        finally:
+            logging.remove_handler(listener)
+            logging.enable_default_handler()
+
+
+class _Listener(python_logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(python_logging.WARNING)
+        self._said = said
+
+    def emit(self, record: python_logging.LogRecord) -> None:
+        self._said.append(record.getMessage())
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dspark_export.checkpoints.config import declared_end_ids
 from dspark_export.checkpoints.files import checked_file
-from dspark_export.checkpoints.library_calls import first_line, quiet
+from dspark_export.checkpoints.library_calls import first_line, heard
 from dspark_export.checkpoints.trust import Trust
 from dspark_runtime.errors import InvalidTokenizer
 from dspark_runtime.text.codec import TOOL_TEMPLATE
@@ -28,6 +29,13 @@ PROBES = (
     "def f(x):\n    return x['k'] != 0x1F  # it's",
 )
 _MARK = "Qzx7marker"
+
+
+_WRONG_DIGITS = "fix_mistral_regex"  # in what transformers says of tokenizers it suspects
+
+
+class TokenizerWarning(UserWarning):
+    """What a library says about a tokenizer, or what was corrected in it."""
 
 
 class MissingTokenizer(UserWarning):
@@ -105,12 +113,17 @@ def load_tokenizer(folder: Path, config: PretrainedConfig, name: str, trust: Tru
         if (folder / file).exists() or (folder / file).is_symlink():
             checked_file(folder, file, InvalidTokenizer)
     try:
-        with quiet():
-            wrapper = AutoTokenizer.from_pretrained(
-                folder, config=config, local_files_only=True, **trust.code_options()
-            )
+        with heard() as said:
+            options = {"config": config, "local_files_only": True, **trust.code_options()}
+            wrapper = AutoTokenizer.from_pretrained(folder, **options)
+            if any(_WRONG_DIGITS in text for text in said) and _splits_digits_in_threes(wrapper):
+                wrapper = AutoTokenizer.from_pretrained(folder, fix_mistral_regex=True, **options)
+                said.append("it splits digits in threes, which is a known mistake of its file; corrected in the bundle")
     except Exception as cause:  # transformers and tokenizers raise anything here
         raise InvalidTokenizer(f"the tokenizer of {name} cannot be loaded: {first_line(cause)}") from cause
+    for text in said:
+        if _WRONG_DIGITS not in text:
+            warnings.warn(f"the tokenizer of {name}: {' '.join(text.split())[:600]}", TokenizerWarning, stacklevel=2)
     backend = getattr(wrapper, "backend_tokenizer", None)
     if backend is None:
         raise InvalidTokenizer(f"the tokenizer of {name} exists only in Python; it needs a tokenizer.json")
@@ -130,6 +143,12 @@ def load_tokenizer(folder: Path, config: PretrainedConfig, name: str, trust: Tru
     files = TokenizerFiles(backend, templates.get("default"), templates.get("tool_use"), special, ends)
     files.check(config.get_text_config().vocab_size, name)
     return files
+
+
+def _splits_digits_in_threes(wrapper: Any) -> bool:
+    """Whether a tokenizer of Mistral has the rules of its faulty files: transformers suspects every older one."""
+    rules = json.loads(wrapper.backend_tokenizer.to_str()).get("pre_tokenizer")
+    return "p{N}{1,3}" in json.dumps(rules)
 
 
 def eos_token_ids(tokenizer: TokenizerFiles, vocab: int) -> list[int]:

@@ -15,6 +15,8 @@ from dspark_export.checkpoints.tokenizer import MissingTokenizer
 from dspark_export.drafts.formats import DraftCheckpoint, recognise
 from dspark_export.drafts.pair_check import check_pair
 from dspark_runtime.errors import (
+    InvalidConfig,
+    InvalidVocabMap,
     TokenizerMismatch,
     VocabularyMismatch,
 )
@@ -47,7 +49,6 @@ TOKENIZERS: dict[str, tuple[Edit, str]] = {
     "merges": (lambda content: content["model"]["merges"].reverse(), "merges differ from number 0 on"),
     "normalizer": (lambda content: content.update(normalizer={"type": "NFC"}), "other normalizer"),
     "pre-tokenizer": (lambda content: content["pre_tokenizer"].update(add_prefix_space=True), "other pre-tokenizer"),
-    "special": (not_special, "special tokens differ: '<|assistant|>'"),
 }
 
 
@@ -75,13 +76,108 @@ def test_rules_written_otherwise_that_split_alike_are_a_note(tmp_path: Path, tar
     assert "another spelling of the normalizer and pre-tokenizer" in of(found, "tokenizer").found
 
 
-def test_another_end_of_text(tmp_path: Path, target: Target) -> None:
+def rename_added(content: dict[str, Any]) -> None:
+    """Another text for the special token 5, as a finetune for chats has."""
+    token = content["added_tokens"][5]
+    content["model"]["vocab"]["<|im_start|>"] = content["model"]["vocab"].pop(token["content"])
+    token["content"] = "<|im_start|>"
+
+
+ADDED: dict[str, tuple[Edit, str]] = {
+    "flags": (not_special, "special tokens differ: '<|assistant|>'"),
+    "texts": (rename_added, "1 added tokens only the draft has, e.g. '<|im_start|>'"),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_other_added_tokens_are_a_warning(tmp_path: Path, target: Target, case: str) -> None:
+    edit, says = ADDED[case]
+    written = write_zlab(tmp_path / "draft")
+    give_tokenizer(written.folder, edit)
+    found = report(target, written)
+    assert found.ok and of(found, "tokenizer").severity == "warning"
+    assert says in of(found, "tokenizer").found
+
+
+def test_another_end_of_text_is_a_warning(tmp_path: Path, target: Target) -> None:
     written = write_zlab(tmp_path / "draft")
     give_tokenizer(written.folder)
     path = written.folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|assistant|>"}))
-    finding = only_error(report(target, written), TokenizerMismatch, "tokenizer")
-    assert "eos_token is 1 for the model and 4 for the draft" in finding.found
+    found = report(target, written)
+    assert found.ok and of(found, "tokenizer").severity == "warning"
+    assert "eos_token is 1 for the model and 4 for the draft" in of(found, "tokenizer").found
+
+
+# Maps of reduced vocabularies that say something else than they should
+
+
+def test_a_map_of_the_models_ids_is_read_as_such(tmp_path: Path, target: Target) -> None:
+    """With t2d there is no doubt; without it only where they cannot be offsets."""
+    written = write_classic_eagle3(tmp_path / "draft")
+    ids = written.target_ids
+    assert ids is not None
+    change(written.folder, lambda loaded: loaded.update(d2t=ids.clone()))
+    found = report(target, written)
+    assert found.fitted is not None and torch.equal(found.fitted.target_ids, ids)  # type: ignore[union-attr]
+    assert "the model's ids themselves" in of(found, "vocab_map").found
+    outside = ids + 16  # as offsets, the last would lead to id 396 + 95
+    change(written.folder, lambda loaded: (loaded.pop("t2d"), loaded.update(d2t=outside)))
+    draft = recognise(str(written.folder))
+    assert isinstance(draft, DraftCheckpoint) and draft.target_ids is not None
+    assert torch.equal(draft.target_ids, outside)
+
+
+def test_a_map_that_could_be_either_is_a_warning(tmp_path: Path, target: Target) -> None:
+    written = write_classic_eagle3(tmp_path / "draft", draft_vocab=40)
+    change(written.folder, lambda loaded: loaded.pop("t2d"))
+    found = report(target, written)
+    assert found.ok and of(found, "vocab_map").severity == "warning"
+    assert "could hold offsets or the model's ids" in of(found, "vocab_map").found
+
+
+@pytest.mark.parametrize("t2d", [False, True])
+def test_a_reduced_map_that_was_never_filled_in(tmp_path: Path, t2d: bool) -> None:
+    written = write_classic_eagle3(tmp_path / "draft")
+
+    def empty(loaded: dict[str, torch.Tensor]) -> None:
+        loaded["d2t"].zero_()
+        loaded["t2d"].zero_()
+        if not t2d:
+            del loaded["t2d"]
+
+    change(written.folder, empty)
+    with pytest.raises(InvalidVocabMap, match="the map was never filled in"):
+        recognise(str(written.folder))
+
+
+def test_an_empty_map_of_the_whole_vocabulary(tmp_path: Path, target: Target) -> None:
+    written = write_classic_eagle3(tmp_path / "draft", draft_vocab=400)
+    empty = {"d2t": torch.zeros(400, dtype=torch.long), "t2d": torch.zeros(400, dtype=torch.bool)}
+    change(written.folder, lambda loaded: loaded.update(empty))
+    draft = recognise(str(written.folder))
+    assert isinstance(draft, DraftCheckpoint) and draft.target_ids is None
+
+
+def test_what_modelopt_writes(tmp_path: Path) -> None:
+    """NVIDIA's exporter names every setting of the layer it has, in the outer config and in eagle_config."""
+    eagle = {
+        "eagle_aux_hidden_state_layer_ids": [1, 3, 5],
+        "use_aux_hidden_state": True,
+        "use_input_layernorm_in_first_layer": True,
+        "use_last_layernorm": True,
+        "use_mtp_layernorm": False,
+        "next_layer_regular": True,
+        "parallel_draft_step": 1,
+        "parallel_draft_heads_num_layers": 1,
+    }
+    outer = {"rope_scaling": None, "mlp_bias": False, "attention_dropout": 0.0, "pretraining_tp": None}
+    draft = recognise(str(write_classic_eagle3(tmp_path / "draft", **outer, eagle_config=eagle).folder))
+    assert isinstance(draft, DraftCheckpoint) and draft.config.taps == (1, 3, 5)
+    for other in ({"use_mtp_layernorm": True}, {"parallel_draft_step": 2}, {"use_last_layernorm": False}):
+        folder = write_classic_eagle3(tmp_path / "other", **outer, eagle_config=eagle | other).folder
+        with pytest.raises(InvalidConfig, match=next(iter(other))):
+            recognise(str(folder))
 
 
 def test_a_smaller_tokenizer(tmp_path: Path, target: Target) -> None:

@@ -67,7 +67,21 @@ def read_classic_eagle3(raw: Mapping[str, Any], where: str, stored: Collection[s
 def _taps(fields: Fields) -> tuple[tuple[int, ...], TapsRule]:
     shifted = fields.ascending(_TAPS, 0, None)
     nested = fields.inner("eagle_config", {})
-    nested.neutral("use_aux_hidden_state", True)
+    _read_exporters_fields(nested)
     outputs = nested.ascending(_TAPS, -1, None)
     given = outputs or (None if shifted is None else tuple(tap - 1 for tap in shifted))
     return ((), "eagle3") if given is None else (given, "given")
+
+
+def _read_exporters_fields(nested: Fields) -> None:
+    """What NVIDIA's ModelOpt always writes into ``eagle_config``: values of the layer that is computed here."""
+    nested.neutral("use_aux_hidden_state", True)
+    nested.neutral("use_input_layernorm_in_first_layer", True)
+    nested.neutral("use_last_layernorm", True)
+    nested.neutral("use_mtp_layernorm", False)
+    nested.neutral("next_layer_regular", True)
+    nested.neutral("parallel_draft_step", 1)
+    nested.neutral("eagle_decoder_type", "llama")
+    nested.neutral("num_hidden_layers", 1)
+    nested.without_effect("parallel_draft_heads_num_layers")  # of the heads that a parallel_draft_step above 1 has
+    nested.without_effect("has_lm_head", "head_dim", "draft_vocab_size")  # seen by the tensors and the outer fields

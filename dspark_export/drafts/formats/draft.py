@@ -181,7 +181,8 @@ class DraftCheckpoint:
 
     For the pair check: ``copies`` are stored copies of the target's embedding and head, ``target_layers`` is the depth
     of the target it was trained for (None if unknown), ``taps_rule`` how ``taps`` follow from that depth where the
-    files do not name them, ``rope_copied`` says that the format copies the target's rotary settings.
+    files do not name them, ``rope_copied`` says that the format copies the target's rotary settings, ``odd_map``
+    what is odd about the vocabulary map.
     """
 
     id: str
@@ -199,3 +200,4 @@ class DraftCheckpoint:
     taps_rule: TapsRule = "given"
     rope_copied: bool = False
     revision: str | None = None
+    odd_map: str = ""

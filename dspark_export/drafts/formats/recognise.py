@@ -126,4 +126,5 @@ def _open(
         taps_rule=description.taps_rule,
         rope_copied=description.rope_copied,
         revision=revision,
+        odd_map=weights.odd_map,
     )

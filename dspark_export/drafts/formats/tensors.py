@@ -116,13 +116,17 @@ def _unpickled(files: WeightFiles, name: str, trust: Trust) -> Header:
 
 @dataclass(frozen=True)
 class DraftWeights:
-    """Weights under DeepSpec's names: the draft's own, and copies of the target's embedding and head."""
+    """Weights under DeepSpec's names: the draft's own, and copies of the target's embedding and head.
+
+    ``odd_map``: what a user should know about how the vocabulary map was read, empty for nothing.
+    """
 
     own: Mapping[str, torch.Tensor]
     copies: Mapping[str, torch.Tensor]
     target_ids: torch.Tensor | None
     own_embedding: bool
     own_head: bool
+    odd_map: str = ""
 
 
 def check_tensors(header: Header, description: Description, name: str) -> DraftWeights:
@@ -148,13 +152,14 @@ def check_tensors(header: Header, description: Description, name: str) -> DraftW
     _check_dtypes(header, stored, name)
     tensors = _renamed(header.tensors, stored)
     _check_finite(tensors, name)
-    ids = _target_ids(tensors, config.vocab_size, config.draft_vocab_size, name)
+    ids, odd = _target_ids(tensors, config.vocab_size, config.draft_vocab_size, name)
     own_embedding = description.trained_embedding and EMBEDDING in stored
     own_head = description.trained_head and HEAD in stored
     kept = {EMBEDDING: own_embedding, HEAD: own_head}
     own = {key: stored[key] for key in shapes if kept.get(key, True) and key not in MAPS}
     copies = {key: stored[key] for key in shapes if not kept.get(key, True)}
-    return DraftWeights(_renamed(header.tensors, own), _renamed(header.tensors, copies), ids, own_embedding, own_head)
+    stored_own, stored_copies = _renamed(header.tensors, own), _renamed(header.tensors, copies)
+    return DraftWeights(stored_own, stored_copies, ids, own_embedding, own_head, odd)
 
 
 def _renamed(tensors: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> Mapping[str, torch.Tensor]:
@@ -236,32 +241,60 @@ def _check_maps(stored: Mapping[str, str], header: Header, lengths: Mapping[str,
             )
 
 
-def _target_ids(tensors: Mapping[str, torch.Tensor], vocab: int, draft_vocab: int, name: str) -> torch.Tensor | None:
-    """int64 [draft_vocab] from the offsets in d2t; None where draft and target ids are the same."""
+def _target_ids(
+    tensors: Mapping[str, torch.Tensor], vocab: int, draft_vocab: int, name: str
+) -> tuple[torch.Tensor | None, str]:
+    """int64 [draft_vocab] from d2t, None where draft and target ids are the same; and what is odd about the map.
+
+    d2t holds offsets from draft ids to target ids. Some tools write the target ids themselves.
+    """
     import torch
 
     if D2T not in tensors:
-        if T2D in tensors and not bool(tensors[T2D].all()):
+        if T2D in tensors and bool(tensors[T2D].any()) and not bool(tensors[T2D].all()):
             raise InvalidVocabMap(f"{name} has {T2D} that leaves tokens out, and no {D2T}; get the checkpoint again")
-        return None
-    own = torch.arange(draft_vocab)
-    ids = own + tensors[D2T].to(torch.int64)
+        return None, ""
+    own, stored = torch.arange(draft_vocab), tensors[D2T].to(torch.int64)
+    members = tensors.get(T2D)
+    if members is not None and not bool(members.any()):
+        members = None  # never filled in
+    if draft_vocab == vocab and not bool(stored.any()):
+        return None, ""  # the whole vocabulary: no map is needed, whatever t2d says
+    if not bool(stored.any()) and members is None:
+        raise InvalidVocabMap(
+            f"{name} drafts from {draft_vocab} of {vocab} tokens, and its {D2T} is all zeros: the map was never filled "
+            f"in, and nothing says which tokens it drafts; get the checkpoint with its map (or, if they really are the "
+            f"first {draft_vocab}, mark those in {T2D})"
+        )
+    offsets, absolute = _fault(own + stored, vocab, members), _fault(stored, vocab, members)
+    if offsets and not absolute:
+        return stored, f"its {D2T} holds the model's ids themselves, not offsets to them, and was read like that"
+    if offsets:
+        raise InvalidVocabMap(
+            f"{name}: {offsets}; its entries are offsets from draft ids to target ids: get the checkpoint again"
+        )
+    odd = ""
+    if not absolute and members is None and draft_vocab > 2:
+        odd = (
+            f"its {D2T} could hold offsets or the model's ids themselves, there is no {T2D} to tell, and it was read "
+            "as offsets; if hardly any draft is accepted, it holds ids"
+        )
+    ids = own + stored
+    return (None if torch.equal(ids, own) and draft_vocab == vocab else ids), odd
+
+
+def _fault(ids: torch.Tensor, vocab: int, members: torch.Tensor | None) -> str:
+    """What is wrong with ``ids`` as target ids of a draft's tokens, whose members t2d marks; empty if nothing is."""
+    import torch
+
     if outside := ids[(ids < 0) | (ids >= vocab)].tolist():
-        raise InvalidVocabMap(
-            f"{name}: {D2T} leads to {len(outside)} ids outside the vocabulary of {vocab}, e.g. {outside[0]}; its "
-            "entries are offsets from draft ids to target ids: get the checkpoint again"
-        )
-    if len(torch.unique(ids)) != len(ids):
-        values, counts = torch.unique(ids, return_counts=True)
-        raise InvalidVocabMap(
-            f"{name}: {D2T} leads to target id {int(values[counts > 1][0])} twice; get the checkpoint again"
-        )
-    if T2D in tensors:
-        members = torch.zeros(vocab, dtype=torch.bool)
-        members[ids] = True
-        wrong = torch.nonzero(members != tensors[T2D])[:, 0].tolist()
-        if wrong:
-            raise InvalidVocabMap(
-                f"{name}: {T2D} and {D2T} disagree about {len(wrong)} tokens, e.g. {wrong[0]}; get the checkpoint again"
-            )
-    return None if torch.equal(ids, own) and draft_vocab == vocab else ids
+        return f"{D2T} leads to {len(outside)} ids outside the vocabulary of {vocab}, e.g. {outside[0]}"
+    values, counts = torch.unique(ids, return_counts=True)
+    if len(values) != len(ids):
+        return f"{D2T} leads to target id {int(values[counts > 1][0])} twice"
+    if members is not None:
+        reached = torch.zeros(vocab, dtype=torch.bool)
+        reached[ids] = True
+        if wrong := torch.nonzero(reached != members)[:, 0].tolist():
+            return f"{T2D} and {D2T} disagree about {len(wrong)} tokens, e.g. {wrong[0]}"
+    return ""

@@ -32,9 +32,12 @@ def check_tokenizers(target: Checkpoint, draft: DraftCheckpoint | Checkpoint) ->
             found = f"the {side} comes without tokenizer files, so its token ids are taken to mean the same"
             return [Finding(_ID, "warning", _ASKED, found, f"put them into the {side}'s folder to have this checked")]
     assert target.tokenizer is not None and own is not None
-    differences, notes = compare(target.tokenizer, own)
+    differences, cautions, notes = compare(target.tokenizer, own)
     if differences:
         return [Finding(_ID, "error", _ASKED, "; ".join(differences), _FIX, TokenizerMismatch)]
+    if cautions:
+        found = f"ids and merges of texts agree, but {'; '.join(cautions)}"
+        return [Finding(_ID, "warning", _ASKED, found, "which costs accepted drafts around such tokens, nothing else")]
     count = target.tokenizer.backend.get_vocab_size(with_added_tokens=True)
     return [passed(_ID, _ASKED, "; ".join((f"equal, {count} tokens", *notes)))]
 
@@ -47,22 +50,28 @@ def _tokenizer(target: Checkpoint, draft: DraftCheckpoint | Checkpoint) -> Token
     return load_tokenizer(draft.directory, target.config, draft.id, Trust.closed())
 
 
-def compare(target: TokenizerFiles, draft: TokenizerFiles) -> tuple[list[str], list[str]]:
-    """What differs, and what differs without harm: tokens that only the draft has, behind all of the target's, and
-    rules of splitting that are written otherwise and do the same to every probe, as converted files have them."""
+def compare(target: TokenizerFiles, draft: TokenizerFiles) -> tuple[list[str], list[str], list[str]]:
+    """What differs in the ids of texts, what differs in added tokens alone, and what differs without harm.
+
+    Without harm are tokens that only the draft has, behind all of the target's, and rules of splitting that are
+    written otherwise and do the same to every probe, as converted files have them.
+    """
     ours, theirs = (files.backend.get_vocab(with_added_tokens=True) for files in (target, draft))
+    added = {token.content for files in (target, draft) for token in files.backend.get_added_tokens_decoder().values()}
     extra = {text for text in theirs if text not in ours and theirs[text] > max(ours.values(), default=-1)}
     notes = [f"the draft adds {_quoted(sorted(extra, key=theirs.__getitem__))}"] if extra else []
-    differences = _vocabulary(ours, {text: token for text, token in theirs.items() if text not in extra})
+    common = {text: token for text, token in theirs.items() if text not in extra}
+    differences = _vocabulary(_without(ours, added), _without(common, added), "tokens")
+    cautions = _vocabulary(_only(ours, added), _only(common, added), "added tokens")
     left, right = (json.loads(files.backend.to_str()) for files in (target, draft))
     if left["model"].get("type") != right["model"].get("type"):
         differences.append(f"types {left['model'].get('type')} and {right['model'].get('type')}")
     differences += _merges(left["model"].get("merges"), right["model"].get("merges"))
-    differences += _added(left, right, extra)
+    cautions += _added(left, right, extra)
     for role in _ROLES:
         one, two = target.id_of(role), draft.id_of(role)
         if one != two and two is not None:
-            differences.append(f"{role} is {one} for the model and {two} for the draft")
+            cautions.append(f"{role} is {one} for the model and {two} for the draft")
     if not differences:
         rules = " and ".join(word for key, word in _SPLITTING.items() if left.get(key) != right.get(key))
         moved = [p for p in PROBES if target.backend.encode(p).ids != draft.backend.encode(p).ids]
@@ -70,7 +79,15 @@ def compare(target: TokenizerFiles, draft: TokenizerFiles) -> tuple[list[str], l
             differences.append(f"{f'other {rules}: ' if rules else ''}{_quoted(moved, 1)} split differently")
         elif rules:
             notes.append(f"another spelling of the {rules}, which splits {len(PROBES)} probe texts alike")
-    return differences, notes
+    return differences, cautions, notes
+
+
+def _without(vocabulary: dict[str, int], texts: set[str]) -> dict[str, int]:
+    return {text: token for text, token in vocabulary.items() if text not in texts}
+
+
+def _only(vocabulary: dict[str, int], texts: set[str]) -> dict[str, int]:
+    return {text: token for text, token in vocabulary.items() if text in texts}
 
 
 def _quoted(texts: list[str], most: int = 3) -> str:
@@ -78,15 +95,15 @@ def _quoted(texts: list[str], most: int = 3) -> str:
     return ", ".join(map(repr, texts[:most])) + more
 
 
-def _vocabulary(ours: dict[str, int], theirs: dict[str, int]) -> list[str]:
+def _vocabulary(ours: dict[str, int], theirs: dict[str, int], what: str) -> list[str]:
     found = []
     moved = [text for text, token in ours.items() if text in theirs and theirs[text] != token]
     if moved:
         text = min(moved, key=ours.__getitem__)
-        found.append(f"{len(moved)} tokens have other ids, e.g. {text!r} {ours[text]} and {theirs[text]}")
+        found.append(f"{len(moved)} {what} have other ids, e.g. {text!r} {ours[text]} and {theirs[text]}")
     for side, other, name in ((ours, theirs, "model"), (theirs, ours, "draft")):
         if only := sorted(set(side) - set(other), key=side.__getitem__):
-            found.append(f"{len(only)} tokens only the {name} has, e.g. {_quoted(only)}")
+            found.append(f"{len(only)} {what} only the {name} has, e.g. {_quoted(only)}")
     return found
 
 

@@ -54,6 +54,8 @@ def check_map(target: Checkpoint, draft: DraftCheckpoint) -> list[Finding]:
         count = int((draft.target_ids >= tokens).sum())
         found = f"{count} of them are rows behind the model's {tokens} tokens; they cost time and are never right"
         return [Finding("vocab_map", "warning", asked, found)]
+    if draft.odd_map:
+        return [Finding("vocab_map", "warning", asked, draft.odd_map)]
     return [passed("vocab_map", asked, f"{len(draft.target_ids)} of {target.vocab_size}")]
 
 
