@@ -47,6 +47,10 @@ void turn(const Turn& t) {
   for (int64_t i = t.turned; i < t.width; i += 16) wide_store(t.y + i, mul(wide_load(t.x + i, t.width - i), wide(t.scale)), t.width - i);
 }
 
+inline void fetch(const float* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) prefetch(p + i);
+}
+
 // 16 keys or fewer, [width][16], zeros for those that are missing.
 inline void turn_keys(const float* key, int64_t width, int keys, float* turned) {
   int64_t d = 0;
@@ -193,6 +197,8 @@ struct Block {
     for (int g = 0; g < kGroups; g++) {
       if (!v.direct[g]) continue;
       const int64_t slot = chunk * kChunk + 16 * g;
+      fetch(a.key + (slot + 16) * a.key_width, 16 * a.key_width);  // the next ones, and what these will be asked for
+      fetch(a.value + slot * a.value_width, 16 * a.value_width);
       turn_keys(a.key + slot * a.key_width, a.key_width, static_cast<int>(least(16, a.direct - slot)), turned);
       scores_of(turned, a.key_width, a.query + a.row0 * a.key_width, rows, weights + 16 * g, kChunk);
     }
