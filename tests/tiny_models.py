@@ -119,6 +119,28 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 _HEADS_OF_16 = {"head_dim": 16}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GROUPED_EXPERTS = {
+    **_HEADS_OF_16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_MLA_WITHOUT_EXPERTS = {
+    name: _MLA[name]
+    for name in (
+        "num_key_value_heads", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"
+    )
+}  # fmt: skip
+_SLIDING_THEN_FULL = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_hidden_layers": 2,
+}
+_PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 _MORE: dict[str, dict[str, Any]] = {
     "arcee": {},
     "cohere": {"logit_scale": 0.3},
@@ -159,6 +181,42 @@ _MORE: dict[str, dict[str, Any]] = {
     "seed_oss": _HEADS_OF_16,
     "stablelm": {},
     "starcoder2": {"sliding_window": WINDOW},
+    "apertus": {},
+    "biogpt": {},
+    "bitnet": {},
+    "cohere2_moe": {**_HEADS_OF_16, **_SLIDING_THEN_FULL, "num_experts": 4, "num_experts_per_tok": 2},
+    "cwm": {**_SLIDING_THEN_FULL, **_PLAIN_ROPE},
+    "diffllama": {},
+    "dots1": _GROUPED_EXPERTS,
+    "ernie4_5_moe": {
+        **_HEADS_OF_16,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 32,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
+    "exaone_moe": {**_HEADS_OF_16, **_EXPERTS, "n_group": 1, "topk_group": 1, **_SLIDING_THEN_FULL},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm": _HEADS_OF_16,
+    "glm4_moe": {**_GROUPED_EXPERTS, "use_qk_norm": True},
+    "glm4_moe_lite": {**_MLA, "n_group": 1},
+    "gpt_bigcode": {},
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+    "helium": _HEADS_OF_16,
+    "hunyuan_v1_moe": {**_HEADS_OF_16, "num_experts": 4, "moe_topk": 2},
+    "hy_v3": {**_HEADS_OF_16, **_EXPERTS},
+    "hyperclovax": {},
+    "internlm3": _HEADS_OF_16,
+    "jais2": _HEADS_OF_16,
+    "minicpm3": _MLA_WITHOUT_EXPERTS,
+    "minimax_m2": {**_HEADS_OF_16, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+    "nanochat": {},
+    "persimmon": {},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, **_PLAIN_ROPE},
+    "solar_open": {**_GROUPED_EXPERTS},
+    "vaultgemma": {**_HEADS_OF_16, "sliding_window": WINDOW},
+    "youtu": _MLA_WITHOUT_EXPERTS,
 }
 
 ARCHITECTURES = tuple(_ARCHITECTURES)

@@ -16,44 +16,73 @@ from dspark_runtime.errors import UnsupportedArchitecture
 
 TESTED = frozenset(
     [
+        "apertus",
         "arcee",
+        "biogpt",
+        "bitnet",
         "cohere",
         "cohere2",
+        "cohere2_moe",
+        "cwm",
         "deepseek_v2",
         "deepseek_v3",
+        "diffllama",
+        "dots1",
         "ernie4_5",
+        "ernie4_5_moe",
         "exaone4",
+        "exaone_moe",
+        "flex_olmo",
         "gemma",
         "gemma2",
         "gemma3_text",
         "gemma4_text",
+        "glm",
         "glm4",
+        "glm4_moe",
+        "glm4_moe_lite",
         "gpt2",
+        "gpt_bigcode",
         "gpt_neox",
         "granite",
         "granitemoe",
+        "granitemoeshared",
+        "helium",
         "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "hyperclovax",
+        "internlm3",
+        "jais2",
         "llama",
+        "minicpm3",
+        "minimax_m2",
         "ministral",
         "ministral3",
         "mistral",
         "mixtral",
+        "nanochat",
         "nemotron",
         "olmo",
         "olmo2",
         "olmo3",
         "olmoe",
         "opt",
+        "persimmon",
         "phi",
         "phi3",
+        "phimoe",
         "qwen2",
         "qwen2_moe",
         "qwen3",
         "qwen3_moe",
         "seed_oss",
         "smollm3",
+        "solar_open",
         "stablelm",
         "starcoder2",
+        "vaultgemma",
+        "youtu",
     ]
 )
 """``model_type`` of every architecture with a parity test."""
@@ -135,6 +164,16 @@ def _layer_types(config: PretrainedConfig) -> str | None:
     return None
 
 
+def _shared_caches(config: PretrainedConfig) -> str | None:
+    shared = getattr(config.get_text_config(), "num_kv_shared_layers", 0) or 0
+    if shared:
+        return (
+            f"its last {shared} layers read the keys and values of earlier ones (num_kv_shared_layers), and a graph "
+            "here has a cache for each layer; choose a model of the family without them, such as Gemma 4's larger ones"
+        )
+    return None
+
+
 def _attention_extras(config: PretrainedConfig) -> str | None:
     if config.model_type == "gpt_oss":
         return "its attention has sinks, which the standard Attention operator cannot express"
@@ -180,6 +219,7 @@ _RULES: tuple[Callable[[PretrainedConfig], str | None], ...] = (
     _recurrent,
     _not_causal,
     _layer_types,
+    _shared_caches,
     _attention_extras,
     _rope,
     _quantized,
