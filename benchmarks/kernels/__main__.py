@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,17 +94,18 @@ def theirs(rng: np.random.Generator, name: str, x: str, y: str) -> Node:
         return helper.make_node("MatMul", [x, f"{y}.w"], [y]), {f"{y}.w": weight}
     bits = int(name[3:])
     spread = 4.6 if bits == 4 else 74
-    named = {
+    named: dict[str, Array] = {
         f"{y}.w": rng.integers(0, 256, (WIDTH, WIDTH // BLOCK, BLOCK * bits // 8), dtype=np.uint8),
         f"{y}.s": np.full(WIDTH * WIDTH // BLOCK, WIDTH**-0.5 / spread, np.float32),
     }
-    settings = {"K": WIDTH, "N": WIDTH, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+    settings: dict[str, Any] = {"K": WIDTH, "N": WIDTH, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
     return helper.make_node("MatMulNBits", [x, *named], [y], domain="com.microsoft", **settings), named
 
 
 def chain(make: Callable[[str, str], Node], library: Path, threads: int) -> tuple[Callable[[Array], None], int]:
     """A session over as many matrices as SPREAD asks for, ready to run, and their bytes."""
-    nodes, constants, size, x = [], [], 0, "x"
+    nodes: list[NodeProto] = []
+    constants, size, x = [], 0, "x"
     while size < SPREAD:
         node, inputs = make(x, f"y{len(nodes)}")
         nodes.append(node)
@@ -142,7 +143,7 @@ def attention(library: Path, threads: int) -> tuple[Callable[[int], None], int]:
     names = ["x", "past_key", "past_value", "mask", "start", "positions"]
     types = [TensorProto.FLOAT] * 3 + [TensorProto.BOOL] + [TensorProto.INT64] * 2
     shapes: list[list[Any]] = [[1, "rows", columns], list(cache), list(cache), [1, 1, "rows", "kv"], [1], [1, "rows"]]
-    offsets = {"key_offset": HEADS * HEAD, "value_offset": (HEADS + KV_HEADS) * HEAD}
+    offsets: dict[str, Any] = {"key_offset": HEADS * HEAD, "value_offset": (HEADS + KV_HEADS) * HEAD}
     node = helper.make_node(
         *("SequenceAttention", ["x", "x", "x", *names[1:]], ["y", "k", "v"]),
         domain="dspark",
@@ -194,7 +195,7 @@ def timed(f: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(runs: list[Callable[[], Any]], repeats: int) -> list[float]:
+def in_turns(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """Median seconds of each, one after another in every round."""
     seconds = [[timed(run) for run in runs] for _ in range(repeats + 1)][1:]
     return [statistics.median(column) for column in zip(*seconds, strict=True)]
@@ -204,7 +205,7 @@ def measure(name: str, options: argparse.Namespace, threads: int, speed: float) 
     rng, measured = np.random.default_rng(0), []
     if name == "attention":
         run, size = attention(options.library, threads)
-        runs = [[lambda rows=rows: run(rows)] for rows in options.rows]  # type: ignore[misc]
+        runs = [[lambda rows=rows: run(rows)] for rows in options.rows]
     else:
         mine, size = chain(lambda x, y: ours(rng, name, x, y), options.library, threads)
         both = [mine]
