@@ -13,14 +13,13 @@ from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes
 from dspark_runtime.backends.device_verify import Kernels
 from dspark_runtime.backends.plugin_files import FATBIN, plugin_file
 from dspark_runtime.backends.plugin_kernels import PluginKernels
-from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, Engine, EngineOptions, GraphEngine
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, MOST_ROWS, Engine, EngineOptions, GraphEngine
 from dspark_runtime.backends.tensorrt_check import DeviceFacts, require_device, runs_on
 from dspark_runtime.backends.tensorrt_device import this_device
 from dspark_runtime.backends.tensorrt_plan import LoadedPlan
 from dspark_runtime.bundle.engine_entry import EngineEntry
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import GraphEntry, Variant
-from dspark_runtime.decoding.schedule import MOST_ROWS
 from dspark_runtime.errors import EngineWithoutDevice, IncompatibleBundle, UsageError
 
 BackendName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"]

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from dspark_runtime.arguments import whole
 from dspark_runtime.errors import UsageError
 
+MOST_ROWS = 64  # rows of one sequence in one pass
+
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]

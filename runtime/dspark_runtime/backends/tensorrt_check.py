@@ -7,7 +7,7 @@ TensorRT take its version, does this GPU. TensorRT's own check of validity says 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from dspark_runtime.backends.plugin_files import LIBRARY, how_to_build
 from dspark_runtime.bundle.engine_entry import EngineEntry
 from dspark_runtime.bundle.engine_names import VERSION
 from dspark_runtime.bundle.files import BundleFiles, check_regular_file
-from dspark_runtime.bundle.manifest import FileEntry, Manifest
+from dspark_runtime.bundle.manifest import Manifest
+from dspark_runtime.bundle.plan_errors import plan_error
 from dspark_runtime.errors import (
     EngineDeviceMismatch,
     EngineOutdated,
@@ -24,12 +25,6 @@ from dspark_runtime.errors import (
     EngineRefused,
     EngineVersionMismatch,
     EngineWithoutDevice,
-    PlanAltered,
-    PlanDamaged,
-    PlanEmpty,
-    PlanExtended,
-    PlanSwapped,
-    PlanTruncated,
 )
 
 RTX_DEFAULT_TARGETS = ("8.0", "8.6", "8.9", "12.0", "12.1")
@@ -72,21 +67,6 @@ def require_plan(plan: bytes, file: str, manifest: Manifest) -> None:
     if len(plan) == entry.size and hashlib.sha256(plan).hexdigest() == entry.sha256:
         return
     raise plan_error(file, entry, len(plan), hashlib.sha256(plan).hexdigest(), manifest)
-
-
-def plan_error(file: str, entry: FileEntry, size: int, digest: str, manifest: Manifest) -> PlanDamaged:
-    """The error for a plan of ``size`` bytes and ``digest`` where the manifest has ``entry``."""
-    todo = "copy the bundle again, or compile it again"
-    others = _plans(manifest)
-    if size == 0:
-        return PlanEmpty(f"the plan {file} has no bytes, {entry.size} are expected; {todo}")
-    if digest in others and others[digest] != file:
-        return PlanSwapped(f"the file {file} holds the plan {others[digest]}; {todo}")
-    if size < entry.size:
-        return PlanTruncated(f"the plan {file} has {size} of {entry.size} bytes; {todo}")
-    if size > entry.size:
-        return PlanExtended(f"the plan {file} has {size} bytes, {size - entry.size} more than it should; {todo}")
-    return PlanAltered(f"the plan {file} was altered: its SHA-256 is not the manifest's; {todo}")
 
 
 def require_graph(engine: EngineEntry, manifest: Manifest) -> None:
@@ -217,10 +197,6 @@ def install_command(engine: EngineEntry) -> str:
     """What installs the TensorRT the engine needs."""
     suffix = f"-cu{engine.cuda}" if engine.cuda else ""
     return f"pip install {engine.flavour}{suffix}=={engine.version}"
-
-
-def _plans(manifest: Manifest) -> Mapping[str, str]:
-    return {manifest.files[engine.file].sha256: engine.file for engine in manifest.engines}
 
 
 def _other_way(engine: EngineEntry, capability: str) -> str:

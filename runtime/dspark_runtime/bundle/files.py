@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dspark_runtime.bundle.manifest import MANIFEST, GraphEntry, Manifest, Variant
+from dspark_runtime.bundle.plan_errors import plan_error
 from dspark_runtime.bundle.records import safe_relative_path
 from dspark_runtime.errors import BundleError, DamagedBundle, IncompatibleBundle
 
@@ -118,8 +119,6 @@ class BundleFiles:
     def _mismatch(self, relative: str, how: str) -> DamagedBundle:
         if all(relative != engine.file for engine in self.manifest.engines):
             return DamagedBundle(f"{relative} of the bundle {self.root} {how}; copy or build it again")
-        from dspark_runtime.backends.tensorrt_check import plan_error  # it knows about engines, and imports this module
-
         entry, path = self.manifest.files[relative], self.root / relative
         return plan_error(relative, entry, path.stat().st_size, sha256_of(path), self.manifest)
 

@@ -34,11 +34,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tokenizers import Tokenizer
 
-from dspark_runtime.backends.protocol import AnyArray, Engine, FloatArray, StepBuffers, TreeVerdicts
+from dspark_runtime.backends.protocol import MOST_ROWS, AnyArray, Engine, FloatArray, StepBuffers, TreeVerdicts
 from dspark_runtime.decoding.device_verdicts import read_verdicts, tree_check
 from dspark_runtime.decoding.request import Request
 from dspark_runtime.decoding.round import Accepted, Flight
-from dspark_runtime.decoding.schedule import MOST_ROWS, Schedule
+from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.decoding.sequence import Chunk, Generation, SequenceState
 from dspark_runtime.decoding.statistics import Seconds
 from dspark_runtime.decoding.taps import TapReader

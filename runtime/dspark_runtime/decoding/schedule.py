@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
+from dspark_runtime.backends.protocol import MOST_ROWS
 from dspark_runtime.drafters.base import Draft, Drafter
 from dspark_runtime.drafters.proposal import Proposal
 from dspark_runtime.speculation.costs import PassCosts
 from dspark_runtime.speculation.tree import TokenTree
 
-MOST_ROWS = 64  # rows of one sequence in one pass
 MARGIN = 1.02  # a proposal must promise this much more speed than plain decoding
 ALLOWANCE = 0.015  # share of decode time that wrong estimates may cost
 HOST_MS = 0.1  # host time of a round, whatever its rows
