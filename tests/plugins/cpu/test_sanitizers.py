@@ -33,13 +33,15 @@ def test_addresses_and_undefined_behaviour(tmp_path: Path) -> None:
     """The other tests of this folder again, with a library that watches every access."""
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
     library = compile_library(tmp_path / "libdspark_cpu.so", *flags)
-    runtime = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    # libstdc++ as well: its throw must be known before the library throws its first refusal.
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", HERE],
         DSPARK_CPU_LIBRARY=str(library),
-        LD_PRELOAD=runtime,
+        LD_PRELOAD=" ".join(runtimes),
         ASAN_OPTIONS="detect_leaks=0",
     )
 
