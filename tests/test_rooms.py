@@ -32,7 +32,8 @@ FLOORS = {
         ("drafts.formats",),
         ("bench", "engines", "graphs"),
         ("checkpoints",),
-        ("bundle", "passes", "prompts", "tracing"),
+        ("bundle",),
+        ("passes", "prompts", "tracing"),
         ("names",),
     ),
 }

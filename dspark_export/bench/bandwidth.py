@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from dspark_runtime.backends.opening import host_graph
 from dspark_runtime.bundle.files import BundleFiles
 
 _BYTES = 192 << 20  # of each array: much larger than any cache
@@ -71,13 +72,13 @@ def _fastest(jobs: Sequence[Callable[[], Any]]) -> float:
 def bytes_per_token(files: BundleFiles) -> int:
     """Weight bytes one plain decoding step reads: all initializers of the target graph, except tables that are only
     looked up (of an untied embedding one row is read). The growing cache is not counted."""
-    graph = files.graph("target", prefer=("onnxruntime-cpu",))
+    graph = host_graph(files, "target")
     model = onnx.load(files.path(graph.file), load_external_data=False)
     users: dict[str, set[str]] = defaultdict(set)
     for node in model.graph.node:
         for name in node.input:
             users[name].add(node.op_type)
-    looked_up = {name for name, kinds in users.items() if all(kind.startswith("Gather") for kind in kinds)}
+    looked_up = {name for name, kinds in users.items() if all(kind.startswith(("Gather", "Lookup")) for kind in kinds)}
     return sum(_size(tensor) for tensor in model.graph.initializer if tensor.name not in looked_up)
 
 

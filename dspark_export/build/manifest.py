@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dspark_export.build.options import BuildOptions
 from dspark_export.checkpoints import Checkpoint
 from dspark_export.checkpoints.config import POSITIONS, positions_of
+from dspark_export.passes import kernels_of, without_kernel
 from dspark_runtime.backends.protocol import ROUNDED_ACTIVATIONS
 from dspark_runtime.bundle.contract import CacheLayer, TensorSpec
 from dspark_runtime.bundle.files import GRAPH_DIR
@@ -104,6 +105,8 @@ def graph_entry(
             "layers": None if layers is None else tuple(layers),
             "taps": tuple(taps),
             "cache": None if cache is None else tuple(cache),
+            "kernels": kernels_of(model),
+            "standard_nodes": without_kernel(model) if variant == "sequence-kernels" else {},
             "inputs": [_spec(value) for value in model.graph.inputs],
             "outputs": [_spec(value) for value in model.graph.outputs],
         }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dspark_export.build.row_noise import noise_text, row_noise
+from dspark_runtime.backends.opening import host_graph
 from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
 from dspark_runtime.backends.protocol import AnyArray, EngineOptions
@@ -66,7 +67,7 @@ def measure(files: BundleFiles, threads: int | None = None) -> Measurements:
 
 
 def _open(files: BundleFiles, name: str, options: EngineOptions) -> OrtEngine:
-    graph = files.graph(name, prefer=["onnxruntime-cpu"])
+    graph = host_graph(files, name, options=options)
     return OrtEngine(
         files.path(graph.file),
         name=name,
@@ -79,7 +80,7 @@ def _open(files: BundleFiles, name: str, options: EngineOptions) -> OrtEngine:
 
 def _draft_ms(files: BundleFiles, drafter: DrafterEntry, options: EngineOptions, context: int) -> float:
     """Median milliseconds of a pass over a typical number of rows behind ``context`` slots of the drafter's cache."""
-    graph = files.graph(drafter.graph_name, prefer=["onnxruntime-cpu"])
+    graph = host_graph(files, drafter.graph_name, options=options)
     engine = OrtGraphEngine(
         files.path(graph.file), name=graph.name, cache=graph.cache or (), dtype=graph.dtype, options=options
     )

@@ -36,7 +36,8 @@ class BuildOptions:
     ``self_draft`` is ``auto``, ``none`` or ``layers=...``. ``threads`` None: as many as there are cores. ``backend``:
     compile engines of that flavour, with default ranges, and verification by ``plugins``.
     ``quantize_embedding`` None: unless the graph computes in half precision. ``activations``: what int8 and int4 graphs
-    compute in, None for fp32, or fp16 where engines are compiled.
+    compute in, None for fp32, or fp16 where engines are compiled. ``kernels``: a form for the sequence kernels, whose
+    packed weights all forms read then.
 
     Raises UsageError for combinations that make no sense.
     """
@@ -61,6 +62,7 @@ class BuildOptions:
     backend: Flavour | None = None
     plugins: PluginsOption = "auto"
     activations: Activations | None = None
+    kernels: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -94,6 +96,8 @@ class BuildOptions:
             )
         if self.backend is None and self.plugins != "auto":
             raise UsageError(f"--plugins {self.plugins} is about engines; add --backend tensorrt or tensorrt-rtx")
+        if self.kernels and self.dtype != "float32":
+            raise UsageError(f"--kernels is for graphs that compute in float32, these do in {self.dtype}; leave it out")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads} is not positive; leave it out for one per core")
 
@@ -122,7 +126,8 @@ class BuildOptions:
     @property
     def chains_only(self) -> bool:
         """Whether drafts must be chains, because branches of a tree would not be exact: see docs/exactness.md."""
-        return self.quantized and self.dtype == "float32" and (self.kind.integer_products or self.exact_text)
+        rounded = self.quantized and self.dtype == "float32" and not self.kernels
+        return rounded and (self.kind.integer_products or self.exact_text)
 
     @property
     def draft_settings(self) -> DraftSettings:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import JsonValue
 
@@ -23,7 +23,7 @@ from dspark_export.engines.options import PluginsOption
 from dspark_runtime.bundle.contract import VERIFY
 from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.files import GRAPH_DIR, TOKENIZER_DIR, BundleFiles
-from dspark_runtime.bundle.manifest import GraphEntry, Manifest, ModelFacts, Variant
+from dspark_runtime.bundle.manifest import GraphEntry, Manifest, ModelFacts
 from dspark_runtime.errors import BundleError
 
 if TYPE_CHECKING:
@@ -214,13 +214,11 @@ def _save(
     from dspark_export.bundle.weights import save_graphs
     from dspark_export.drafts.graphs.block import hide_inner_values
     from dspark_export.graphs.verify import build_verify_model
-    from dspark_export.passes import ort_cpu_variants
+    from dspark_export.passes import all_forms
 
-    forms: list[tuple[str, Variant, ir.Model]] = []
     caches = {name: draft.cache for draft in drafts for name in draft.graphs}
-    for name, graph in {**graphs, **{name: g for draft in drafts for name, g in draft.graphs.items()}}.items():
-        forms.append((name, "standard", graph))
-        forms += [(name, cast("Variant", key), model) for key, model in ort_cpu_variants(graph, positions).items()]
+    made = {**graphs, **{name: g for draft in drafts for name, g in draft.graphs.items()}}
+    forms = all_forms(made, positions, kernels=options.kernels)
     for name, _, graph in forms:
         if name in caches:
             hide_inner_values(graph)

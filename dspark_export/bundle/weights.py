@@ -17,6 +17,8 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from dspark_export.passes.match import tensor_identity
+
 ALIGNMENT = 4096
 INLINE_BYTES = 1024
 PIECE_BYTES = 1 << 24
@@ -38,7 +40,7 @@ class WeightFile:
 
     def store(self, name: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
         """Where ``tensor`` lies in the file; written only if no equal tensor has been."""
-        identity = _identity(tensor)
+        identity = tensor_identity(tensor)
         if identity not in self._by_identity:
             # The tensor is kept alive with its key: an id may be reused once its object is gone.
             self._by_identity[identity] = (self._write(tensor), tensor)
@@ -99,13 +101,6 @@ def _save_graph(model: ir.Model, path: Path, weights: WeightFile) -> None:
     finally:
         for value, tensor in held.items():
             value.const_value = tensor
-
-
-def _identity(tensor: ir.TensorProtocol) -> object:
-    raw = getattr(tensor, "raw", None)
-    if isinstance(raw, torch.Tensor):
-        return (raw.data_ptr(), tuple(raw.shape), raw.stride(), raw.dtype)
-    return id(tensor)
 
 
 def _bytes_of(tensor: ir.TensorProtocol) -> Iterator[memoryview]:

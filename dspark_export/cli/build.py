@@ -73,6 +73,10 @@ def build(
         Activations | None,
         typer.Option(help=f"{_BLOCKED}: compute in this type (default: fp32; fp16 with --backend)."),
     ] = None,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Add a form of each graph for the sequence kernels (CPU); weights are packed."),
+    ] = False,
     exact: Annotated[
         bool | None,
         typer.Option(
@@ -141,6 +145,7 @@ def build(
         backend=backend,
         plugins=plugins,
         activations=activations,
+        kernels=kernels,
     )
     with terminable(), _shown(progress) as on_stage:
         _quiet_exporter()

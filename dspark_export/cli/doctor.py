@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 from dspark_runtime.errors import BackendError
 
 _DISTRIBUTIONS = ("dspark-export", "dspark-runtime")
-_CPU, _CUDA = "ONNX Runtime, CPU", "ONNX Runtime, CUDA"
+_CPU, _KERNELS, _CUDA = "ONNX Runtime, CPU", "sequence kernels, CPU", "ONNX Runtime, CUDA"
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,16 @@ def _run_scatter(provider: str) -> bool:
     return bool(result[0, 0, :, 0].tolist() == [0, 0, 1, 0])
 
 
+def _sequence_kernels() -> Finding:
+    from dspark_runtime.backends.ort_kernels import HOW_TO_GET, LOSS, kernel_library
+
+    library = kernel_library()
+    if library is None:
+        return Finding(_KERNELS, False, f"no library: {LOSS}", HOW_TO_GET, "cpu")
+    others = ", ".join(name for name in library.sets if name != library.instruction_set)
+    return Finding(_KERNELS, True, f"{library.instruction_set} in use, {others} possible; {library.path}", "", "cpu")
+
+
 def _onnxruntime_cuda() -> Finding:
     command = f"pip uninstall onnxruntime; {_command('onnxruntime-gpu')}"
     if find_spec("onnxruntime") is None:
@@ -271,6 +281,7 @@ def _importable(name: str, module: str, distribution: str, extra: str) -> Callab
 
 _BACKENDS: dict[str, Callable[[], Finding]] = {
     _CPU: _onnxruntime_cpu,
+    _KERNELS: _sequence_kernels,
     _CUDA: _onnxruntime_cuda,
     "NVIDIA driver": _driver,
     "TensorRT": _importable("TensorRT", "tensorrt", "tensorrt", "gpu"),

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
 import onnx_ir as ir
 
+from dspark_runtime.backends.ort_kernels import DOMAIN
 from dspark_runtime.bundle.draft_contract import BLOCK_POSITIONS
+from dspark_runtime.bundle.manifest import Variant
+
+if TYPE_CHECKING:
+    from dspark_export.passes.packed_weights import PackedWeights
+
+# Operators that ONNX Runtime may round differently for another number of rows.
+_ARITHMETIC = {
+    "Attention", "Cos", "Einsum", "Erf", "Exp", "Gelu", "Gemm", "LayerNormalization", "Loop", "MatMul", "Pow",
+    "ReduceMean", "RMSNormalization", "RotaryEmbedding", "Sigmoid", "Sin", "Softplus", "Tanh",
+}  # fmt: skip
 
 
 def optimize(model: ir.Model) -> ir.Model:
@@ -36,6 +51,24 @@ def for_ort_cpu(model: ir.Model, max_positions: int, *, any_batch: bool = False)
     return variant
 
 
+def for_kernels(model: ir.Model, max_positions: int, weights: PackedWeights) -> ir.Model:
+    """A variant of an optimized graph for the sequence kernels: a clone whose weights are packed into ``weights``.
+
+    It takes any number of sequences. Where an operator has no kernel, the standard form stays.
+    """
+    from dspark_export.passes.drop_noops import DropNoops
+    from dspark_export.passes.kernel_attention import KernelAttention
+    from dspark_export.passes.kernel_functions import add_kernel_functions
+    from dspark_export.passes.kernel_products import KernelProducts
+    from dspark_export.passes.kernel_rows import KernelRows
+    from dspark_export.passes.widen_to_float32 import WidenToFloat32
+
+    variant = model.clone()
+    rewrites = (KernelAttention(max_positions), KernelRows(), KernelProducts(weights))
+    ir.passes.Sequential(WidenToFloat32(), DropNoops(), *rewrites, DropNoops())(variant)
+    return add_kernel_functions(variant)
+
+
 def ort_cpu_variants(model: ir.Model, max_positions: int) -> dict[str, ir.Model]:
     """The variants worth shipping, by their name in the manifest.
 
@@ -52,6 +85,43 @@ def ort_cpu_variants(model: ir.Model, max_positions: int) -> dict[str, ir.Model]
     if _needs_variant(model):
         variants["onnxruntime-cpu-batch"] = for_ort_cpu(model, max_positions, any_batch=True)
     return variants
+
+
+def all_forms(
+    graphs: Mapping[str, ir.Model], max_positions: int, *, kernels: bool
+) -> list[tuple[str, Variant, ir.Model]]:
+    """(name, variant, graph) of every form that a bundle ships of ``graphs``.
+
+    With ``kernels`` there is one for the sequence kernels, and every form reads its weights in their layout: the graphs
+    themselves, which are the standard forms, are changed for that.
+    """
+    from dspark_export.passes.packed_weights import PackedWeights, ReadPackedWeights
+
+    forms: list[tuple[str, Variant, ir.Model]] = []
+    weights = PackedWeights()
+    for name, graph in graphs.items():
+        forms += [(name, cast("Variant", key), model) for key, model in ort_cpu_variants(graph, max_positions).items()]
+        if kernels:
+            forms.append((name, "sequence-kernels", for_kernels(graph, max_positions, weights)))
+    forms += [(name, "standard", graph) for name, graph in graphs.items()]
+    for _, variant, graph in forms:
+        if variant != "sequence-kernels":
+            ReadPackedWeights(weights)(graph)
+    return forms
+
+
+def kernels_of(model: ir.Model) -> tuple[str, ...]:
+    """Names of the sequence kernels that ``model`` calls."""
+    from dspark_export.passes.kernel_functions import kernel_names
+
+    called = {node.op_type for graph in model.graphs() for node in graph if node.domain == DOMAIN}
+    return tuple(sorted(called & kernel_names()))
+
+
+def without_kernel(model: ir.Model) -> dict[str, int]:
+    """How many nodes are left of each operator that may round differently for another number of rows."""
+    found = Counter(node.op_type for node in model.graph if node.domain != DOMAIN and node.op_type in _ARITHMETIC)
+    return dict(sorted(found.items()))
 
 
 def _needs_variant(model: ir.Model) -> bool:

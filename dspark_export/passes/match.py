@@ -136,6 +136,16 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
         old.name, new.name = f"{output_name}.replaced", output_name
 
 
+def tensor_identity(tensor: ir.TensorProtocol) -> object:
+    """Equal for tensors over the same memory; valid for as long as ``tensor`` lives."""
+    import torch
+
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, torch.Tensor):
+        return (raw.data_ptr(), tuple(raw.shape), raw.stride(), raw.dtype)
+    return id(tensor)
+
+
 def remove_unused(model: ir.Model) -> None:
     """Drop nodes and initializers that nothing reads."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass

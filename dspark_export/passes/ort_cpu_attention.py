@@ -45,7 +45,7 @@ class OrtCpuAttention(ir.passes.InPlacePass):
 
     def _fuse(self, attention: ir.Node) -> bool:
         query, keys, values, mask = attention.inputs[:4]
-        cached_key, cached_value = _cache_update(keys), _cache_update(values)
+        cached_key, cached_value = cache_update(keys), cache_update(values)
         if mask is None or query is None or cached_key is None or cached_value is None:
             return False
         heads, width = query.shape[1], match.last_dim(query)
@@ -82,8 +82,8 @@ class OrtCpuAttention(ir.passes.InPlacePass):
             attributes={
                 "num_heads": heads,
                 "kv_num_heads": kv_heads,
-                "scale": _float_attribute(attention, "scale", width**-0.5),
-                "softcap": _float_attribute(attention, "softcap", 0.0),
+                "scale": float_attribute(attention, "scale", width**-0.5),
+                "softcap": float_attribute(attention, "softcap", 0.0),
                 "do_rotary": int(tables is not None),
                 "local_window_size": -1,
             },
@@ -193,11 +193,12 @@ class OrtCpuAttention(ir.passes.InPlacePass):
         return self._lengths
 
 
-def _float_attribute(node: ir.Node, name: str, default: float) -> float:
+def float_attribute(node: ir.Node, name: str, default: float) -> float:
+    """A float attribute of ``node``, or what it is where it is left out."""
     return node.attributes[name].as_float() if name in node.attributes else default
 
 
-def _cache_update(value: ir.Value | None) -> ir.Node | None:
+def cache_update(value: ir.Value | None) -> ir.Node | None:
     """The ``TensorScatter`` on a graph input behind ``value``, through the slice to kv_len."""
     node = match.producer(value, "Slice", "TensorScatter")
     if node is not None and node.op_type == "Slice":

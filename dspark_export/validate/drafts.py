@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
+from dspark_export.passes.packed_weights import load_plain
 from dspark_export.validate.checks import Check
 from dspark_export.validate.quantized import put_into
 from dspark_export.validate.recorded import Call, run_recorded
@@ -99,7 +99,7 @@ def references(
             own = checkpoint.load_model(kind)
             torch.nn.Module.float(own)
             if bundle.manifest.precision.quantized:
-                put_into(own, ir.load(bundle.files.path(bundle.files.graph(entry.graph_name).file)))
+                put_into(own, load_plain(bundle.files.path(bundle.files.graph(entry.graph_name).file)))
             found[entry.name] = Reference(entry, {}, own)
     return found
 

@@ -27,6 +27,7 @@ from dspark_export.validate.tolerances import (
     largest_relative,
     relative_rms,
 )
+from dspark_runtime.backends.opening import host_graph
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, AnyArray
 from dspark_runtime.bundle.contract import LOGITS, PAST
 from dspark_runtime.bundle.files import BundleFiles
@@ -210,7 +211,7 @@ def check_quantization(
 ) -> Check:
     """What quantization costs: the graph in production against the model as it was. There is no limit for that."""
     began = time.perf_counter()
-    graph = files.graph("target", prefer=("onnxruntime-cpu",))
+    graph = host_graph(files, "target")
     level = files.manifest.precision.accuracy_level or 0
     found, wanted = [], []
     for ids in texts:

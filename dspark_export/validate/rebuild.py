@@ -5,10 +5,11 @@ from __future__ import annotations
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from dspark_export.passes.packed_weights import load_plain
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import GraphEntry
 
@@ -31,7 +32,6 @@ class Rebuilt:
     @cached_property
     def graphs(self) -> dict[str, ir.Model]:
         """Standard graphs by name, weights as the bundle should store them."""
-        import onnx_ir as ir
 
         from dspark_export.build.calibrate import stored_calibration
         from dspark_export.graphs.decoder import DecoderTrace
@@ -48,7 +48,9 @@ class Rebuilt:
         settings = PrecisionSettings(stored.weights, stored.block_size, head=stored.head, embedding=stored.embedding)
         for graph in graphs.values():
             optimize(graph)
-        calibration = stored_calibration(ir.load(self._files.path(self._files.graph("target").file)), graphs["target"])
+        calibration = stored_calibration(
+            load_plain(self._files.path(self._files.graph("target").file)), graphs["target"]
+        )
         if calibration is not None:
             calibration.apply(graphs)
         self._plain = tensors(graphs["target"])
@@ -80,17 +82,14 @@ class Rebuilt:
         from dspark_export.build.manifest import file_stem
         from dspark_export.build.pipeline import DATA_FILE
         from dspark_export.bundle.weights import save_graphs
-        from dspark_export.passes import ort_cpu_variants
-        from dspark_runtime.bundle.manifest import Variant
+        from dspark_export.passes import all_forms
 
-        positions = self._files.manifest.model.max_positions
-        forms = {}
-        for name, graph in self.graphs.items():
-            forms[file_stem(name, "standard")] = graph
-            for key, variant in ort_cpu_variants(graph, positions).items():
-                forms[file_stem(name, cast("Variant", key))] = variant
+        manifest = self._files.manifest
+        kernels = any(graph.variant == "sequence-kernels" for graph in manifest.graphs)
+        graphs = {name: graph.clone() for name, graph in self.graphs.items()}
+        forms = all_forms(graphs, manifest.model.max_positions, kernels=kernels)
         folder.mkdir()
-        save_graphs(forms, folder, DATA_FILE)
+        save_graphs({file_stem(name, variant): graph for name, variant, graph in forms}, folder, DATA_FILE)
 
 
 def tensors(graph: ir.Model) -> dict[str, npt.NDArray[Any]]:

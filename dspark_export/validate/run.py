@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 
 from dspark_export.build.manifest import own_version
+from dspark_export.passes.packed_weights import load_plain
 from dspark_export.prompts.sets import SHIPPED, load_sets
 from dspark_export.prompts.texts import PLAIN, encode
 from dspark_export.validate import acceptance, draft_acceptance, lossless, sampling, speed
@@ -177,7 +177,7 @@ class _Validation:
                 lambda: [check_quantization(self.files, model, texts, self.options.threads)],
             )
             # From here on PyTorch has the weights the bundle holds.
-            if unknown := put_into(model, ir.load(standard)):
+            if unknown := put_into(model, load_plain(standard)):
                 raise BackendError(f"the quantized weight {unknown[0]} of the bundle is none of the model's")
         checker = GraphCheck(self.files, texts, self.options.threads, self.model, self.rebuilt, self.keep)
         yield from self._guarded("numerics", "numerics", checker.run)

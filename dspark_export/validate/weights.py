@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from dspark_export.passes.packed_weights import load_plain
 from dspark_export.validate.checks import Check
 from dspark_export.validate.quantized import quantized_weights
 from dspark_export.validate.tolerances import relative_rms
@@ -26,7 +27,7 @@ def check_weights(files: BundleFiles, rebuilt: Rebuilt) -> Check:
     began = time.perf_counter()
     precision = files.manifest.precision
     limit = precision.kind.stored_within
-    stored = ir.load(files.path(files.graph("target").file))
+    stored = load_plain(files.path(files.graph("target").file))
     fresh = rebuilt.graphs["target"]
     clean = dict(fresh.graph.initializers)
     missing = sorted(set(clean) ^ set(stored.graph.initializers))

@@ -71,16 +71,18 @@ class Bundle:
         self, files: BundleFiles, options: EngineOptions, exact: bool, capacity: int | None, backend: Backend
     ) -> None:
         self.files = files
-        self.exact = exact
+        self.exact = exact or backend.rows_are_equal
         self.engine_options = options
         self._backend = backend
         has_tokenizer = f"{TOKENIZER_DIR}/tokenizer.json" in files.manifest.files
         self._codec = TextCodec(files.tokenizer_dir) if has_tokenizer else None
         positions = min(self.manifest.model.max_positions, backend.limits.positions or 2**62)
         self.limits = Limits(self.manifest.model.vocab_size, min(positions, capacity or positions))
-        self._min_rows = 2 if exact else 1  # a row alone goes through other kernels than the same row among others
-        # Products with rounded activations turn the order of a sum into another token: see Schedule.
-        self._chains = exact and options.accuracy_level == ROUNDED_ACTIVATIONS
+        # Elsewhere a row alone goes through other kernels than the same row among others, and products with rounded
+        # activations turn the order of a sum into another token: see Schedule.
+        noisy = exact and not backend.rows_are_equal
+        self._min_rows = 2 if noisy else 1
+        self._chains = noisy and options.accuracy_level == ROUNDED_ACTIVATIONS
         self.schedule = self._new_schedule()
 
     @classmethod
@@ -132,6 +134,11 @@ class Bundle:
     def _new_schedule(self, costs: PassCosts | None = None, fixed: int | None = None) -> Schedule:
         rows = self._backend.limits.rows
         return Schedule(costs or self._costs(), fixed, self._min_rows, self._chains, rows)
+
+    @property
+    def rows_are_equal(self) -> bool:
+        """Whether a row's bits depend on its own sequence alone, whatever a pass holds: see docs/exactness.md."""
+        return self._backend.rows_are_equal
 
     @property
     def manifest(self) -> Manifest:

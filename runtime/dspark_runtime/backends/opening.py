@@ -11,6 +11,7 @@ from dspark_runtime.backends.device import DeviceEngine, Plan
 from dspark_runtime.backends.device_graph import DeviceGraphEngine
 from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes
 from dspark_runtime.backends.device_verify import Kernels
+from dspark_runtime.backends.ort_kernels import missing_operators, say_what_is_lost
 from dspark_runtime.backends.plugin_files import FATBIN, plugin_file
 from dspark_runtime.backends.plugin_kernels import PluginKernels
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, MOST_ROWS, Engine, EngineOptions, GraphEngine
@@ -29,6 +30,7 @@ CHUNK = 512
 _CUDA_BATCH, _CUDA_LENGTH = 8, 4096  # of ONNX Runtime's CUDA provider, where the caller does not say
 # Graph variants to look for, by whether several sequences share a pass; the standard graph takes any number.
 _VARIANTS: dict[bool, tuple[Variant, ...]] = {False: ("onnxruntime-cpu",), True: ("onnxruntime-cpu-batch",)}
+_KERNELS: Variant = "sequence-kernels"
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,13 @@ class BackendLimits:
 
 
 class Backend(Protocol):
-    """Loads graphs of one bundle, each once."""
+    """Loads graphs of one bundle, each once.
+
+    ``rows_are_equal``: the bits of a row of the target depend on its own sequence alone, by how its operators work.
+    """
 
     limits: BackendLimits
+    rows_are_equal: bool
 
     def engine(self, name: str, batched: bool) -> Engine:
         """The decoder ``name``; ``batched`` if passes hold more than one sequence."""
@@ -59,18 +65,46 @@ class Backend(Protocol):
         """The trained drafter's graph ``name``."""
 
 
+def host_graph(
+    files: BundleFiles, name: str, batched: bool = False, options: EngineOptions | None = None
+) -> GraphEntry:
+    """The form of graph ``name`` that runs on this CPU: with sequence kernels, if the library has all that it wants.
+
+    Else ONNX Runtime's own forms; where float32 products are wanted and those are of integers, the standard one.
+    """
+    found = files.graph(name, prefer=(_KERNELS,))
+    if found.variant == _KERNELS:
+        if not missing_operators(frozenset(found.kernels)):
+            return found
+        say_what_is_lost(_why_without_kernels(files))
+    wide = (
+        options is not None and options.accuracy_level == FLOAT_PRODUCTS and files.manifest.precision.integer_products
+    )
+    return files.graph(name, prefer=() if wide else _VARIANTS[batched])
+
+
+def _why_without_kernels(files: BundleFiles) -> str:
+    wanted = frozenset(name for graph in files.manifest.graphs for name in graph.kernels)
+    missing = missing_operators(wanted)
+    if missing == wanted:
+        return "this installation has no library of sequence kernels"
+    return f"the library of sequence kernels lacks {', '.join(sorted(missing))}"
+
+
 class HostBackend:
     """ONNX Runtime on the CPU."""
 
     def __init__(self, files: BundleFiles, options: EngineOptions) -> None:
         self.limits = BackendLimits()
+        target = host_graph(files, "target")
+        self.rows_are_equal = target.variant == _KERNELS and not target.standard_nodes
         self._files, self._options = files, options
         self._engines: dict[str, Engine] = {}
         self._graphs: dict[str, GraphEngine] = {}
 
     def engine(self, name: str, batched: bool) -> Engine:
         """See :class:`Backend`."""
-        graph: GraphEntry = self._files.graph(name, prefer=self._forms(batched))
+        graph = host_graph(self._files, name, batched, self._options)
         if graph.file not in self._engines:
             from dspark_runtime.backends.ort import OrtEngine
 
@@ -87,7 +121,7 @@ class HostBackend:
 
     def graph_engine(self, name: str, batched: bool) -> GraphEngine:
         """See :class:`Backend`."""
-        graph: GraphEntry = self._files.graph(name, prefer=self._forms(batched))
+        graph = host_graph(self._files, name, batched, self._options)
         if graph.file not in self._graphs:
             from dspark_runtime.backends.ort_graph import OrtGraphEngine
 
@@ -99,11 +133,6 @@ class HostBackend:
                 options=self._options,
             )
         return self._graphs[graph.file]
-
-    def _forms(self, batched: bool) -> tuple[Variant, ...]:
-        """The CPU's own forms; where float32 products are wanted and those are of integers, the standard one."""
-        wide = self._options.accuracy_level == FLOAT_PRODUCTS and self._files.manifest.precision.integer_products
-        return () if wide else _VARIANTS[batched]
 
 
 class DeviceBackend:
@@ -139,6 +168,7 @@ class DeviceBackend:
         device: Callable[[int], DeviceFacts | None] = this_device,
         kernels: Callable[[int], Kernels | None] | None = None,
     ) -> None:
+        self.rows_are_equal = False
         self._files, self._name, self._number = files, name, number
         self._make_cuda, self._make_plan, self._device = cuda, plan, device
         self._make_kernels = kernels or found_kernels

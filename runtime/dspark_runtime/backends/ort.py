@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dspark_runtime.backends.ort_kernels import kernel_library
 from dspark_runtime.backends.protocol import CacheMemory, EngineOptions, ResidentTaps, StepBuffers, TreeCheck
 from dspark_runtime.bundle.contract import (
     ATTENTION_MASK,
@@ -307,8 +308,14 @@ class _Shape:
 
 
 def load_session(path: Path, name: str, options: EngineOptions, graph: bytes | None = None) -> Any:
-    """A session of the graph at ``path``; ``graph`` is run in its place, with the external data beside ``path``."""
+    """A session of the graph at ``path``; ``graph`` is run in its place, with the external data beside ``path``.
+
+    The sequence kernels are registered where there is a library of them; without it, ONNX Runtime inlines their bodies.
+    """
     settings = ort.SessionOptions()
+    library = kernel_library()
+    if library is not None:
+        settings.register_custom_ops_library(str(library.path))
     settings.log_severity_level = 3
     settings.intra_op_num_threads = options.threads or default_threads()
     settings.inter_op_num_threads = 1

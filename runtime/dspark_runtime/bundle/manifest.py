@@ -20,7 +20,7 @@ SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 
 TrainedKind = Literal["block", "eagle3", "draft_model"]
-Variant = Literal["standard", "onnxruntime-cpu", "onnxruntime-cpu-batch"]
+Variant = Literal["standard", "onnxruntime-cpu", "onnxruntime-cpu-batch", "sequence-kernels"]
 
 
 class FileEntry(Record):
@@ -67,7 +67,8 @@ class GraphEntry(Record):
     """One ONNX file. ``layers`` are the decoder layers it runs (None: all, or not a decoder).
 
     ``taps`` are the layers whose outputs ``hidden_taps`` joins, ascending, -1 for the embedding. ``cache`` is the
-    geometry of a draft's own cache; None for graphs over the model's cache, or over none.
+    geometry of a draft's own cache; None for graphs over the model's cache, or over none. ``kernels`` are the operators
+    it wants of the sequence kernels' library, ``standard_nodes`` how many nodes of each arithmetic operator have none.
     """
 
     name: GraphName
@@ -78,6 +79,8 @@ class GraphEntry(Record):
     layers: tuple[Count, ...] | None = None
     taps: tuple[Annotated[int, Field(ge=-1)], ...] = ()
     cache: tuple[CacheLayer, ...] | None = None
+    kernels: tuple[str, ...] = ()
+    standard_nodes: dict[str, Positive] = Field(default_factory=dict)
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 

@@ -1,0 +1,156 @@
+"""Every architecture in the form for the sequence kernels: the same numbers, bits that depend on the sequence alone.
+
+The law is tested as it is stated: whatever passes a sequence is run in (its prompt in chunks, trees of any shape, other
+sequences beside it that are ahead or behind), every row has the bits of plain decoding, one row at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS
+from dspark_runtime.bundle.precisions import Weights
+from tests.kernels.conftest import Forms
+from tests.parity.harness import GraphRunner, Tree, assert_close
+from tests.tiny_models import ARCHITECTURES, VOCAB
+
+PRECISIONS: tuple[Weights, ...] = ("fp32", "int8", "int4", "w8a8")
+WITHOUT_A_KERNEL = {"deepseek_v2", "deepseek_v3"}
+"""Their attention reads keys that are made of cached latents in every pass."""
+_LENGTH = 24
+EVERY_PRECISION = ("llama", "gemma2", "qwen3_moe", "gpt2", "qwen2")
+
+
+class WithKernels(GraphRunner):
+    """Runs a graph with the library registered, on ``threads`` threads."""
+
+    library: Path
+    threads = 1
+
+    def options(self) -> ort.SessionOptions:
+        """See :class:`GraphRunner`."""
+        options = super().options()
+        options.register_custom_ops_library(str(self.library))
+        options.intra_op_num_threads = self.threads
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(FLOAT_PRODUCTS))
+        return options
+
+
+@pytest.fixture(scope="module")
+def with_kernels(library: Path) -> Callable[..., WithKernels]:
+    def opened(path: Path, batch: int, threads: int = 1) -> WithKernels:
+        kind = type("Runner", (WithKernels,), {"library": library, "threads": threads})
+        return kind(path, batch)
+
+    return opened
+
+
+def _passes(runner: GraphRunner, seed: int) -> list[np.ndarray]:
+    """Logits of two sequences: prompts of other lengths, then trees of other sizes."""
+    rng, found = np.random.default_rng(seed), []
+    steps = [[Tree.chain([int(t) for t in rng.integers(3, VOCAB, n)]) for n in (13, 5)]]
+    steps += [[Tree.random(rng, size, VOCAB) for size in sizes] for sizes in ((6, 3), (1, 8))]
+    for trees in steps:
+        found += runner.step(trees)
+        for b, tree in enumerate(trees):
+            runner.commit(b, tree, len(tree.tokens) - 1)
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_bodies_have_the_numbers_of_the_standard_graph(arch: str, forms: Callable[[str, Weights], Forms]) -> None:
+    made = forms(arch, "fp32")
+    wanted = _passes(GraphRunner(made.files["standard"], 2), seed=1)
+    for found, logits in zip(_passes(GraphRunner(made.files["sequence-kernels"], 2), seed=1), wanted, strict=True):
+        assert_close(found, logits)
+    assert bool(made.left) == (arch in WITHOUT_A_KERNEL), made.left
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_have_the_numbers_of_their_bodies(
+    arch: str,
+    precision: Weights,
+    forms: Callable[[str, Weights], Forms],
+    with_kernels: Callable[..., WithKernels],
+) -> None:
+    if precision != "fp32" and arch not in EVERY_PRECISION:
+        pytest.skip("other precisions run on some architectures")
+    if precision != "fp32" and "moe" in arch:
+        pytest.skip("rounded activations choose another expert now and then")
+    path = forms(arch, precision).files["sequence-kernels"]
+    wanted = _passes(GraphRunner(path, 2), seed=2)
+    rounding = 1e-5 if precision == "fp32" else 5e-2  # kernels round activations to 8 bits
+    for found, logits in zip(_passes(with_kernels(path, 2), seed=2), wanted, strict=True):
+        assert_close(found, logits, rounding)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch not in WITHOUT_A_KERNEL])
+def test_bits_of_a_row_depend_on_its_sequence_alone(
+    arch: str,
+    precision: Weights,
+    forms: Callable[[str, Weights], Forms],
+    with_kernels: Callable[..., WithKernels],
+) -> None:
+    if precision != "fp32" and arch not in EVERY_PRECISION:
+        pytest.skip("other precisions run on some architectures")
+    path = forms(arch, precision).files["sequence-kernels"]
+    rng = np.random.default_rng(sum(map(ord, arch + precision)))
+    texts = [[int(t) for t in rng.integers(3, VOCAB, _LENGTH)] for _ in range(3)]
+    plain = [_one_by_one(with_kernels(path, 1), text) for text in texts]
+    for threads in (1, 3):
+        runner = with_kernels(path, len(texts), threads)
+        while min(runner.lengths) < _LENGTH:
+            _random_pass(runner, texts, plain, rng)
+
+
+def _one_by_one(runner: GraphRunner, text: list[int]) -> np.ndarray:
+    rows = []
+    for token in text:
+        tree = Tree.chain([token])
+        rows.append(runner.step([tree])[0][0])
+        runner.commit(0, tree, 0)
+    return np.stack(rows)
+
+
+def _random_pass(
+    runner: GraphRunner, texts: list[list[int]], plain: list[np.ndarray], rng: np.random.Generator
+) -> None:
+    """One pass over all sequences: each verifies a tree with its text in it, and accepts some of that.
+
+    A sequence that is at its end runs its last token again, as one that has left the batch would not.
+    """
+    trees, paths = [], []
+    for b, text in enumerate(texts):
+        at = runner.lengths[b]
+        if at == len(text):
+            runner.lengths[b] = at = len(text) - 1
+        tree, path = _tree_with(text[at : at + int(rng.integers(1, 9))], rng)
+        trees.append(tree)
+        paths.append(path)
+    for b, logits in enumerate(runner.step(trees)):
+        at = runner.lengths[b]
+        wanted = plain[b][at : at + len(paths[b])]
+        assert np.array_equal(logits[paths[b]], wanted), (
+            f"sequence {b} at {at}: {np.abs(logits[paths[b]] - wanted).max()}"
+        )
+        runner.commit(b, trees[b], paths[b][int(rng.integers(0, len(paths[b])))])
+
+
+def _tree_with(text: list[int], rng: np.random.Generator) -> tuple[Tree, list[int]]:
+    """A tree whose branches stand between and behind the rows of ``text``; the rows of ``text`` in it."""
+    tokens, parents, path = [text[0]], [-1], [0]
+    for token in text[1:]:
+        for _ in range(int(rng.integers(0, 3))):
+            tokens.append(int(rng.integers(3, VOCAB)))
+            parents.append(int(rng.integers(0, len(tokens) - 1)))
+        tokens.append(token)
+        parents.append(path[-1])
+        path.append(len(tokens) - 1)
+    return Tree(tuple(tokens), tuple(parents)), path
