@@ -30,7 +30,7 @@ import numpy as np
 
 from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
 from dspark_export.bench.runner import run
-from dspark_export.bench.spans import Span, SpannedCuda, SpannedPlan, host_spans
+from dspark_export.bench.spans import HostSpans, Span, SpannedCuda, SpannedPlan
 from dspark_export.bench.timeline import draw_timeline, host_microseconds, last_rounds
 from dspark_export.build.row_noise import row_logits
 from dspark_export.prompts.sets import load_sets
@@ -120,9 +120,9 @@ def of_backend(name: str, options: argparse.Namespace) -> dict[str, Any]:
     result = run(bundle, prompts, modes, max_new_tokens=options.tokens, repeats=2)
     found = [s for s in result.summaries if s.set == "all"]
     read = bytes_per_token(bundle.files)
-    with host_spans() as spans:
-        bundle.with_fresh_schedule().generate(ids[0], speculate="ngram", **generated(options))
-    work, beside = host_microseconds(spans)
+    host = HostSpans(isinstance(target, DeviceEngine))
+    bundle.with_fresh_schedule().with_observer(host).generate(ids[0], speculate="ngram", **generated(options))
+    work, beside = host_microseconds(host.spans)
     figures: dict[str, Any] = {
         "logits": logits,
         "exact": bundle.exact,
@@ -137,7 +137,7 @@ def of_backend(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(target, DeviceEngine):
         figures |= overlapped_and_serial(name, options, ids[0])
     else:
-        draw_timeline(last_rounds(spans, PICTURED), options.out / f"timeline-{name}.png", f"{name}: n-gram drafts")
+        draw_timeline(last_rounds(host.spans, PICTURED), options.out / f"timeline-{name}.png", f"{name}: n-gram drafts")
     if isinstance(target, DeviceEngine) and target.replay:
         target.replay = False
         fresh = bundle.with_fresh_schedule().generate(ids[0], max_new_tokens=options.tokens, speculate="off")
@@ -199,9 +199,9 @@ def spans_of(bundle: Bundle, cuda: SpannedCuda, ids: Sequence[int], options: arg
     """Spans of the host and of all streams for one text, after one that captures graphs."""
     bundle.with_fresh_schedule().generate(ids, speculate="auto", **generated(options))
     cuda.spans()
-    with host_spans() as spans:
-        bundle.with_fresh_schedule().generate(ids, speculate="auto", **generated(options))
-    return [*spans, *cuda.spans()]
+    host = HostSpans(device=True)
+    bundle.with_fresh_schedule().with_observer(host).generate(ids, speculate="auto", **generated(options))
+    return [*host.spans, *cuda.spans()]
 
 
 def on_device(name: str, options: argparse.Namespace, overlap: bool, watched: bool) -> tuple[Bundle, SpannedCuda]:

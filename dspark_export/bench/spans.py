@@ -1,9 +1,9 @@
 """When the host and every stream of a GPU did what, while texts are generated.
 
     cuda = SpannedCuda(CudaBindings())  # given to a backend whose plans are SpannedPlan
-    with host_spans() as spans:
-        bundle.generate(...)
-    spans += cuda.spans()
+    host = HostSpans(device=True)
+    bundle.with_observer(host).generate(...)
+    spans = [*host.spans, *cuda.spans()]
 
 On the device, time is taken by events around everything that is enqueued; nothing waits for them before ``spans()``.
 """
@@ -11,16 +11,15 @@ On the device, time is taken by events around everything that is enqueued; nothi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 from dspark_runtime.backends.cuda import Cuda
-from dspark_runtime.backends.device import DeviceRunner, Plan
-from dspark_runtime.decoding.loop import DecodingLoop
+from dspark_runtime.backends.device import Plan
+from dspark_runtime.decoding.observer import Observer
 from dspark_runtime.decoding.round import Flight
+from dspark_runtime.decoding.sequence import Chunk
 
 HOST = "host"
 BESIDE = "text, chunks"
@@ -130,53 +129,30 @@ class SpannedPlan:
         self._watch.take("pass", stream, lambda: self._plan.enqueue(context, stream))
 
 
-@contextmanager
-def host_spans() -> Iterator[list[Span]]:
-    """What the host does in every round of the loops that run meanwhile."""
-    spans: list[Span] = []
-    begin, settle, end, account = (getattr(DecodingLoop, name) for name in ("_begin", "_settle", "_end", "_account"))
+class HostSpans(Observer):
+    """``spans``: what the host does in every round of the loops it watches.
 
-    def add(what: str, start: float, until: float) -> None:
-        spans.append(Span(HOST, what, start, until))
+    ``device``: passes run beside the host, which only launches them; otherwise the host itself runs them.
+    """
 
-    def beginning(self: DecodingLoop) -> None:
-        begin(self)
-        flight, now = self._flight, _clock()
-        assert flight is not None
-        add("propose", flight.began, flight.drafted)
-        add("fill", flight.drafted, flight.passed)
-        add("launch" if isinstance(self.runner, DeviceRunner) else "pass", flight.passed, now)
+    def __init__(self, device: bool = False) -> None:
+        self.spans: list[Span] = []
+        self._pass = "launch" if device else "pass"
 
-    def settling(self: DecodingLoop) -> Any:
-        started, some = _clock(), bool(self._unsettled)
-        chunks = settle(self)
-        if some:
-            add(BESIDE, started, _clock())
-        return chunks
+    def started(self, flight: Flight) -> None:
+        """See :class:`Observer`."""
+        self._add("propose", flight.began, flight.drafted)
+        self._add("fill", flight.drafted, flight.filled)
+        self._add(self._pass, flight.filled, flight.started)
 
-    def ending(self: DecodingLoop) -> Any:
-        started, waited = _clock(), list[float]()
-        finish = self.runner.finish
+    def finished(self, flight: Flight) -> None:
+        """See :class:`Observer`."""
+        self._add("wait", flight.waited, flight.verified)
+        self._add("commit", flight.verified, flight.committed)
 
-        def finishing() -> Any:
-            found = finish()
-            waited.append(_clock())
-            return found
+    def settled(self, chunks: Sequence[Chunk], began: float, ended: float) -> None:
+        """See :class:`Observer`."""
+        self._add(BESIDE, began, ended)
 
-        with patch.object(self.runner, "finish", finishing):
-            chunks = end(self)
-        add("wait", started, waited[-1])
-        return chunks
-
-    def accounting(self: DecodingLoop, flight: Flight, verified: float, emitted: int) -> None:
-        account(self, flight, verified, emitted)
-        text = next((span for span in reversed(spans) if span.what == BESIDE and span.start >= verified), None)
-        if text is None:
-            add("commit", verified, _clock())
-        else:  # settled at once
-            add("commit", verified, text.start)
-            add("commit", text.end, _clock())
-
-    changed: dict[str, Any] = {"_begin": beginning, "_settle": settling, "_end": ending, "_account": accounting}
-    with patch.multiple(DecodingLoop, **changed):
-        yield spans
+    def _add(self, what: str, start: float, end: float) -> None:
+        self.spans.append(Span(HOST, what, start, end))

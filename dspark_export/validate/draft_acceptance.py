@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dspark_export.drafts.recording import Call, record
 from dspark_export.validate.checks import Check
 from dspark_export.validate.drafts import Reference, in_pytorch
 from dspark_export.validate.probe import with_float_products
-from dspark_export.validate.recorded import Call, run_recorded
 from dspark_export.validate.references import ModelRunner
 from dspark_export.validate.tolerances import ACCEPTANCE, ACCEPTANCE_QUANTIZED, AGAINST_MODEL, largest_relative
 from dspark_runtime import Bundle
@@ -47,7 +47,8 @@ def check_features(
     bundle = with_float_products(bundle)
     worst, where, rows = 0.0, "", 0
     for number, prompt in enumerate(prompts):
-        calls, _, text, _ = run_recorded(bundle, prompt, reference.entry.name, tokens, DraftOptions(branches=1))
+        recorder, generation = record(bundle, prompt, reference.entry.name, tokens, DraftOptions(branches=1))
+        calls, text = recorder.calls, generation.tokens
         wanted = plain.features([*prompt, *text])
         for call in calls:
             if TARGET_FEATURES not in call.inputs:
@@ -96,7 +97,8 @@ def check_acceptance(
     mine = [PositionCounts() for _ in range(entry.block.drafts)]
     theirs = [PositionCounts() for _ in range(entry.block.drafts)]
     for prompt in prompts:
-        _, _, text, stats = run_recorded(bundle, prompt, entry.name, tokens, DraftOptions(branches=1))
+        _, generation = record(bundle, prompt, entry.name, tokens, DraftOptions(branches=1))
+        text, stats = generation.tokens, generation.stats
         for depth, counts in enumerate(stats.per_drafter[entry.name].positions if stats.per_drafter else []):
             mine[depth].verified += counts.verified
             mine[depth].accepted += counts.accepted
@@ -181,7 +183,8 @@ def check_confidences(bundle: Bundle, entry: DrafterEntry, prompts: Sequence[Seq
         threshold = 0.5
         for _ in range(2):  # once to see which confidences there are, once with the middle one as threshold
             options = DraftOptions(threshold=threshold, branches=1)
-            calls, trees, *_ = run_recorded(bundle, prompt, entry.name, tokens, options)
+            recorder, _ = record(bundle, prompt, entry.name, tokens, options)
+            calls, trees = recorder.calls, {r.position: r.tree for r in recorder.rounds}
             given = [1 / (1 + np.exp(-c.found[CONFIDENCE_LOGITS][0] / scales)) for c in calls]
             threshold = float(np.median(np.concatenate(given))) if given else threshold
         bounds = {

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dspark_export.drafts.recording import Call, record
 from dspark_export.passes.packed_weights import load_plain
 from dspark_export.validate.checks import Check
 from dspark_export.validate.quantized import put_into
-from dspark_export.validate.recorded import Call, run_recorded
 from dspark_export.validate.references import ModelRunner
 from dspark_export.validate.tolerances import (
     AGAINST_MODEL,
@@ -144,7 +144,7 @@ def check_drafter(bundle: Bundle, reference: Reference, prompts: Sequence[Sequen
     passes = 0
     for prompt in prompts:
         for options in (DraftOptions(branches=1), DraftOptions(branches=3)):
-            calls, *_ = run_recorded(bundle, prompt, reference.entry.name, tokens, options)
+            calls = record(bundle, prompt, reference.entry.name, tokens, options, caches=True)[0].calls
             for call in calls:
                 module, contract = reference.modules[call.graph]
                 passes += 1

@@ -8,18 +8,20 @@ from dataclasses import replace
 import numpy as np
 
 from dspark_export.build.row_noise import row_logits
+from dspark_export.drafts.recording import host_tensors
 from dspark_runtime import Bundle
 from dspark_runtime.backends.opening import HostBackend
-from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, AnyArray, FloatArray
-from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, MOST_ROWS, AnyArray, FloatArray
+from dspark_runtime.decoding.fill import fill_prompt, fill_trees
 from dspark_runtime.decoding.request import make_requests
+from dspark_runtime.speculation.kv_cache import KvCache, round_up
 from dspark_runtime.speculation.tree import TokenTree
 
 ROOM = 48  # tokens a probe may commit behind its prompts
 
 
-class Probe(DecodingLoop):
-    """A decoding loop whose passes are called by hand: it fills masks, positions and slots as it always does.
+class Probe:
+    """Prompts in a cache, and passes behind them that are called by hand: filled as the decoding loop fills its own.
 
     Args:
         bundle: what runs.
@@ -27,31 +29,41 @@ class Probe(DecodingLoop):
         chunk: prompt tokens of a pass.
         rows: fewest rows of a pass; what a tree lacks is padded.
         room: tokens that may be committed behind the prompts.
+
+    Raises:
+        CapacityError: a prompt does not fit.
     """
 
     def __init__(
         self, bundle: Bundle, prompts: Sequence[Sequence[int]], *, chunk: int = 512, rows: int = 2, room: int = ROOM
     ) -> None:
         requests = make_requests(prompts, bundle.limits, max_new_tokens=room)
-        options = LoopOptions(prefill_chunk=chunk, min_rows=rows)
-        super().__init__(bundle.engine("target", len(prompts) > 1), bundle.schedule, [], requests, None, options)
-        for sequence in self.sequences:
-            self._prefill(sequence)
+        engine = bundle.engine("target", len(prompts) > 1)
+        slots = round_up(max(len(request.prompt) for request in requests) + room + MOST_ROWS)
+        self.cache = KvCache(engine.allocate(len(requests), slots), slots)
+        self.runner = engine.open(self.cache.memory)
+        self._rows = rows
+        for row, request in enumerate(requests):
+            for start in range(0, len(request.prompt), chunk):
+                part = request.prompt[start : start + chunk]
+                fill_prompt(self.runner, self.cache, row, start, part, rows)
+                self.runner.run()
+                self.cache.commit(row, range(len(part)))
 
     def run_trees(self, trees: Sequence[TokenTree]) -> list[FloatArray]:
         """Logits [rows, vocab] of each tree behind what its sequence has committed; nothing is committed."""
-        buffers = self._fill(trees)
+        buffers = fill_trees(self.runner, self.cache, trees, self._rows)
         self.runner.run()
         return [buffers.logits[i, : len(tree)].copy() for i, tree in enumerate(trees)]
 
     def committed(self, row: int) -> dict[tuple[int, str], AnyArray]:
         """Keys and values [kv_heads, length, width] of one sequence, by layer and part."""
-        tensors = self.cache.memory.tensors()  # type: ignore[attr-defined]
+        tensors = host_tensors(self.cache.memory)
         return {place: array[row, :, : self.cache.lengths[row]].copy() for place, array in tensors.items()}
 
     def poison(self, value: float) -> None:
         """Overwrite every slot behind those that are committed."""
-        for tensor in self.cache.memory.tensors().values():  # type: ignore[attr-defined]
+        for tensor in host_tensors(self.cache.memory).values():
             for row, length in enumerate(self.cache.lengths):
                 tensor[row, :, length:] = value
 

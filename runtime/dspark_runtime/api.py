@@ -20,6 +20,7 @@ from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS
 from dspark_runtime.bundle.files import TOKENIZER_DIR, BundleFiles
 from dspark_runtime.bundle.manifest import Manifest
 from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
+from dspark_runtime.decoding.observer import Observer
 from dspark_runtime.decoding.request import Limits, Request, make_requests
 from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.decoding.sequence import Chunk, Generation
@@ -84,6 +85,7 @@ class Bundle:
         self._min_rows = 2 if noisy else 1
         self._chains = noisy and options.accuracy_level == ROUNDED_ACTIVATIONS
         self.schedule = self._new_schedule()
+        self._observer = Observer()
 
     @classmethod
     def open(
@@ -129,6 +131,12 @@ class Bundle:
         """The same bundle and loaded graphs with a schedule that has learned nothing yet (for measurements)."""
         other = copy.copy(self)
         other.schedule = other._new_schedule()
+        return other
+
+    def with_observer(self, observer: Observer) -> Bundle:
+        """The same bundle and loaded graphs, whose calls tell ``observer`` what they do, round by round."""
+        other = copy.copy(self)
+        other._observer = observer
         return other
 
     def _new_schedule(self, costs: PassCosts | None = None, fixed: int | None = None) -> Schedule:
@@ -299,7 +307,7 @@ class Bundle:
         tokenizer = None if self._codec is None else self._codec.tokenizer
         for start in range(0, len(requests), batch_size):
             part = requests[start : start + batch_size]
-            yield DecodingLoop(target, schedule, drafters, part, tokenizer, options)
+            yield DecodingLoop(target, schedule, drafters, part, tokenizer, options, self._observer)
 
     def _encode(self, prompt: str | bytes | bytearray | list[int], variables: Any, chat: bool) -> list[int]:
         if isinstance(prompt, list):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from dspark_export.bench.spans import BESIDE, HOST, Span, SpannedCuda, host_spans
+from dspark_export.bench.spans import BESIDE, HOST, HostSpans, Span, SpannedCuda
 from dspark_export.bench.timeline import draw_timeline, host_microseconds, last_rounds
 from tests.drafting.conftest import Pairs
 from tests.drafting.imitated import PROMPTS, Opened
@@ -45,9 +45,9 @@ def test_spans_say_when_what_ran(pairs: Pairs, tmp_path: Path) -> None:
     expected = pairs.bundle.generate(PROMPTS[0], **OPTIONS).tokens
     opened.bundle.generate(PROMPTS[0], **OPTIONS)
     cuda.spans()
-    with host_spans() as host:
-        found = opened.bundle.generate(PROMPTS[0], **OPTIONS)
-    spans = cuda.spans()
+    watch = HostSpans(device=True)
+    found = opened.bundle.with_observer(watch).generate(PROMPTS[0], **OPTIONS)
+    host, spans = watch.spans, cuda.spans()
     assert found.tokens == expected  # watching changes nothing
     assert {span.lane for span in spans} == {"target", "draft", "copy"}
     assert all(span.end >= span.start for span in (*host, *spans))
@@ -68,9 +68,9 @@ def test_spans_say_when_what_ran(pairs: Pairs, tmp_path: Path) -> None:
 
 def test_the_picture_shows_every_lane(pairs: Pairs, tmp_path: Path) -> None:
     opened, cuda = watched(pairs, tmp_path / "bundle")
-    with host_spans() as host:
-        opened.bundle.generate(PROMPTS[0], **OPTIONS)
-    spans = last_rounds([*host, *cuda.spans()], 4)
+    host = HostSpans(device=True)
+    opened.bundle.with_observer(host).generate(PROMPTS[0], **OPTIONS)
+    spans = last_rounds([*host.spans, *cuda.spans()], 4)
     assert sum(span.what == "propose" for span in spans) == 4
     draw_timeline(spans, tmp_path / "picture.png", "four rounds")
     seen = {tuple(pixel) for pixel in (imread(tmp_path / "picture.png")[..., :3].reshape(-1, 3) * 255).astype(int)}

@@ -13,6 +13,7 @@ from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.backends.protocol import EngineOptions
 from dspark_runtime.bundle.contract import CacheLayer
 from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
+from dspark_runtime.decoding.observer import Observer
 from dspark_runtime.decoding.request import Limits, make_requests
 from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.decoding.sequence import Generation
@@ -48,6 +49,7 @@ class Tiny:
         stop: Sequence[str] = (),
         eos: Sequence[int] = (),
         options: LoopOptions | None = None,
+        observer: Observer | None = None,
     ) -> DecodingLoop:
         """A loop, not yet started; ``fixed`` drafts per pass, or None for the adaptive schedule."""
         requests = make_requests(
@@ -60,7 +62,7 @@ class Tiny:
             eos=eos,
         )
         schedule = Schedule(PassCosts(), fixed=fixed)
-        return DecodingLoop(self.target, schedule, drafters, requests, self.tokenizer, options)
+        return DecodingLoop(self.target, schedule, drafters, requests, self.tokenizer, options, observer)
 
     def generate(self, prompts: Sequence[Sequence[int]], *args: object, **kwargs: object) -> list[Generation]:
         """Run a loop to its end."""

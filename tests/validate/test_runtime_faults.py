@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import dspark_runtime.decoding.fill
 import dspark_runtime.speculation.verify
 from dspark_runtime.backends.ort import HostCache
-from dspark_runtime.backends.protocol import BoolArray
+from dspark_runtime.backends.protocol import BoolArray, Runner, StepBuffers
 from dspark_runtime.decoding.loop import DecodingLoop
 from dspark_runtime.drafters.block import BlockDrafter
+from dspark_runtime.speculation.kv_cache import KvCache
 from dspark_runtime.speculation.tree import TokenTree
 from dspark_runtime.speculation.verify import Verdict
 from tests.validate.conftest import Healthy, Validated
@@ -36,15 +38,16 @@ def test_siblings_that_see_each_other(healthy: Healthy, validated: Validated, mo
 
 
 def test_a_slot_one_off(healthy: Healthy, validated: Validated, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = DecodingLoop._fill
+    right = dspark_runtime.decoding.fill.fill_trees
 
-    def wrong(self: DecodingLoop, trees: Sequence[TokenTree]) -> Any:
-        self.cache.reserve(max(self.cache.lengths) + 40)
-        buffers = right(self, trees)
+    def wrong(runner: Runner, cache: KvCache, *rest: Any) -> StepBuffers:
+        cache.reserve(max(cache.lengths) + 40)
+        buffers = right(runner, cache, *rest)
         buffers.write_indices[:] += 1
         return buffers
 
-    monkeypatch.setattr(DecodingLoop, "_fill", wrong)
+    for module in ("dspark_runtime.decoding.loop", "dspark_export.validate.probe"):
+        monkeypatch.setattr(f"{module}.fill_trees", wrong)
     report = validated(healthy.bundle)
     failure(report, "robustness.tree_against_paths")
     failure(report, "losslessness.plain")

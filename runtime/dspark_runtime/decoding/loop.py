@@ -31,11 +31,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import numpy as np
 from tokenizers import Tokenizer
 
-from dspark_runtime.backends.protocol import MOST_ROWS, AnyArray, Engine, FloatArray, StepBuffers, TreeVerdicts
+from dspark_runtime.backends.protocol import MOST_ROWS, AnyArray, Engine, FloatArray, TreeVerdicts
 from dspark_runtime.decoding.device_verdicts import read_verdicts, tree_check
+from dspark_runtime.decoding.fill import fill_prompt, fill_trees
+from dspark_runtime.decoding.observer import Observer
 from dspark_runtime.decoding.request import Request
 from dspark_runtime.decoding.round import Accepted, Flight
 from dspark_runtime.decoding.schedule import Schedule
@@ -50,7 +51,6 @@ from dspark_runtime.speculation.tree import TokenTree
 from dspark_runtime.speculation.verify import Verdict, verify_chain, verify_tree
 
 _FIRST_SLOTS = 2048  # slots beyond the prompt to begin with; memory is only committed once it is written to
-_COUNT = np.arange(256)
 _clock = time.perf_counter
 
 
@@ -78,8 +78,10 @@ class DecodingLoop:
         requests: Sequence[Request],
         tokenizer: Tokenizer | None = None,
         options: LoopOptions | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.options = options or LoopOptions()
+        self.observer = observer or Observer()
         self.schedule = schedule
         self.drafters = list(drafters)
         self.sequences = [SequenceState(i, request, tokenizer) for i, request in enumerate(requests)]
@@ -137,21 +139,26 @@ class DecodingLoop:
         proposals = self._propose()
         trees = self.schedule.choose(proposals, len(self.active))
         drafted = _clock()
-        buffers = self._fill(trees)
+        buffers = fill_trees(self.runner, self.cache, trees, self.options.min_rows)
         check = tree_check(trees, self.active) if self._verified_there(proposals) else None
-        passed = _clock()
+        flight = Flight(proposals, trees, buffers, began, drafted, filled=_clock())
         self.runner.start(check)
-        self._flight = Flight(proposals, trees, buffers, began, drafted, passed)
+        flight.started = _clock()
+        self._flight = flight
+        self.observer.started(flight)
 
     def _end(self) -> list[Chunk]:
         """Wait for the pass and commit; chunks, unless they are better made beside the next pass."""
         flight, self._flight = self._flight, None
         assert flight is not None
+        flight.waited = _clock()
         found = self.runner.finish()
-        verified = _clock()
+        flight.verified = _clock()
         parts = self._unsettled = self._commit_all(flight, found)
+        flight.committed = _clock()
+        self.observer.finished(flight)
         chunks = [] if self.runner.overlaps else self._settle()
-        self._account(flight, verified, sum(len(part.tokens) for part in parts))
+        self._account(flight, sum(len(part.tokens) for part in parts))
         if any(sequence.finished for sequence in self.active):
             self._retire()
         return chunks
@@ -159,7 +166,12 @@ class DecodingLoop:
     def _settle(self) -> list[Chunk]:
         """Text and statistics of what was committed last."""
         parts, self._unsettled = self._unsettled, []
-        return [part.settle() for part in parts]
+        if not parts:
+            return []
+        began = _clock()
+        chunks = [part.settle() for part in parts]
+        self.observer.settled(chunks, began, _clock())
+        return chunks
 
     def _given(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
         """Chunks, and how long the caller has them while a pass runs."""
@@ -183,10 +195,12 @@ class DecodingLoop:
         prompt, row = sequence.request.prompt, sequence.row
         for drafter in self.drafters:
             drafter.begin(sequence.index, prompt)
-        self.runner.select(row, 1)
         for start in range(0, len(prompt), self.options.prefill_chunk):
             part = prompt[start : start + self.options.prefill_chunk]
-            buffers, rows = self._fill_prompt(row, start, part), range(len(part))
+            buffers, rows = (
+                fill_prompt(self.runner, self.cache, row, start, part, self.options.min_rows),
+                range(len(part)),
+            )
             self.runner.start()
             self.cache.commit(row, rows)
             self._collect(sequence, 0, rows)
@@ -215,22 +229,6 @@ class DecodingLoop:
                 assert self.runner.resident is not None  # the drafter has seen the cache it comes with
                 taps = self.runner.resident
                 reader.drafter.collect(sequence.index, sequence.row, taps, batch_row, rows, reader.runs)
-
-    def _fill_prompt(self, row: int, start: int, part: Sequence[int]) -> StepBuffers:
-        count = len(part)
-        rows = max(count, self.options.min_rows)  # padding rows stand behind the real ones and are overwritten later
-        self.cache.reserve(start + rows)
-        buffers = self.runner.prepare(rows, 1, start + rows)
-        buffers.input_ids[0, :count] = part
-        buffers.input_ids[0, count:] = 0
-        buffers.position_ids[0, :count] = np.arange(start, start + count)
-        buffers.position_ids[0, count:] = start
-        buffers.write_indices[0] = start
-        buffers.logit_rows[0, 0] = count - 1
-        mask = buffers.attention_mask
-        mask[..., :start] = True
-        mask[0, 0, :, start:] = np.tri(rows, dtype=np.bool_)
-        return buffers
 
     # Propose -------------------------------------------------------------------------------------------------------
 
@@ -264,39 +262,6 @@ class DecodingLoop:
 
     # Verify --------------------------------------------------------------------------------------------------------
 
-    def _fill(self, trees: Sequence[TokenTree]) -> StepBuffers:
-        batch, rows = len(trees), self.options.min_rows
-        for tree in trees:
-            rows = max(rows, len(tree.tokens))
-        lengths = self.cache.lengths
-        slots = max(lengths[:batch]) + rows
-        self.cache.reserve(slots)
-        self.runner.select(0, batch)
-        buffers = self.runner.prepare(rows, rows, slots)
-        mask = buffers.attention_mask
-        if batch == rows == 1:  # the anchor alone sees every slot; this is every step of plain decoding
-            buffers.input_ids[0, 0] = trees[0].tokens[0]
-            buffers.position_ids[0, 0] = buffers.write_indices[0] = lengths[0]
-            buffers.logit_rows[0, 0] = 0
-            mask.fill(True)
-            return buffers
-        buffers.logit_rows[:] = _COUNT[:rows]
-        for i, tree in enumerate(trees):
-            start, count = lengths[i], len(tree)
-            buffers.input_ids[i, :count] = tree.tokens
-            buffers.position_ids[i, :count] = tree.positions(start)
-            buffers.write_indices[i] = start
-            mask[i, 0, :count, :start] = True
-            mask[i, 0, :count, start : start + count] = tree.ancestors()
-            mask[i, 0, :count, start + count :] = False
-            if count < rows:  # padding: token 0, sees itself only
-                buffers.input_ids[i, count:] = 0
-                buffers.position_ids[i, count:] = start
-                mask[i, 0, count:, :] = False
-                padding = np.arange(count, rows)
-                mask[i, 0, padding, start + padding] = True
-        return buffers
-
     def _verified_there(self, proposals: Sequence[Proposal]) -> bool:
         """Whether the backend verifies this round; else verdicts follow from the logits."""
         return self.runner.verifies and all(
@@ -308,7 +273,7 @@ class DecodingLoop:
     def _commit_all(self, flight: Flight, found: TreeVerdicts | None) -> list[Accepted]:
         verdicts = [None] * len(self.active) if found is None else read_verdicts(found)
         each = zip(self.active, flight.proposals, flight.trees, verdicts, strict=True)
-        return [self._commit(*parts, flight.buffers) for parts in each]
+        return [self._commit(*parts, flight) for parts in each]
 
     def _commit(
         self,
@@ -316,19 +281,22 @@ class DecodingLoop:
         proposal: Proposal,
         tree: TokenTree,
         verdict: Verdict | None,
-        buffers: StepBuffers,
+        flight: Flight,
     ) -> Accepted:
+        row, buffers = sequence.row, flight.buffers
         if verdict is None:
-            verdict = self._verdict(sequence, proposal, tree, buffers.logits[sequence.row])
-        self.cache.commit(sequence.row, verdict.path)
-        self._collect(sequence, sequence.row, verdict.path)
-        self._show(sequence, buffers.taps, sequence.row, verdict.path)
+            verdict = self._verdict(sequence, proposal, tree, buffers.logits[row])
+        self.cache.commit(row, verdict.path)
+        self._collect(sequence, row, verdict.path)
+        self._show(sequence, buffers.taps, row, verdict.path)
         tokens = sequence.append(verdict.tokens)
         for part in proposal.parts:  # what is verified next depends on it
             self.schedule.acceptance.learn(part.drafter, part.draft, tokens, sequence.index)
         for drafter in self.drafters:
             drafter.commit(sequence.index, tokens)
-        return Accepted(sequence, proposal, tree, verdict, tokens)
+        accepted = Accepted(sequence, row, proposal, tree, verdict, tokens)
+        self.observer.committed(accepted, flight)
+        return accepted
 
     def _verdict(self, sequence: SequenceState, proposal: Proposal, tree: TokenTree, logits: FloatArray) -> Verdict:
         start = len(sequence.tokens) - 1
@@ -337,12 +305,12 @@ class DecodingLoop:
             return verify_chain(tree.tokens[1:], probs, logits, sequence.sampler, start)
         return verify_tree(tree, logits, sequence.sampler.draw, start)
 
-    def _account(self, flight: Flight, verified: float, emitted: int) -> None:
+    def _account(self, flight: Flight, emitted: int) -> None:
         done = _clock()
-        pass_s = self.runner.pass_ms / 1e3 or verified - flight.passed
+        pass_s = self.runner.pass_ms / 1e3 or flight.verified - flight.filled
         drafting = flight.drafted - flight.began
-        passing = max(pass_s, verified - flight.passed - flight.away)
-        host = (flight.passed - flight.drafted) + (done - verified)
+        passing = max(pass_s, flight.verified - flight.filled - flight.away)
+        host = (flight.filled - flight.drafted) + (done - flight.verified)
         self.seconds.draft += drafting
         self.seconds.verify += passing
         self.seconds.host += host

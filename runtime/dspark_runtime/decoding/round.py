@@ -15,23 +15,33 @@ from dspark_runtime.speculation.verify import Verdict
 
 @dataclass(slots=True)
 class Flight:
-    """A pass on its way. ``began``, ``drafted`` and ``passed`` are when proposing, filling and the pass began, in
-    seconds; ``away`` is how long the caller has kept the loop meanwhile."""
+    """A pass on its way, and when it got how far, in seconds of the host's clock.
+
+    Proposing began at ``began`` and ended at ``drafted``; the buffers were filled at ``filled``, the pass was started
+    by ``started``; the host began to wait at ``waited`` and had the results at ``verified``; they were committed at
+    ``committed``. ``away`` is how long the caller has kept the loop meanwhile.
+    """
 
     proposals: Sequence[Proposal]
     trees: Sequence[TokenTree]
     buffers: StepBuffers
     began: float
     drafted: float
-    passed: float
+    filled: float
+    started: float = 0.0
+    waited: float = 0.0
+    verified: float = 0.0
+    committed: float = 0.0
     away: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What a pass gave one sequence: ``tokens`` are committed, the last of ``verdict`` may be beyond the text's end."""
+    """What a pass gave the sequence in batch row ``row``: ``tokens`` are committed, the last of ``verdict`` may be
+    beyond the text's end."""
 
     sequence: SequenceState
+    row: int
     proposal: Proposal
     tree: TokenTree
     verdict: Verdict
