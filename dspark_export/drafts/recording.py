@@ -124,18 +124,21 @@ def record(
     recorder = Recorder(bundle, caches, logits)
     choice = DrafterChoice(bundle.files, bundle.schedule.costs, bundle.engine, recorder.engine)
     rows = 2 if bundle.exact else 1
+    (request,) = make_requests([list(prompt)], bundle.limits, max_new_tokens=tokens, params=params, seed=seed)
     loop = DecodingLoop(
         bundle.engine("target"),
         Schedule(bundle.schedule.costs, fixed=MOST_DRAFTS, min_rows=rows),
         choice.make(drafter, False, options),
-        make_requests([list(prompt)], bundle.limits, max_new_tokens=tokens, params=params, seed=seed),
+        rows=1,
+        limit=len(prompt) + tokens,
         options=LoopOptions(min_rows=rows),
         observer=recorder,
     )
-    for _ in loop:
-        if rounds is not None and len(recorder.rounds) >= rounds:
-            loop.cancel()
-    return recorder, loop.generations()[0]
+    sequence = loop.admit(request)
+    while loop.busy and (rounds is None or len(recorder.rounds) < rounds):
+        loop.step()
+    loop.close()
+    return recorder, sequence.generation()
 
 
 def engine_with_inner_outputs(bundle: Bundle, name: str) -> OrtGraphEngine:

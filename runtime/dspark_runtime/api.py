@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dspark_runtime.arguments import plain_prompts, refuse_unknown, whole
@@ -23,7 +24,7 @@ from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
 from dspark_runtime.decoding.observer import Observer
 from dspark_runtime.decoding.request import Limits, Request, make_requests
 from dspark_runtime.decoding.schedule import Schedule
-from dspark_runtime.decoding.sequence import Chunk, Generation
+from dspark_runtime.decoding.sequence import Chunk, Generation, SequenceState
 from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.choice import DrafterChoice
 from dspark_runtime.drafters.estimates import DraftSampling
@@ -42,27 +43,33 @@ Prompt = str | bytes | Sequence[int]
 class Stream:
     """Text as it comes: iterate for :class:`Chunk` objects; ``generations`` holds the results at the end."""
 
-    def __init__(self, loops: Iterator[DecodingLoop]) -> None:
-        self._loops = loops
-        self._current: DecodingLoop | None = None
+    def __init__(self, open_loop: Callable[[], DecodingLoop], requests: Sequence[Request]) -> None:
+        self._open_loop, self._requests = open_loop, requests
         self._cancelled = False
         self.generations: list[Generation] = []
 
     def __iter__(self) -> Iterator[Chunk]:
-        for loop in self._loops:
-            self._current = loop
-            if self._cancelled:
-                loop.cancel()
-            first = len(self.generations)
-            for chunk in loop:
-                yield chunk if not first else Chunk(chunk.index + first, chunk.text, chunk.tokens, chunk.finish_reason)
-            self.generations += loop.generations()
+        loop, coming, sequences = self._open_loop(), deque(self._requests), list[SequenceState]()
+        try:
+            while not self._cancelled:
+                while coming and loop.free:
+                    sequences.append(loop.admit(coming.popleft()))
+                if not loop.busy:
+                    break
+                yield from loop.step()
+            for sequence in sequences:
+                if not sequence.finished:
+                    yield loop.cancel(sequence)
+        finally:
+            loop.close()
+        for request in coming:
+            sequences.append(SequenceState(len(sequences), request, None))
+            yield sequences[-1].cancel()
+        self.generations = [sequence.generation() for sequence in sequences]
 
     def cancel(self) -> None:
-        """End all texts before the next round; they finish with the reason ``cancelled``."""
+        """End all texts before the next step; they finish with the reason ``cancelled``. From any thread."""
         self._cancelled = True
-        if self._current is not None:
-            self._current.cancel()
 
 
 class Bundle:
@@ -254,14 +261,15 @@ class Bundle:
             draft_length = whole("draft_length", draft_length, 0, 31)
         batch_size = whole("batch_size", batch_size, 1, 1024)
         batch_size = min(batch_size, self._backend.limits.batch or batch_size)
-        batched = min(len(requests), batch_size) > 1
+        rows = min(len(requests), batch_size)
         drafters = self._choice().make(
-            speculate, batched, DraftOptions(draft_sampling, confidence_threshold, draft_branches)
+            speculate, rows > 1, DraftOptions(draft_sampling, confidence_threshold, draft_branches)
         )
         schedule = self.schedule
         if draft_length is not None:
             schedule = self._new_schedule(schedule.costs, draft_length)
-        result = Stream(self._loops(requests, self.engine("target", batched), drafters, schedule, batch_size))
+        target = self.engine("target", rows > 1)
+        result = Stream(lambda: self._loop(target, requests, rows, schedule, drafters), requests)
         if stream:
             return result
         for _ in result:
@@ -293,21 +301,16 @@ class Bundle:
         variables = {**_checked_variables(template_variables), "tools": tools, "documents": documents}
         return self.generate(self.codec.encode_chat(messages, **variables), stream=stream, **options)
 
-    def _loops(
-        self,
-        requests: Sequence[Request],
-        target: Engine,
-        drafters: Sequence[Drafter],
-        schedule: Schedule,
-        batch_size: int,
-    ) -> Iterator[DecodingLoop]:
+    def _loop(
+        self, target: Engine, requests: Sequence[Request], rows: int, schedule: Schedule, drafters: Sequence[Drafter]
+    ) -> DecodingLoop:
+        """A loop with room for any of ``requests`` in each of its rows."""
         limits = self._backend.limits
         most_drafts = min(LoopOptions.most_drafts, limits.rows - 1)
         options = LoopOptions(prefill_chunk=limits.chunk, min_rows=self._min_rows, most_drafts=most_drafts)
         tokenizer = None if self._codec is None else self._codec.tokenizer
-        for start in range(0, len(requests), batch_size):
-            part = requests[start : start + batch_size]
-            yield DecodingLoop(target, schedule, drafters, part, tokenizer, options, self._observer)
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        return DecodingLoop(target, schedule, drafters, rows, longest, tokenizer, options, self._observer)
 
     def _encode(self, prompt: str | bytes | bytearray | list[int], variables: Any, chat: bool) -> list[int]:
         if isinstance(prompt, list):

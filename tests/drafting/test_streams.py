@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from dspark_runtime.api import Stream
 from dspark_runtime.backends.device import DeviceEngine, DeviceRunner, Plan
 from dspark_runtime.backends.device_graph import DeviceGraphEngine, DeviceGraphRunner
 from dspark_runtime.backends.device_shapes import largest_sizes
@@ -77,6 +78,7 @@ class Recorded:
 
     def __init__(self, files: BundleFiles, kernels: bool = False, overlap: bool = True, forget: str = "") -> None:
         self.files, self.overlap = files, overlap
+        self.opened: list[DecodingLoop] = []
         self.cuda = RecordedCuda(forget=frozenset({forget}))
         self.kernels = RecordedKernels(self.cuda) if kernels else None
 
@@ -95,7 +97,7 @@ class Recorded:
         plan = cast(Plan, RecordedPlan(self.cuda, dict.fromkeys(names, 64)))
         return DeviceGraphEngine(self.files, graph, entry_of(graph), self.cuda, plan, overlap=self.overlap)
 
-    def loop(self, drafters: Sequence[Drafter | str], prompts: Sequence[Sequence[int]], tokens: int) -> DecodingLoop:
+    def stream(self, drafters: Sequence[Drafter | str], prompts: Sequence[Sequence[int]], tokens: int) -> Stream:
         choice = DrafterChoice(self.files, PassCosts(), self.engine, self.graph_engine)
         chosen = [
             drafter if isinstance(drafter, Drafter) else choice.make(drafter, True, _drafting(drafter))[0]
@@ -104,15 +106,21 @@ class Recorded:
         requests = make_requests(prompts, Limits(self.files.manifest.model.vocab_size, 192), max_new_tokens=tokens)
         schedule = Schedule(PassCosts(), fixed=3)
         options = LoopOptions(prefill_chunk=24, most_drafts=15)
-        loop = DecodingLoop(self.engine("target"), schedule, chosen, requests, None, options)
-        loop.runner = cast(Any, Watched(cast(DeviceRunner, loop.runner), self.cuda))
-        return loop
+
+        def opened() -> DecodingLoop:
+            limit = max(len(prompt) for prompt in prompts) + tokens
+            loop = DecodingLoop(self.engine("target"), schedule, chosen, len(prompts), limit, None, options)
+            loop.runner = cast(Any, Watched(cast(DeviceRunner, loop.runner), self.cuda))
+            self.opened.append(loop)
+            return loop
+
+        return Stream(opened, requests)
 
     def run(self, *drafters: Drafter | str, prompts: Sequence[Sequence[int]] = LONG, tokens: int = 12) -> list[int]:
-        loop = self.loop(drafters, prompts, tokens)
-        for _ in loop:
+        stream = self.stream(drafters, prompts, tokens)
+        for _ in stream:
             self.cuda.log.append("caller")
-        return [generation.stats.rounds for generation in loop.generations()]
+        return [generation.stats.rounds for generation in stream.generations]
 
 
 @pytest.fixture
@@ -219,14 +227,14 @@ def test_waiting_at_once_settles_before_the_next_round(files: BundleFiles, monke
 
 def test_a_dropped_pass_is_waited_for(files: BundleFiles) -> None:
     recorded = Recorded(files)
-    loop = recorded.loop(["ngram"], LONG[1:], 40)
-    for number, _ in enumerate(loop):
+    stream = recorded.stream(["ngram"], LONG[1:], 40)
+    for number, _ in enumerate(stream):
         if number == 5:
-            loop.cancel()
+            stream.cancel()
     assert recorded.cuda.calls["synchronize"] == 2 + 5 + 1  # chunks, rounds, and the pass on its way
-    assert loop.generations()[0].finish_reason == "cancelled"
+    assert stream.generations[0].finish_reason == "cancelled"
     waits = recorded.cuda.calls["synchronize"]
-    cast(Any, loop.runner).prepare(1, 1, 60)
+    cast(Any, recorded.opened[0].runner).prepare(1, 1, 60)
     assert recorded.cuda.calls["synchronize"] == waits and recorded.cuda.races == []
 
 

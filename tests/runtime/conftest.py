@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from dspark_runtime.api import Stream
 from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.backends.protocol import EngineOptions
 from dspark_runtime.bundle.contract import CacheLayer
@@ -37,7 +38,7 @@ class Tiny:
     positions: int = tiny_models.MAX_POSITIONS
     drafts: int = field(default=4)
 
-    def loop(
+    def stream(
         self,
         prompts: Sequence[Sequence[int]],
         drafters: Sequence[Drafter] = (),
@@ -50,8 +51,9 @@ class Tiny:
         eos: Sequence[int] = (),
         options: LoopOptions | None = None,
         observer: Observer | None = None,
-    ) -> DecodingLoop:
-        """A loop, not yet started; ``fixed`` drafts per pass, or None for the adaptive schedule."""
+        rows: int | None = None,
+    ) -> Stream:
+        """A stream over a loop with a row for each prompt, or ``rows``; ``fixed`` drafts per pass, None adapts."""
         requests = make_requests(
             prompts,
             Limits(self.vocab_size, self.positions),
@@ -61,15 +63,28 @@ class Tiny:
             stop=stop,
             eos=eos,
         )
+        limit = max(len(request.prompt) for request in requests) + tokens
+        return Stream(lambda: self.loop(rows or len(requests), limit, drafters, fixed, options, observer), requests)
+
+    def loop(
+        self,
+        rows: int,
+        limit: int,
+        drafters: Sequence[Drafter] = (),
+        fixed: int | None = 4,
+        options: LoopOptions | None = None,
+        observer: Observer | None = None,
+    ) -> DecodingLoop:
+        """A loop without requests."""
         schedule = Schedule(PassCosts(), fixed=fixed)
-        return DecodingLoop(self.target, schedule, drafters, requests, self.tokenizer, options, observer)
+        return DecodingLoop(self.target, schedule, drafters, rows, limit, self.tokenizer, options, observer)
 
     def generate(self, prompts: Sequence[Sequence[int]], *args: object, **kwargs: object) -> list[Generation]:
         """Run a loop to its end."""
-        loop = self.loop(prompts, *args, **kwargs)  # type: ignore[arg-type]
-        for _ in loop:
+        stream = self.stream(prompts, *args, **kwargs)  # type: ignore[arg-type]
+        for _ in stream:
             pass
-        return loop.generations()
+        return stream.generations
 
     def tokens(self, prompts: Sequence[Sequence[int]], *args: object, **kwargs: object) -> list[list[int]]:
         """The tokens of :meth:`generate`."""

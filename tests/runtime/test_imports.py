@@ -36,9 +36,12 @@ from dspark_runtime.decoding.request import Limits, make_requests
 from dspark_runtime.decoding.schedule import Schedule
 
 engine = OrtEngine({path!r}, name="target", cache={cache!r})
-requests = make_requests([[1, 2, 3]], Limits(384, 512), max_new_tokens=9)
-loop = DecodingLoop(engine, Schedule(PassCosts()), [NgramDrafter()], requests)
-print(sum(len(chunk.tokens) for chunk in loop))
+(request,) = make_requests([[1, 2, 3]], Limits(384, 512), max_new_tokens=9)
+loop = DecodingLoop(engine, Schedule(PassCosts()), [NgramDrafter()], rows=1, limit=12)
+sequence = loop.admit(request)
+while loop.busy:
+    loop.step()
+print(len(sequence.generation().tokens))
 """
 
 

@@ -90,7 +90,7 @@ class DeviceFeatures:
     def clear(self) -> None:
         """Forget everything; the memory is used again."""
         for row in list(self._blocks):
-            self._drop(row)
+            self.drop(row)
 
     def add(self, row: int, features: AnyArray) -> None:
         """See :class:`FeatureStore`; never called, see ``resident``."""
@@ -119,8 +119,12 @@ class DeviceFeatures:
 
     def move(self, source: int, target: int) -> None:
         """See :class:`FeatureStore`."""
-        self._drop(target)
+        self.drop(target)
         self._blocks[target] = self._blocks.pop(source, [])
+
+    def drop(self, row: int) -> None:
+        """See :class:`FeatureStore`; the memory is used again."""
+        self._free += [block.address for block in self._blocks.pop(row, [])]
 
     def take(self, first: int, counts: Sequence[int], rows: int) -> TakenRows:
         """See :class:`FeatureStore`; padding is what was there: features of an earlier pass, or zero."""
@@ -154,9 +158,6 @@ class DeviceFeatures:
             block.first, count = block.first + size, count - size
             if block.first == block.end:
                 self._free.append(blocks.pop(0).address)
-
-    def _drop(self, row: int) -> None:
-        self._free += [block.address for block in self._blocks.pop(row, [])]
 
     def _new_block(self) -> int:
         self._allocated.append(self._cuda.allocate(_BLOCK_ROWS * self._row_bytes))

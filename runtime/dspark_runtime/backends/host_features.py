@@ -38,6 +38,11 @@ class HostFeatures:
         """See :class:`FeatureStore`."""
         self._parts[target], self._counts[target] = self._parts.pop(source, []), self._counts.pop(source, 0)
 
+    def drop(self, row: int) -> None:
+        """See :class:`FeatureStore`."""
+        self._parts.pop(row, None)
+        self._counts.pop(row, None)
+
     def take(self, first: int, counts: Sequence[int], rows: int) -> AnyArray:
         """See :class:`FeatureStore`; padding is zero."""
         taken = np.zeros((len(counts), rows, self._empty.shape[1]), self._empty.dtype)

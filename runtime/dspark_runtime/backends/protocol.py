@@ -209,6 +209,9 @@ class FeatureStore(Protocol):
     def move(self, source: int, target: int) -> None:
         """What waits for row ``source`` waits for ``target`` now, whose own is dropped."""
 
+    def drop(self, row: int) -> None:
+        """What waits for ``row`` is not wanted."""
+
     def take(self, first: int, counts: Sequence[int], rows: int) -> Features:
         """Input [len(counts), rows, width] of the next pass: the oldest ``counts[i]`` rows of ``first + i``.
 

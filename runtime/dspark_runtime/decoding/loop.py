@@ -1,15 +1,15 @@
-"""The decoding loop: propose, verify, commit.
+"""The decoding loop: propose, verify, commit. Sequences join and leave while it runs.
 
-Between rounds this holds for every active sequence, and nothing else is remembered but statistics:
+Between steps this holds for every running sequence, and nothing else is remembered but statistics:
 
 * ``tokens`` is the committed text and the only truth; its last token, the anchor, has been in no pass yet;
 * the cache holds exactly the other tokens: ``cache.lengths[row] == len(tokens) - 1``;
-* the active sequences occupy the cache rows ``0 .. active - 1``.
+* rows are as :mod:`dspark_runtime.decoding.batch` says.
 
 ======== ==================================================== ========================================================
 phase    does                                                 leaves
 ======== ==================================================== ========================================================
-prefill  runs the prompt in chunks, draws the first token     the invariant above, one token emitted
+prompt   one chunk of one prompt; the last draws a token      the invariant above, one token emitted
 propose  drafters give trees, the schedule cuts them          a tree per sequence, its anchor at row 0
 verify   one pass over all trees behind the committed text    verdicts or logits; scratch rows in the cache
 commit   follows the target's draws, keeps the accepted rows  1 to accepted + 1 tokens committed; the invariant
@@ -17,40 +17,44 @@ retire   drops finished sequences, moves the last row down    the invariant for 
 settle   makes text and statistics of what was committed      a chunk per sequence, given to the caller
 ======== ==================================================== ========================================================
 
-Settling, and what the caller does with the chunks, is all that the next pass does not depend on. Where passes run
-beside the host, it comes between the start of the next pass and the wait for it; elsewhere right after the commit,
-before retiring. Nothing else differs: a pass on its way when the text is cancelled is waited for and dropped.
+A *step* is a chunk of one prompt, or a *round* (propose to settle) of all running sequences. No text depends on what
+else is in the batch, on when it joined or left, or on the order of steps, wherever passes compute a row alike whatever
+runs beside it (see docs/exactness.md).
 
-A pass that fails or is dropped leaves only scratch rows behind. A loop is used once; its cache goes with it.
+Settling, and what the caller does with the chunks, is all that the next pass does not depend on. Where passes run
+beside the host, a step ends with the next pass on its way, and settles the round before it meanwhile; elsewhere a step
+is a whole round. Nothing else differs: a pass on its way when its text is cancelled is waited for and dropped.
+
+A pass that fails or is dropped leaves only scratch rows behind.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 from dspark_runtime.backends.protocol import MOST_ROWS, AnyArray, Engine, FloatArray, TreeVerdicts
+from dspark_runtime.decoding.batch import Batch
 from dspark_runtime.decoding.device_verdicts import read_verdicts, tree_check
 from dspark_runtime.decoding.fill import fill_prompt, fill_trees
 from dspark_runtime.decoding.observer import Observer
 from dspark_runtime.decoding.request import Request
 from dspark_runtime.decoding.round import Accepted, Flight
 from dspark_runtime.decoding.schedule import Schedule
-from dspark_runtime.decoding.sequence import Chunk, Generation, SequenceState
-from dspark_runtime.decoding.statistics import Seconds
+from dspark_runtime.decoding.sequence import Chunk, SequenceState
 from dspark_runtime.decoding.taps import TapReader
 from dspark_runtime.drafters.base import Drafter, DraftRequest
 from dspark_runtime.drafters.proposal import Proposal
-from dspark_runtime.errors import BackendError
+from dspark_runtime.errors import BackendError, CapacityError
 from dspark_runtime.speculation.kv_cache import KvCache, round_up
 from dspark_runtime.speculation.tree import TokenTree
 from dspark_runtime.speculation.verify import Verdict, verify_chain, verify_tree
 
-_FIRST_SLOTS = 2048  # slots beyond the prompt to begin with; memory is only committed once it is written to
 _clock = time.perf_counter
 
 
@@ -60,22 +64,46 @@ class LoopOptions:
 
     ``prefill_chunk``: prompt tokens per pass. ``min_rows``: never run fewer rows of a sequence (2 avoids kernels made
     for a single row, whose rounding may differ). ``most_drafts``: draft tokens of one sequence in one pass.
+    ``first_slots``: cache slots beyond a prompt to begin with; memory is only committed once it is written to.
     """
 
     prefill_chunk: int = 512
     min_rows: int = 1
     most_drafts: int = 31
+    first_slots: int = 2048
 
 
 class DecodingLoop:
-    """Generates for one batch of requests; iterate over it for chunks, then read :meth:`generations`."""
+    """Generates for up to ``rows`` requests at a time; knows no queue and no thread.
+
+        sequence = loop.admit(request)  # whenever loop.free
+        while loop.busy:
+            for chunk in loop.step():
+                ...
+        sequence.generation()
+
+    Args:
+        engine: the target.
+        schedule: how much is drafted and verified.
+        drafters: may be none. They serve this loop until it is closed.
+        rows: sequences there is room for.
+        limit: most tokens of prompt and text of one sequence.
+        tokenizer: for text; None gives token ids only.
+        options: how passes are cut.
+        observer: hears what happens.
+
+    Raises:
+        CapacityError: no memory for the cache.
+        IncompatibleBundle: a drafter reads features that this target does not give.
+    """
 
     def __init__(
         self,
         engine: Engine,
         schedule: Schedule,
         drafters: Sequence[Drafter],
-        requests: Sequence[Request],
+        rows: int,
+        limit: int,
         tokenizer: Tokenizer | None = None,
         options: LoopOptions | None = None,
         observer: Observer | None = None,
@@ -84,83 +112,147 @@ class DecodingLoop:
         self.observer = observer or Observer()
         self.schedule = schedule
         self.drafters = list(drafters)
-        self.sequences = [SequenceState(i, request, tokenizer) for i, request in enumerate(requests)]
-        self.active = list(self.sequences)
-        self.seconds = Seconds()
-        longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        prompt = max(len(r.prompt) for r in requests)
-        most = round_up(longest + MOST_ROWS)  # rows of a pass that are not accepted need slots too
-        self.cache = KvCache(engine.allocate(len(requests), min(most, round_up(prompt + _FIRST_SLOTS))), most)
+        self.limit = limit
+        most = round_up(limit + MOST_ROWS)  # rows of a pass that are not accepted need slots too
+        self.cache = KvCache(engine.allocate(rows, min(most, round_up(self.options.first_slots))), most)
         self.runner = engine.open(self.cache.memory)
+        self.batch = Batch(self.cache, self.drafters)
         self._vocab_size = engine.vocab_size
-        self._drawing = not all(request.params.greedy for request in requests)
+        self._tokenizer = tokenizer
+        self._numbers = itertools.count()
         self._readers = [TapReader.of(engine, drafter) for drafter in self.drafters if drafter.taps]
         self._flight: Flight | None = None
         self._unsettled: list[Accepted] = []
-        self._cancelled = False
+        self._failure: Exception | None = None
+        self._left = 0.0  # when the caller was given the loop back
+        for drafter in self.drafters:
+            drafter.attach(self.cache)
+        self.runner.taps_wanted = not all(reader.drafter.resident for reader in self._readers)
 
-    def cancel(self) -> None:
-        """End all sequences before the next round is committed; may be called from another thread."""
-        self._cancelled = True
+    # Coming and going ----------------------------------------------------------------------------------------------
 
-    def generations(self) -> list[Generation]:
-        """The results, in the order of the requests."""
-        return [sequence.generation() for sequence in self.sequences]
+    @property
+    def free(self) -> int:
+        """Requests that can be admitted now."""
+        return self.batch.free
 
-    def __iter__(self) -> Iterator[Chunk]:
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return len(self.batch) > 0 or self._flight is not None or self._failure is not None
+
+    def admit(self, request: Request) -> SequenceState:
+        """Let a request in, between any two steps. Its prompt waits for its turn; indices count the requests from 0.
+
+        Raises:
+            UsageError: all rows are taken.
+            CapacityError: the request is longer than the loop's limit.
+        """
+        longest = len(request.prompt) + request.max_new_tokens
+        if longest > self.limit:
+            raise CapacityError(
+                f"a request of {longest} tokens, prompt and text together, and the limit is {self.limit}; shorten it"
+            )
+        sequence = SequenceState(next(self._numbers), request, self._tokenizer)
+        self.batch.admit(sequence)
+        return sequence
+
+    def cancel(self, sequence: SequenceState) -> Chunk:
+        """End one text where it stands, between two steps; its last chunk. ValueError if it has ended already."""
+        if sequence.finished:
+            raise ValueError(f"sequence {sequence.index} has ended already")
+        chunk = sequence.cancel()
+        if self._flight is None:
+            self._retire()  # otherwise when the pass is over: rows stay where they are as long as it runs
+        return chunk
+
+    def close(self) -> None:
+        """Leave the loop in the middle: waits for a pass on its way, and forgets all sequences."""
+        flight, self._flight = self._flight, None
+        if flight is not None:  # its buffers must not be used while it runs
+            with suppress(BackendError):
+                self.runner.finish()
+        for sequence in [*self.batch.running, *self.batch.waiting, self.batch.filling]:
+            if sequence is not None and not sequence.finished:
+                sequence.cancel()
+        self._retire()
+        self._unsettled, self._failure = [], None
+
+    # Steps ---------------------------------------------------------------------------------------------------------
+
+    def step(self, rounds_first: bool = False) -> list[Chunk]:
+        """Run one chunk of one prompt, or one round of all running sequences; the new text.
+
+        Prompts come first, in the order they were admitted, so that as many sequences as possible share a round. With
+        ``rounds_first`` prompts wait as long as anything runs: call it in turns with the other to bound what a prompt
+        adds to the others' time.
+
+        Raises:
+            BackendError: a pass failed. Sequences stand where they stood: go on, cancel them or close the loop. What
+                was committed before is given out first; the step after it raises.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if self._flight is not None:
+            self._flight.away += _clock() - self._left
         try:
-            for drafter in self.drafters:
-                drafter.attach(self.cache)
-            self.runner.taps_wanted = not all(reader.drafter.resident for reader in self._readers)
-            for sequence in self.sequences:
-                if not self._cancelled:
-                    yield self._prefill(sequence)
-            self._retire()
-            while self.active and not self._cancelled:
-                try:
-                    self._begin()
-                finally:  # what is committed is given out also where the next pass cannot begin
-                    yield from self._given(self._settle())
-                if not (self._cancelled and self.runner.overlaps):
-                    yield from self._end()
-            yield from self._settle()
-            for sequence in self.active:
-                yield sequence.cancel()
-        finally:
-            self._drop()
-            for sequence in self.active:
-                self._forget(sequence)
+            chunks = self._advance(rounds_first)
+        except Exception as error:
+            chunks = self._settle()
+            if not chunks:
+                raise
+            self._failure = error
+        self._left = _clock()
+        return chunks
+
+    def _advance(self, rounds_first: bool) -> list[Chunk]:
+        if self._flight is not None:
+            self._land()
+        prompts = self.batch.filling is not None or self.batch.waiting
+        first: list[Chunk] = []
+        if prompts and not (rounds_first and self.batch.running):
+            first = self._prompt()
+        elif self.batch.running:
+            self._begin()
+            if not self.runner.overlaps:
+                return self._land()
+        return [*self._settle(), *first]
 
     # A round -------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Propose, fill and start the pass."""
         began = _clock()
-        proposals = self._propose()
-        trees = self.schedule.choose(proposals, len(self.active))
+        running = list(self.batch.running)
+        proposals = self._propose(running)
+        trees = self.schedule.choose(proposals, len(running))
         drafted = _clock()
         buffers = fill_trees(self.runner, self.cache, trees, self.options.min_rows)
-        check = tree_check(trees, self.active) if self._verified_there(proposals) else None
-        flight = Flight(proposals, trees, buffers, began, drafted, filled=_clock())
+        verified_there = self.runner.verifies and all(map(_drawn_from_nothing, running, proposals))
+        check = tree_check(trees, running) if verified_there else None
+        flight = Flight(running, proposals, trees, buffers, began, drafted, filled=_clock())
         self.runner.start(check)
         flight.started = _clock()
         self._flight = flight
         self.observer.started(flight)
 
-    def _end(self) -> list[Chunk]:
+    def _land(self) -> list[Chunk]:
         """Wait for the pass and commit; chunks, unless they are better made beside the next pass."""
         flight, self._flight = self._flight, None
         assert flight is not None
         flight.waited = _clock()
         found = self.runner.finish()
         flight.verified = _clock()
-        parts = self._unsettled = self._commit_all(flight, found)
-        flight.committed = _clock()
-        self.observer.finished(flight)
+        if not all(sequence.finished for sequence in flight.sequences):  # cancelled since the pass began
+            self._commit_all(flight, found)
+            flight.committed = _clock()
+            self.observer.finished(flight)
+        emitted = sum(len(part.tokens) for part in self._unsettled)
         chunks = [] if self.runner.overlaps else self._settle()
-        self._account(flight, sum(len(part.tokens) for part in parts))
-        if any(sequence.finished for sequence in self.active):
-            self._retire()
+        if emitted:
+            self._account(flight, emitted)
+        self._retire()
         return chunks
 
     def _settle(self) -> list[Chunk]:
@@ -173,47 +265,35 @@ class DecodingLoop:
         self.observer.settled(chunks, began, _clock())
         return chunks
 
-    def _given(self, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
-        """Chunks, and how long the caller has them while a pass runs."""
-        for chunk in chunks:
-            left = _clock()
-            yield chunk
-            if self._flight is not None:
-                self._flight.away += _clock() - left
+    # Prompts -------------------------------------------------------------------------------------------------------
 
-    def _drop(self) -> None:
-        """Wait for a pass whose results nobody wants: its buffers must not be used while it runs."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            with suppress(BackendError):
-                self.runner.finish()
-
-    # Prefill -------------------------------------------------------------------------------------------------------
-
-    def _prefill(self, sequence: SequenceState) -> Chunk:
+    def _prompt(self) -> list[Chunk]:
+        """One chunk of a prompt; the first token behind its last one."""
         began = _clock()
+        sequence = self.batch.next_prompt()
+        assert sequence is not None
         prompt, row = sequence.request.prompt, sequence.row
-        for drafter in self.drafters:
-            drafter.begin(sequence.index, prompt)
-        for start in range(0, len(prompt), self.options.prefill_chunk):
-            part = prompt[start : start + self.options.prefill_chunk]
-            buffers, rows = (
-                fill_prompt(self.runner, self.cache, row, start, part, self.options.min_rows),
-                range(len(part)),
-            )
-            self.runner.start()
-            self.cache.commit(row, rows)
-            self._collect(sequence, 0, rows)
-            self.runner.finish()
-            self._show(sequence, buffers.taps, 0, rows)
-        first = sequence.sampler.draw(buffers.logits[0, 0], len(prompt))
-        chunk = sequence.chunk(sequence.append([first]))
-        for drafter in self.drafters:
-            drafter.commit(sequence.index, chunk.tokens)
-        took = _clock() - began
-        self.seconds.prefill += took
-        sequence.stats.seconds = Seconds(prefill=took)
-        return chunk
+        start = self.cache.lengths[row]
+        if start == 0 and len(prompt) + self.options.min_rows > self.cache.memory.capacity:
+            self.cache.reserve(min(self.cache.limit, round_up(len(prompt) + self.options.first_slots)))
+        part = prompt[start : start + self.options.prefill_chunk]
+        rows = range(len(part))
+        buffers = fill_prompt(self.runner, self.cache, row, start, part, self.options.min_rows)
+        self.runner.start()
+        self.cache.commit(row, rows)
+        self._collect(sequence, 0, rows)
+        self.runner.finish()
+        self._show(sequence, buffers.taps, 0, rows)
+        chunks = []
+        if start + len(part) == len(prompt):
+            first = sequence.sampler.draw(buffers.logits[0, 0], len(prompt))
+            chunks.append(sequence.chunk(sequence.append([first])))
+            for drafter in self.drafters:
+                drafter.commit(sequence.index, chunks[0].tokens)
+            self.batch.filled()
+        sequence.stats.seconds.prefill += _clock() - began
+        self._retire()
+        return chunks
 
     def _show(self, sequence: SequenceState, taps: AnyArray | None, batch_row: int, rows: Sequence[int]) -> None:
         """Hand the features of rows that became context to the drafters that read them in host memory."""
@@ -232,15 +312,14 @@ class DecodingLoop:
 
     # Propose -------------------------------------------------------------------------------------------------------
 
-    def _propose(self) -> list[Proposal]:
-        batch, most = len(self.active), self.options.most_drafts
-        proposals = [Proposal.empty(s.index, s.tokens[-1]) for s in self.active]
+    def _propose(self, running: Sequence[SequenceState]) -> list[Proposal]:
+        batch, most = len(running), self.options.most_drafts
+        proposals = [Proposal.empty(s.index, s.tokens[-1]) for s in running]
         for drafter in self.drafters:
             requests = [
-                DraftRequest(s.index, s.row, s.tokens, min(most, s.remaining - 1), sampler=s.sampler)
-                for s in self.active
+                DraftRequest(s.index, s.row, s.tokens, min(most, s.remaining - 1), sampler=s.sampler) for s in running
             ]
-            if drafter.pass_ms and not (drafter.steady and self._drawing):
+            if drafter.pass_ms:
                 self._weigh(drafter, requests, proposals)
                 if not any(request.limit for request in requests):
                     continue
@@ -256,24 +335,19 @@ class DecodingLoop:
         batch = len(requests)
         floor = self.schedule.floor(drafter, batch)
         for request, proposal in zip(requests, proposals, strict=True):
+            if drafter.steady and request.temperature:  # its text would depend on measured times
+                continue
             request.limit = self.schedule.worth_drafting(drafter, request.request, proposal, request.limit, batch)
             request.floor = floor
             request.rate = self.schedule.acceptance.rates(drafter, request.request)
 
-    # Verify --------------------------------------------------------------------------------------------------------
-
-    def _verified_there(self, proposals: Sequence[Proposal]) -> bool:
-        """Whether the backend verifies this round; else verdicts follow from the logits."""
-        return self.runner.verifies and all(
-            drawn_from(*each) is None for each in zip(self.active, proposals, strict=True)
-        )
-
     # Commit --------------------------------------------------------------------------------------------------------
 
-    def _commit_all(self, flight: Flight, found: TreeVerdicts | None) -> list[Accepted]:
-        verdicts = [None] * len(self.active) if found is None else read_verdicts(found)
-        each = zip(self.active, flight.proposals, flight.trees, verdicts, strict=True)
-        return [self._commit(*parts, flight) for parts in each]
+    def _commit_all(self, flight: Flight, found: TreeVerdicts | None) -> None:
+        verdicts = [None] * len(flight.trees) if found is None else read_verdicts(found)
+        for parts in zip(flight.sequences, flight.proposals, flight.trees, verdicts, strict=True):
+            if not parts[0].finished:
+                self._unsettled.append(self._commit(*parts, flight))
 
     def _commit(
         self,
@@ -311,38 +385,25 @@ class DecodingLoop:
         drafting = flight.drafted - flight.began
         passing = max(pass_s, flight.verified - flight.filled - flight.away)
         host = (flight.filled - flight.drafted) + (done - flight.verified)
-        self.seconds.draft += drafting
-        self.seconds.verify += passing
-        self.seconds.host += host
+        for sequence in flight.sequences:
+            sequence.stats.seconds.add(draft=drafting, verify=passing, host=host)
         batch, rows = flight.buffers.input_ids.shape
         self.schedule.observe(batch, rows, emitted, pass_s * 1e3, (drafting + passing + host) * 1e3)
 
     # Retire --------------------------------------------------------------------------------------------------------
 
     def _retire(self) -> None:
-        """Drop finished sequences; the last active one takes the cache row of each."""
-        for row in range(len(self.active) - 1, -1, -1):
-            gone = self.active[row]
-            if not gone.finished:
-                continue
-            prefill = gone.stats.seconds.prefill
-            gone.stats.seconds = replace(self.seconds, prefill=prefill)
-            self._forget(gone)
-            last = self.active.pop()
-            if last is not gone:
-                self.cache.replace(row, last.row)
-                for drafter in self.drafters:
-                    drafter.move(last.row, row)
-                last.row = row
-                self.active[row] = last
-
-    def _forget(self, sequence: SequenceState) -> None:
-        self.schedule.acceptance.forget(sequence.index)
-        for drafter in self.drafters:
-            drafter.end(sequence.index)
+        for sequence in self.batch.retire():
+            self.schedule.acceptance.forget(sequence.index)
+            for drafter in self.drafters:
+                drafter.end(sequence.index)
 
 
 def drawn_from(sequence: SequenceState, proposal: Proposal) -> FloatArray | None:
     """What a draft that rejection sampling verifies was drawn from; None for all others."""
     sampled = proposal.sampled
     return None if sampled is None or sequence.request.params.greedy else sampled.probs
+
+
+def _drawn_from_nothing(sequence: SequenceState, proposal: Proposal) -> bool:
+    return drawn_from(sequence, proposal) is None

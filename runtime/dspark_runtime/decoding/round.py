@@ -15,13 +15,14 @@ from dspark_runtime.speculation.verify import Verdict
 
 @dataclass(slots=True)
 class Flight:
-    """A pass on its way, and when it got how far, in seconds of the host's clock.
+    """A pass on its way over one tree for each of ``sequences``, and when it got how far (seconds of the host's clock).
 
     Proposing began at ``began`` and ended at ``drafted``; the buffers were filled at ``filled``, the pass was started
     by ``started``; the host began to wait at ``waited`` and had the results at ``verified``; they were committed at
     ``committed``. ``away`` is how long the caller has kept the loop meanwhile.
     """
 
+    sequences: Sequence[SequenceState]
     proposals: Sequence[Proposal]
     trees: Sequence[TokenTree]
     buffers: StepBuffers

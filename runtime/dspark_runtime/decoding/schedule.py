@@ -143,9 +143,8 @@ class Schedule:
         """The tree to verify for each sequence: the best part of its proposal, or only its anchor."""
         if not any(proposal.parts for proposal in proposals):
             return [proposal.tree for proposal in proposals]
-        if any(proposal.sampled for proposal in proposals):
-            return [proposal.tree for proposal in proposals]
-        ranked = [self._ranked(proposal) for proposal in proposals]
+        drawn = max((len(p.tree) - 1 for p in proposals if p.sampled), default=0)  # verified whole, see the module
+        ranked = [([], []) if proposal.sampled else self._ranked(proposal) for proposal in proposals]
         longest = min(max(len(order) for order, _ in ranked), self.most_rows - 1)
         if self.fixed is not None:
             rows = min(longest, self.fixed)
@@ -153,7 +152,11 @@ class Schedule:
             rows = 0
         else:
             rows = self._best_rows([values for _, values in ranked], longest, batch)
-        return [_cut(proposal, order[:rows]) for proposal, (order, _) in zip(proposals, ranked, strict=True)]
+        rows = max(rows, drawn)  # all have as many rows in the pass as the longest
+        return [
+            proposal.tree if proposal.sampled else _cut(proposal, order[:rows])
+            for proposal, (order, _) in zip(proposals, ranked, strict=True)
+        ]
 
     def _plain_due(self, batch: int) -> bool:
         return self._since_plain.get(batch, PLAIN_EVERY) >= PLAIN_EVERY

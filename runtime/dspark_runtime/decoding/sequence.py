@@ -53,7 +53,7 @@ class SequenceState:
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
         self.index = index
         self.request = request
-        self.row = index
+        self.row = -1  # of the cache, once the prompt begins
         self.tokens = list(request.prompt)
         self.sampler = Sampler(request.params, request.seed, request.key)
         self.stats = Statistics()

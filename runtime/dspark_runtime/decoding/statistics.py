@@ -10,7 +10,7 @@
 ``seconds.prefill``     prompt passes; ``draft``: proposing; ``verify``: target passes; ``host``: all other time
 ======================  =============================================================================================
 
-Times are those of the batch the sequence ran in: sequences that run together share a pass.
+Times are those of the steps the sequence took part in, whole: sequences that run together share a pass.
 """
 
 from __future__ import annotations
@@ -111,6 +111,12 @@ class Seconds:
     draft: float = 0.0
     verify: float = 0.0
     host: float = 0.0
+
+    def add(self, draft: float, verify: float, host: float) -> None:
+        """Add the times of one round."""
+        self.draft += draft
+        self.verify += verify
+        self.host += host
 
     @property
     def decode(self) -> float:

@@ -85,7 +85,7 @@ class Draft:
 
 
 class Drafter(ABC):
-    """Base of all drafters; see the module's text. One instance serves one batch at a time."""
+    """Base of all drafters; see the module's text. One instance serves one loop at a time."""
 
     name: str = "custom"
     #: Milliseconds of one pass of the drafter's own engine for the whole batch, 0 where proposing is almost free.
@@ -103,7 +103,7 @@ class Drafter(ABC):
         return tokens * self.pass_ms
 
     def attach(self, cache: KvCache) -> None:
-        """Called once per batch, before any sequence begins; drafters with an engine open it over the cache here."""
+        """Called once per loop, before any sequence begins; drafters with an engine open it over the cache here."""
         return None
 
     def attached(self, part: Part | None) -> Part:
@@ -132,6 +132,22 @@ class Drafter(ABC):
     ) -> None:
         """:meth:`observe` without the host: ``rows`` and ``columns`` of one sequence of the target's last pass."""
         return None
+
+    def reset(self, row: int) -> None:
+        """Another sequence begins in cache row ``row``: whatever is known or waits there belongs to an earlier one."""
+        return None
+
+    def keep(self, row: int, length: int) -> int:
+        """Only the first ``length`` context rows of cache row ``row`` stay: a text begins there like the one before.
+
+        The two texts have their first ``length + 1`` tokens in common. Returns how many of these rows the drafter can
+        do without having them shown again; the caller shows all rows behind the smallest number of all drafters.
+        """
+        return length
+
+    def copy(self, source: int, target: int, length: int) -> int:
+        """The same, with the context that row ``source`` has, for a sequence in row ``target``; ``source`` stays."""
+        return length
 
     def move(self, source: int, target: int) -> None:
         """The sequence in cache row ``source`` goes to row ``target``, whose sequence has ended."""

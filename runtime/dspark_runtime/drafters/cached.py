@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from dspark_runtime.backends.protocol import CacheMemory, GraphEngine
+from dspark_runtime.backends.protocol import CacheMemory, FeatureStore, GraphEngine
 from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.errors import BackendError
 from dspark_runtime.speculation.kv_cache import KvCache, round_up
@@ -40,6 +40,7 @@ class CachedDrafter(Drafter):
         # Rows of a pass are padded to the longest of the batch, so that those behind the context need slots too.
         self._positions = positions if engine.slots is None else min(positions, engine.slots - scratch - self._catch_up)
         self._own: KvCache | None = None
+        self._features: FeatureStore | None = None  # of drafters that read the target's
         self._count = 0
 
     def attach(self, cache: KvCache) -> None:
@@ -58,7 +59,25 @@ class CachedDrafter(Drafter):
     def move(self, source: int, target: int) -> None:
         """Move context to another row."""
         self.cache.replace(target, source)
-        self.cache.lengths[source] = 0
+
+    def reset(self, row: int) -> None:
+        """Forget context and pending features of a row."""
+        self.cache.clear(row)
+        if self._features is not None:
+            self._features.drop(row)
+
+    def keep(self, row: int, length: int) -> int:
+        """Forget all but the first ``length`` context rows, and what is pending."""
+        return self.copy(row, row, length)
+
+    def copy(self, source: int, target: int, length: int) -> int:
+        """Copy the first ``length`` context rows, as far as there are so many; what is pending stays where it is."""
+        held = min(length, self.cache.lengths[source])
+        self.cache.copy(source, target, held)
+        if self._features is None:
+            return length  # what is missing is read from the text
+        self._features.drop(target)
+        return held
 
     @property
     def cache(self) -> KvCache:

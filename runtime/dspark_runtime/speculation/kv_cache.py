@@ -53,11 +53,26 @@ class KvCache:
             raise ValueError(f"cannot roll back to {length}: {self.lengths[sequence]} slots are committed")
         self.lengths[sequence] = length
 
-    def replace(self, target: int, source: int) -> None:
-        """Let sequence ``target`` become a copy of ``source``: closes the gap a finished sequence leaves."""
+    def clear(self, sequence: int) -> None:
+        """Forget everything of one sequence: its row is for another one."""
+        self.lengths[sequence] = 0
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let sequence ``target`` begin with the first ``length`` slots of ``source``, and hold nothing else.
+
+        ValueError if fewer are committed.
+        """
+        if not 0 <= length <= self.lengths[source]:
+            raise ValueError(f"cannot copy {length} slots: {self.lengths[source]} are committed")
         if target != source:
-            self.memory.move(source, target, self.lengths[source])
-            self.lengths[target] = self.lengths[source]
+            self.memory.move(source, target, length)
+        self.lengths[target] = length
+
+    def replace(self, target: int, source: int) -> None:
+        """Let sequence ``target`` become ``source``, whose row is free then: closes the gap a finished one leaves."""
+        if target != source:
+            self.copy(source, target, self.lengths[source])
+            self.clear(source)
 
 
 def round_up(slots: int) -> int:

@@ -18,6 +18,8 @@ from dspark_export.tracing.geometry import probe
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
 from dspark_runtime.backends.protocol import EngineOptions
 from dspark_runtime.decoding.loop import LoopOptions
+from dspark_runtime.decoding.observer import Observer
+from dspark_runtime.decoding.round import Flight
 from dspark_runtime.decoding.sequence import Generation
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
 from dspark_runtime.drafters.draft_model import DraftModelDrafter
@@ -193,17 +195,17 @@ def test_stop_strings_and_eos_inside_an_accepted_block(tiny: Tiny) -> None:
 
 
 def test_chunks_add_up_to_the_text(tiny: Tiny) -> None:
-    loop = tiny.loop(PROMPTS, [NgramDrafter()], tokens=60, stop=["\n\n\n"])
+    stream = tiny.stream(PROMPTS, [NgramDrafter()], tokens=60, stop=["\n\n\n"])
     texts: dict[int, str] = dict.fromkeys(range(len(PROMPTS)), "")
     tokens: dict[int, list[int]] = {i: [] for i in range(len(PROMPTS))}
     reasons: dict[int, Any] = {}
-    for chunk in loop:
+    for chunk in stream:
         assert chunk.index not in reasons
         texts[chunk.index] += chunk.text
         tokens[chunk.index] += chunk.tokens
         if chunk.finish_reason:
             reasons[chunk.index] = chunk.finish_reason
-    for i, generation in enumerate(loop.generations()):
+    for i, generation in enumerate(stream.generations):
         assert (generation.text, generation.tokens) == (texts[i], tokens[i])
         assert generation.finish_reason == reasons[i]
 
@@ -212,14 +214,14 @@ def test_cancel_and_restart_leave_no_residue(tiny: Tiny) -> None:
     expected = tiny.tokens(PROMPTS, tokens=40)
     drafters = [NgramDrafter(), SelfDrafter(tiny.self_few, pass_ms=1.0)]
     for rounds in (0, 1, 5, 9):
-        loop = tiny.loop(PROMPTS, drafters, tokens=40)
-        for done, _ in enumerate(loop):
+        stream = tiny.stream(PROMPTS, drafters, tokens=40)
+        for done, _ in enumerate(stream):
             if done == rounds:
-                loop.cancel()
-        for generation, full in zip(loop.generations(), expected, strict=True):
+                stream.cancel()
+        for generation, full in zip(stream.generations, expected, strict=True):
             assert generation.finish_reason == "cancelled"
             assert generation.tokens == full[: len(generation.tokens)]
-        abandoned = iter(tiny.loop(PROMPTS, drafters, tokens=40))
+        abandoned = iter(tiny.stream(PROMPTS, drafters, tokens=40))
         next(abandoned)
         abandoned.close()  # type: ignore[attr-defined]
         assert tiny.tokens(PROMPTS, drafters, tokens=40) == expected
@@ -239,16 +241,21 @@ def test_up_to_the_last_position(tiny: Tiny) -> None:
         assert tiny.tokens([prompt], drafters, tokens=20, fixed=31) == expected
 
 
-def test_the_cache_grows_while_generating(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dspark_runtime.decoding.loop._FIRST_SLOTS", 1)
+def test_the_cache_grows_while_generating(tiny: Tiny) -> None:
     prompts = [[7, 8, 9], PROMPTS[4]]
-    loop = tiny.loop(prompts, [SelfDrafter(tiny.self_few, pass_ms=1.0)], tokens=200)
-    before = loop.cache.memory.capacity
-    for _ in loop:
-        pass
-    assert loop.cache.memory.capacity > before
-    monkeypatch.undo()
-    assert [g.tokens for g in loop.generations()] == tiny.tokens(prompts, tokens=200)
+    capacities: list[int] = []
+
+    class Growing(Observer):
+        def started(self, flight: Flight) -> None:
+            capacities.append(flight.buffers.attention_mask.shape[-1])
+
+    drafters = [SelfDrafter(tiny.self_few, pass_ms=1.0)]
+    few = LoopOptions(first_slots=1)
+    loop = tiny.loop(2, 300, drafters, options=few)
+    assert loop.cache.memory.capacity == 64
+    found = tiny.generate(prompts, drafters, tokens=200, options=few, observer=Growing())
+    assert max(capacities) > 64
+    assert [g.tokens for g in found] == tiny.tokens(prompts, tokens=200)
 
 
 def test_statistics_are_consistent(tiny: Tiny) -> None:

@@ -44,10 +44,7 @@ class Listening(Observer):
 def test_every_round_is_heard_in_order_and_the_text_stays(tiny: Tiny) -> None:
     expected = tiny.tokens(PROMPTS, [NgramDrafter()], tokens=20, eos=[7])
     watch = Listening()
-    loop = tiny.loop(PROMPTS, [NgramDrafter()], tokens=20, eos=[7], observer=watch)
-    for _ in loop:
-        pass
-    found = loop.generations()
+    found = tiny.generate(PROMPTS, [NgramDrafter()], tokens=20, eos=[7], observer=watch)
     assert [generation.tokens for generation in found] == expected
     for index, generation in enumerate(found):  # the first token comes from the prompt
         assert watch.tokens.get(index, []) == generation.tokens[1:]
