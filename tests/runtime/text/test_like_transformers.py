@@ -215,7 +215,6 @@ def test_constructs(source: str, messages: Any) -> None:
         {"tools": ["f"]},
         {"tools": [3]},
     ],
-    ids=str,
 )
 def test_variables(variables: dict[str, Any]) -> None:
     source = (
