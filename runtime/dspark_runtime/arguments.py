@@ -1,4 +1,5 @@
-"""What callers give as prompts and numbers, brought to plain Python, or refused with what is taken."""
+"""What callers give as prompts and numbers, converted to plain Python, or refused with a message that says what is
+accepted."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def plain_prompts(prompt: object, padding: int | None = None) -> tuple[list[Text
     """The prompts of a call, and whether it is a single one.
 
     Arrays and tensors of one dimension are a prompt's ids, those of two a prompt a row; ``padding`` is the id that no
-    row may begin or end with then. Raises UsageError for anything that is no prompt.
+    row may begin or end with then. Raises UsageError for anything that is not a prompt.
     """
     rows = _rows_of_array(prompt, padding)
     if rows is not None:

@@ -126,11 +126,11 @@ class TapsMismatch(DraftMismatch):
 
 
 class BlockSizeMismatch(DraftMismatch):
-    """More tokens per round are asked for than the draft was trained to draft."""
+    """More tokens per round are requested than the draft was trained to draft."""
 
 
 class MaskTokenMismatch(DraftMismatch):
-    """The draft's mask token is no row of the model's embedding, or one of the model's ordinary tokens."""
+    """The draft's mask token is not a row of the model's embedding, or one of the model's ordinary tokens."""
 
 
 class RopeMismatch(DraftMismatch):
@@ -162,7 +162,7 @@ class CacheNotInPlace(EngineBuildError):
 
 
 class ProfileMismatch(EngineBuildError):
-    """An engine came out with other shape ranges than were asked for."""
+    """A compiled engine has other shape ranges than those requested."""
 
 
 class CompilerCrashed(EngineBuildError):

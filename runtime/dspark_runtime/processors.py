@@ -1,4 +1,4 @@
-"""The processors this process may use, how many threads run one operator on them, and what to say of them."""
+"""The processors this process may use, how many threads run one operator on them, and how to describe them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def physical_cores() -> int:
 
 
 def default_threads() -> int:
-    """Threads of one operator where nobody asked for a number: ``OMP_NUM_THREADS``, otherwise one per physical core."""
+    """Threads per operator if no number was requested: ``OMP_NUM_THREADS``, otherwise one per physical core."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list is one number per level of nesting
     return min(int(wanted), 1024) if wanted.isdecimal() and int(wanted) > 0 else physical_cores()
 

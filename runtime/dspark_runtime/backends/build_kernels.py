@@ -1,8 +1,8 @@
 """Compiles the sequence kernels: ``python -m dspark_runtime.backends.build_kernels``.
 
 Every file of ``plugins/cpu`` is compiled by a C++17 compiler and linked into one library. Files of ``sets/`` name
-flags of their own in their first line. The library goes to the cache, under a digest of what it was made from, so that
-changed sources are compiled again and a library of other sources is never loaded.
+their own flags in their first line. The library goes to the cache, under a digest of its sources, so that changed
+sources are compiled again and a library built from other sources is never loaded.
 
 ``DSPARK_CPU_SOURCES`` names another folder with sources, ``DSPARK_CACHE`` another cache, ``CXX`` another compiler.
 """

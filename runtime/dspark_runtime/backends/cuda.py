@@ -1,4 +1,4 @@
-"""The few CUDA calls the TensorRT backend makes, behind a protocol that names what each reads and writes.
+"""The few CUDA calls that the TensorRT backend makes, behind a protocol that names what each one reads and writes.
 
 Streams, events, graphs and device memory are plain integers. Everything is ordered by the stream it is enqueued on, and
 by events between streams; while texts are generated the host waits in :meth:`Cuda.synchronize` and nowhere else.

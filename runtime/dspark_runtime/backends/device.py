@@ -1,12 +1,12 @@
 """Decoders on the GPU behind the Engine protocol, whatever runs their passes: TensorRT, TensorRT-RTX or ONNX Runtime.
 
 A pass is: fill page-locked arrays, one copy in, the engine, one copy out, and one wait of the host, when it wants the
-results. With the plugins' kernels at hand, trees are verified where the logits are, and what comes out are accepted
-rows and their tokens. Passes go to the stream of the cache memory, copies out to another one that waits for the pass by
-an event. Inputs and outputs have fixed addresses, so that a pass of a shape that was seen before is the launch of one
-CUDA graph.
+results. With the plugins' kernels, trees are verified on the device, and only accepted rows and their tokens come
+back. Passes go to the stream of the cache memory, copies out to another one that waits for the pass by
+an event. Inputs and outputs have fixed addresses, so a pass of a shape that was seen before is a single CUDA graph
+launch.
 
-No GPU has run this yet: what is tested is the order of the calls, see docs/engines.md.
+Not yet run on a GPU: the tests check the order of the calls, see docs/engines.md.
 """
 
 from __future__ import annotations
@@ -246,7 +246,8 @@ class DeviceRunner:
         return self.taps_wanted and self._taps is not None
 
     def _fetch(self, key: _Key) -> None:
-        """Copy out what the host wants. Nothing overwrites it meanwhile: the host waits before it starts a pass."""
+        """Copy out what the host wants. Nothing overwrites it in the meantime: the host waits before it starts a
+        pass."""
         shape, _, verified = key
         cuda, stream = self._cuda, self._memory.copies
         if self._memory.overlap:
@@ -262,7 +263,7 @@ class DeviceRunner:
         cuda.record(self._copied, stream)
 
     def _capture(self, key: _Key) -> bool:
-        """Turn the pass into a graph. It gets a context of its own: a context must not change under a graph.
+        """Turn the pass into a graph. It gets its own context: a context must not change under a graph.
 
         TensorRT finishes what a new shape needs when it is first enqueued, which must not happen while capturing. So
         the pass runs once more than it has to; it writes the same rows to the same slots.

@@ -26,7 +26,7 @@ class DeviceCache:
 
     See :class:`dspark_runtime.backends.protocol.CacheMemory`. One stream orders passes and moves, whatever engine runs
     them, so that nothing has to wait for the host. ``copies`` is the stream on which their results leave the device:
-    one of its own, or the same without ``overlap``. ``limit`` is the engines' capacity: the memory never grows.
+    a separate stream, or the same one without ``overlap``. ``limit`` is the engines' capacity: the memory never grows.
     ``dtype`` is the element type of the caches, ``stream`` the one to use, None for a new one, and ``lock`` that of
     whoever enqueues on it: a pass or a capture goes there as a whole. ``runners`` keeps what engines opened over it, by
     their name: staging memory, contexts and captured graphs are for its addresses.

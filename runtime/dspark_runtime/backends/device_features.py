@@ -1,8 +1,8 @@
 """Features of the target on their way to a drafter's engine without leaving the GPU.
 
 The target's pass writes them to one buffer, :class:`DeviceTaps`. The drafter's stream waits for the pass, copies rows
-that became context to blocks of its own and says so with an event, which the target's next pass waits for. The next
-pass of the drafter copies them on into its input. The host only enqueues.
+that became context to its own blocks and records an event, which the target's next pass waits for. The drafter's next
+pass copies them into its input. The host only enqueues.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TakenRows:
     pieces: Sequence[tuple[int, int, int]]
 
     def write(self, cuda: Cuda, to: int, stream: int) -> None:
-        """Enqueue the copies; what lies between the pieces stays as it is."""
+        """Enqueue the copies; memory between the pieces is not touched."""
         for offset, source, size in self.pieces:
             cuda.copy_rows((to + offset, size), (source, size), size, 1, stream)
 

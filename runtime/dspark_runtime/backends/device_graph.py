@@ -1,6 +1,6 @@
 """Graphs of trained drafters in TensorRT: inputs by name, caches updated in place on the GPU.
 
-No GPU has run this yet, see docs/engines.md.
+Not yet run on a GPU, see docs/engines.md.
 """
 
 from __future__ import annotations

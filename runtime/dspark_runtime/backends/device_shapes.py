@@ -1,6 +1,6 @@
-"""From the pass that is wanted to the shape that is run: which profile, and padded up to how much.
+"""Chooses the shape that a requested pass runs in: the profile, and how far to pad.
 
-Passes of like shapes share one CUDA graph. Padding rows are token 0, see slot 0 only and write behind the real rows,
+Passes of similar shapes share one CUDA graph. Padding rows are token 0, see slot 0 only and write behind the real rows,
 where the next pass overwrites them; padding columns of the mask are false.
 """
 
@@ -39,7 +39,7 @@ class PassRanges(Protocol):
 
 @dataclass(frozen=True)
 class PassShape:
-    """Sizes of one pass as it is run, and the profile that takes it. ``replayed``: worth a CUDA graph."""
+    """Sizes of one pass as it runs, and the profile that accepts it. ``replayed``: worth a CUDA graph."""
 
     profile: int
     batch: int

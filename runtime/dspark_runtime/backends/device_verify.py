@@ -1,4 +1,4 @@
-"""Verification where the logits are: trees go in with page-locked memory, accepted rows and their tokens come out."""
+"""Verification on the device: trees go in through page-locked memory, accepted rows and their tokens come out."""
 
 from __future__ import annotations
 

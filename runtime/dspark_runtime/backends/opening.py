@@ -1,4 +1,4 @@
-"""Backends by name: what loads the graphs of a bundle, on which device, and how large passes may be there."""
+"""Backends by name: what loads a bundle's graphs, on which device, and how large its passes may be."""
 
 from __future__ import annotations
 

@@ -322,7 +322,7 @@ def load_session(path: Path, name: str, options: EngineOptions, graph: bytes | N
     # kv_len changes with every pass: a memory plan per shape would be made once and never used again.
     settings.enable_mem_pattern = False
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
-    # Every session has threads of its own. Those of one that has finished its pass would spin on, on the cores the next
+    # Every session has its own threads. Those of one that has finished its pass would spin on, on the cores the next
     # one needs: passes of a target beside a drafter took twice as long.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.accuracy_level:

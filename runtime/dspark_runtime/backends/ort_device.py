@@ -1,7 +1,7 @@
 """A graph in ONNX Runtime over memory given by address: its CUDA provider behind the interface of TensorRT's plans.
 
-The standard graph runs as it is; caches, inputs and outputs stay where the device backend put them. All passes go to
-one stream, which the session is told of when it is loaded. No GPU has run this yet, see docs/engines.md.
+The standard graph runs unchanged; caches, inputs and outputs stay where the device backend put them. All passes go to
+one stream, which the session is given when it loads. Not yet run on a GPU, see docs/engines.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sequence kernels in ONNX Runtime: finding their library, and what it can do on this machine.
+"""The sequence kernels in ONNX Runtime: finds their library and says what it can do on this machine.
 
 ``docs/sequence-kernels.md`` describes the operators. The library is looked for in this order: the file that
 ``DSPARK_CPU_LIBRARY`` names (``none`` for no library at all), the one in this package, and the one that

@@ -1,4 +1,4 @@
-"""Which kernels of ``dspark.fatbin`` a verification, a draft or a compaction launches, with grid, block and arguments.
+"""The kernels of ``dspark.fatbin`` that a verification, a draft or a compaction launches: grid, block and arguments.
 
 The contract is plugins/include/dspark/kernels.h, the counterpart for C++ plugins/kernels/launch.cu; docs/plugins.md
 gives the tensors. Nothing here touches a device.

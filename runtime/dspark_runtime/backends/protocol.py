@@ -1,10 +1,10 @@
-"""What the runtime asks of an inference backend: engines, cache memory, and passes over fixed buffers.
+"""What the runtime needs from an inference backend: engines, cache memory, and passes over fixed buffers.
 
 An :class:`Engine` is one loaded graph. ``open`` joins it to a :class:`CacheMemory` and gives a :class:`Runner`, which
 owns the buffers of a pass. The caller fills the arrays of :meth:`Runner.prepare`, calls :meth:`Runner.start` and, when
-it wants the results, :meth:`Runner.finish`. A backend on a GPU computes in between, while the caller does something
-else; one in host memory does the work in ``start``, and nothing is copied. Engines may be shared by threads, runners
-may not.
+it wants the results, :meth:`Runner.finish`. A GPU backend computes in between, while the caller does something
+else; a CPU backend does the work in ``start`` and copies nothing. Threads may share engines, but not
+runners.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class FeatureStore(Protocol):
 
 
 class GraphRunner(Protocol):
-    """Passes of a graph with inputs of its own over one cache memory."""
+    """Passes of a graph with its own inputs over one cache memory."""
 
     def select(self, first: int, count: int) -> None:
         """Run the following passes over the sequences ``first`` to ``first + count - 1``."""
@@ -239,7 +239,7 @@ class GraphRunner(Protocol):
 
 
 class GraphEngine(Protocol):
-    """A loaded graph of a trained drafter: any inputs and outputs, beside a cache of its own.
+    """A loaded graph of a trained drafter: any inputs and outputs, plus its own cache.
 
     ``slots`` of a sequence and ``most_rows`` of context in one pass are what it was compiled for, None for any number.
     """

@@ -1,7 +1,8 @@
-"""What is checked of an engine before its plan may reach TensorRT: loading a plan runs what stands in it.
+"""Checks an engine before its plan reaches TensorRT, because loading a plan executes code in it.
 
-The order is: is the plan the file the manifest describes, was it compiled from the bundle's graph, does the installed
-TensorRT take its version, does this GPU. TensorRT's own check of validity says nothing about altered plans.
+The checks, in order: the plan is the file the manifest describes, it was compiled from the bundle's graph, the
+installed TensorRT accepts its version, and so does this GPU. TensorRT's own validity check does not notice altered
+plans.
 """
 
 from __future__ import annotations

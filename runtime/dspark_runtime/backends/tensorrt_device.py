@@ -1,4 +1,4 @@
-"""What this machine has for engines: the installed TensorRT and the first GPU. Works without any of them."""
+"""What this machine offers engines: the installed TensorRT and the first GPU. Works without either."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def driver_version_and_devices() -> tuple[int, int]:
 
 
 def this_device(number: int = 0) -> DeviceFacts | None:
-    """GPU ``number`` of this machine, asked of the driver itself; None if there is no driver or no such GPU."""
+    """GPU ``number`` of this machine, as the driver reports it; None if there is no driver or no such GPU."""
     try:
         cuda = _driver()
     except BackendError:

@@ -1,4 +1,4 @@
-"""Loads an engine: every check first, then the plan, with host code disallowed."""
+"""Loads an engine: runs every check first, then loads the plan with host code disallowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes the plugin library known to TensorRT, of the version an engine was compiled with."""
+"""Registers the plugin library with TensorRT, in the version an engine was compiled with."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ VERIFY_INPUTS = (
     TensorSpec("uniforms", "float32", ("batch", "rows")),
     *_SAMPLING,
 )
-"""Of ``VerifyTree``, in order; what they mean stands in docs/plugins.md. Plugins read logits of half precision too."""
+"""Of ``VerifyTree``, in order; docs/plugins.md says what they mean. Plugins also read half-precision logits."""
 
 VERIFY_CHAIN_INPUTS = (
     *_VERIFIED,

@@ -3,7 +3,7 @@
 Beside the symbolic dimensions of :mod:`dspark_runtime.bundle.contract`: ``features`` (context rows new to the
 drafter). Fixed for a drafter: ``block`` (rows of its block: the anchor and the masks), ``drafts`` (tokens it drafts,
 ``block`` or ``block`` - 1), ``draft_vocab`` (tokens it can draft), ``candidates`` (most likely tokens given per slot),
-``nodes`` (of the tree of likely texts: ``candidates`` of the first slot, of every other one those of each text that is
+``nodes`` (of the tree of likely texts: ``candidates`` of the first slot, of every other slot those of each text that is
 followed).
 
 A **block** drafter (DSpark, DFlash) is one graph. Its pass appends the keys and values of new context rows to the
@@ -15,7 +15,7 @@ never the padding between them.
 An **eagle3** drafter is two graphs over one cache: ``<name>-extend`` reads the target's features, ``<name>-step`` the
 hidden rows that the pass before it returned. Both return logits over the draft vocabulary.
 
-A **draft model** is a decoder of its own and keeps to the contract of ``target``.
+A **draft model** is a separate decoder with the contract of ``target``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dspark_runtime.bundle.records import Count, GraphName, Positive, Record, Re
 
 
 class EngineProfile(Record):
-    """Shapes an engine takes: ``dims`` gives smallest, likeliest and largest size of every symbolic dimension."""
+    """Shapes an engine takes: ``dims`` gives smallest, typical and largest size of every symbolic dimension."""
 
     name: Literal["decode", "prefill"]
     dims: dict[str, tuple[Positive, Positive, Positive]]

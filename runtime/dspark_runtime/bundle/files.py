@@ -8,7 +8,7 @@ before any byte reaches an inference library:
 * sizes, and digests unless switched off, match;
 * ``onnx/`` holds nothing that is not listed, so an external-data reference of a graph can only reach a checked file.
 
-Digests find damage and mix-ups. They are no signature: whoever can write the bundle can write the manifest too.
+Digests find damage and mix-ups. They are not a signature: anyone who can write the bundle can also write the manifest.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class BundleFiles:
             raise BundleError(f"bundle {root} {what}; make one with `dspark-export build MODEL --out {root}`")
         root = root.resolve()
         if not (root / MANIFEST).exists():
-            raise BundleError(f"{root} has no {MANIFEST}, so it is no bundle; make one with `dspark-export build`")
+            raise BundleError(f"{root} has no {MANIFEST}, so it is not a bundle; make one with `dspark-export build`")
         if check_regular_file(root, MANIFEST).st_size > MANIFEST_MAX_BYTES:
             raise DamagedBundle(f"{root / MANIFEST} is larger than {MANIFEST_MAX_BYTES} bytes; build the bundle again")
         files = cls(root, Manifest.parse((root / MANIFEST).read_bytes(), str(root / MANIFEST)))

@@ -134,7 +134,7 @@ class DrafterEntry(Record):
 
     @property
     def trained(self) -> bool:
-        """Whether it is a model of its own that was trained to draft."""
+        """Whether it is a separate model that was trained to draft."""
         return self.kind in get_args(TrainedKind)
 
     @property
@@ -199,7 +199,7 @@ class Precision(Record):
 
     @property
     def integer_products(self) -> bool:
-        """Whether the CPU's forms of the graphs multiply integers, and so round activations whatever is asked for."""
+        """Whether the CPU's forms of the graphs multiply integers, and so round activations whatever is requested."""
         return self.kind.integer_products
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with an engine's plan that is not the file the manifest describes."""
+"""Says what is wrong with an engine's plan that is not the file the manifest describes."""
 
 from __future__ import annotations
 

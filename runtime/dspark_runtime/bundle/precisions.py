@@ -1,4 +1,4 @@
-"""The precisions a bundle can have: one row each, read by every part that treats them differently.
+"""The precisions a bundle can have: one row each, read by every part of the code that treats them differently.
 
 A new precision is a name in :data:`Weights` and a row in :data:`PRECISIONS`. The options of the command line with their
 help and errors, graph rewrites, the limits of ``dspark-export validate``, benchmarks and samples read it there. See
@@ -78,7 +78,7 @@ PRECISIONS: Mapping[Weights, PrecisionKind] = {
 QUANTIZED = tuple(name for name, kind in PRECISIONS.items() if kind.quantized)
 BLOCKED = tuple(name for name, kind in PRECISIONS.items() if kind.blocked)
 HALF = tuple(name for name, kind in PRECISIONS.items() if kind.dtype in ("float16", "bfloat16"))
-"""Precisions whose graphs compute in half precision whatever else is asked for."""
+"""Precisions whose graphs compute in half precision whatever else is requested."""
 
 
 def listed(names: Iterable[str], word: str = "or") -> str:

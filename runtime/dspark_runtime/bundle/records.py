@@ -1,4 +1,4 @@
-"""Types that all parts of the manifest are made of."""
+"""Types shared by all parts of the manifest."""
 
 from __future__ import annotations
 

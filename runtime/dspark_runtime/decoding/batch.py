@@ -1,13 +1,13 @@
-"""Who is in which cache row.
+"""Assigns sequences to cache rows.
 
 A sequence waits, then its prompt is filled, then it runs until its text ends. At all times
 
-* the running sequences occupy the cache rows ``0 .. running - 1``, so that a pass over all of them is one over
-  neighbouring rows;
-* the one whose prompt is being filled, if any, occupies the row behind them;
-* those that wait have no row yet, but one is kept free for each.
+* the running sequences occupy the cache rows ``0 .. running - 1``, so that a pass over all of them covers
+  contiguous rows;
+* the one whose prompt is being filled, if any, occupies the next row;
+* waiting sequences have no row yet, but one is kept free for each.
 
-A row that is given to a sequence is clean: neither the cache nor a drafter knows anything of who had it before.
+A row given to a sequence is clean: neither the cache nor a drafter knows anything about its previous owner.
 """
 
 from __future__ import annotations

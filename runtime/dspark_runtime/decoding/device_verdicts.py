@@ -1,4 +1,4 @@
-"""Between the loop's trees and a backend that verifies them where the logits are."""
+"""Converts trees for backends that verify on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fills the buffers of a pass: a chunk of one prompt, or a token tree behind every running sequence."""
+"""Fills the buffers of a pass: a chunk of one prompt, or a token tree after every running sequence."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def fill_prompt(
 ) -> StepBuffers:
     """Prepare a pass over ``tokens`` of one prompt, which go to the slots from ``start`` on of cache row ``row``.
 
-    Logits are asked for of the last token only: ``logits[0, 0]``. Fewer than ``min_rows`` tokens are padded; the
-    padding stands behind them, and whatever comes next overwrites it.
+    Only the last token's logits are requested: ``logits[0, 0]``. Fewer than ``min_rows`` tokens are padded; the
+    padding follows them, and whatever comes next overwrites it.
 
     Raises:
         CapacityError: the cache has no room.
@@ -45,7 +45,7 @@ def fill_trees(runner: Runner, cache: KvCache, trees: Sequence[TokenTree], min_r
     """Prepare a pass over one tree for each of the first ``len(trees)`` cache rows, behind what they have committed.
 
     Every sequence gets as many rows as the largest tree has, and at least ``min_rows``: what a tree lacks is padding
-    that sees only itself. Logits are asked for of all rows: ``logits[i, :len(trees[i])]`` are those of tree ``i``.
+    that sees only itself. All rows' logits are requested: ``logits[i, :len(trees[i])]`` are those of tree ``i``.
 
     Raises:
         CapacityError: the cache has no room.

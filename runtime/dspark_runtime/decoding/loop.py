@@ -2,7 +2,7 @@
 
 Between steps this holds for every running sequence, and nothing else is remembered but statistics:
 
-* ``tokens`` is the committed text and the only truth; its last token, the anchor, has been in no pass yet;
+* ``tokens`` is the committed text and the only truth; its last token, the anchor, has not been in a pass yet;
 * the cache holds exactly the other tokens: ``cache.lengths[row] == len(tokens) - 1``;
 * rows are as :mod:`dspark_runtime.decoding.batch` says.
 
@@ -21,9 +21,9 @@ A *step* is a chunk of one prompt, or a *round* (propose to settle) of all runni
 else is in the batch, on when it joined or left, or on the order of steps, wherever passes compute a row alike whatever
 runs beside it (see docs/exactness.md).
 
-Settling, and what the caller does with the chunks, is all that the next pass does not depend on. Where passes run
-beside the host, a step ends with the next pass on its way, and settles the round before it meanwhile; elsewhere a step
-is a whole round. Nothing else differs: a pass on its way when its text is cancelled is waited for and dropped.
+The next pass depends on everything except settling and what the caller does with the chunks. Where passes run
+beside the host, a step ends with the next pass in flight and settles the previous round while it runs; elsewhere a step
+is a whole round. Nothing else differs: a pass in flight when its text is cancelled is waited for and dropped.
 
 A pass that fails or is dropped leaves only scratch rows behind.
 """
@@ -158,7 +158,7 @@ class DecodingLoop:
         return sequence
 
     def cancel(self, sequence: SequenceState) -> Chunk:
-        """End one text where it stands, between two steps; its last chunk. ValueError if it has ended already."""
+        """End one text where it is now, between two steps; its last chunk. ValueError if it has ended already."""
         if sequence.finished:
             raise ValueError(f"sequence {sequence.index} has ended already")
         chunk = sequence.cancel()
@@ -184,11 +184,11 @@ class DecodingLoop:
         """Run one chunk of one prompt, or one round of all running sequences; the new text.
 
         Prompts come first, in the order they were admitted, so that as many sequences as possible share a round. With
-        ``rounds_first`` prompts wait as long as anything runs: call it in turns with the other to bound what a prompt
+        ``rounds_first`` prompts wait as long as anything runs: alternate it with the other to bound what a prompt
         adds to the others' time.
 
         Raises:
-            BackendError: a pass failed. Sequences stand where they stood: go on, cancel them or close the loop. What
+            BackendError: a pass failed. Sequences are as they were before: go on, cancel them or close the loop. What
                 was committed before is given out first; the step after it raises.
         """
         if self._failure is not None:
@@ -331,7 +331,7 @@ class DecodingLoop:
         return proposals
 
     def _weigh(self, drafter: Drafter, requests: Sequence[DraftRequest], proposals: Sequence[Proposal]) -> None:
-        """Let a drafter that costs passes of its own draft only as far as it pays."""
+        """Let a drafter that needs its own passes draft only as far as it pays."""
         batch = len(requests)
         floor = self.schedule.floor(drafter, batch)
         for request, proposal in zip(requests, proposals, strict=True):

@@ -1,4 +1,4 @@
-"""What a decoding loop tells whoever wants to watch it: timelines, traces, validation, metrics."""
+"""What a decoding loop reports to its observers: timelines, traces, validation, metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One round of the loop: what is on its way, what came of it, and the work that can wait until the next pass runs."""
+"""One round of the loop: what is in flight, what came of it, and the work that can wait until the next pass runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Flight:
 
     Proposing began at ``began`` and ended at ``drafted``; the buffers were filled at ``filled``, the pass was started
     by ``started``; the host began to wait at ``waited`` and had the results at ``verified``; they were committed at
-    ``committed``. ``away`` is how long the caller has kept the loop meanwhile.
+    ``committed``. ``away`` is how long the caller has kept the loop waiting since.
     """
 
     sequences: Sequence[SequenceState]

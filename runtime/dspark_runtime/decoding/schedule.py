@@ -1,19 +1,19 @@
-"""How much to draft and verify, decided anew for every pass from measured costs and measured acceptance.
+"""Decides before every pass how much to draft and verify, from measured costs and measured acceptance.
 
 A pass over n rows costs ``cost(n)`` milliseconds. Row j of a proposal is reached and accepted with probability s_j, the
-product of the acceptance of the classes on its path. Rows are taken by falling s_j as long as
+product of the acceptance of the classes on its path. Rows are taken in order of decreasing s_j as long as
 ``(1 + sum of s) / cost`` grows: this is the scheduler of DSpark (paper, algorithm 1) for one pass, with trees. Where no
-proposal beats plain decoding by the margin, the pass is a plain one.
+proposal beats plain decoding by the margin, the pass is plain.
 
-A plain pass runs now and then even where speculation pays, so that what it saves stays measured. Estimates can still be
+A plain pass runs now and then even where speculation pays, so that its saving stays measured. Estimates can still be
 wrong, so a ledger bounds what that may cost: it adds up the time speculative rounds took beyond what
-plain decoding would have taken for the same tokens. While it stands above 1.5% of all decode time, rounds are plain.
-Proposals are compared with the emitted text also when they were not verified, so a drafter that starts to be right is
+plain decoding would have taken for the same tokens. While it exceeds 1.5% of all decode time, rounds are plain.
+Proposals are compared with the emitted text even when they were not verified, so a drafter that starts to be right is
 noticed without paying for a try.
 
 No choice made here can change the text, only its speed. Proposals *drawn at random* are verified whole: a cut that
-depended on which token was drawn would bias the output, and one that depended on time would make the text of a seed do
-so. Their drafter cuts them, by confidences that do not know the token they speak about.
+depended on which token was drawn would bias the output, and one that depended on time would make a seed's text depend
+on time. Their drafter cuts them, by confidences that do not depend on the token they rate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MARGIN = 1.02  # a proposal must promise this much more speed than plain decodin
 ALLOWANCE = 0.015  # share of decode time that wrong estimates may cost
 HOST_MS = 0.1  # host time of a round, whatever its rows
 
-PLAIN_EVERY = 64  # at least one round in so many is plain
+PLAIN_EVERY = 64  # at least one round in this many is plain
 _ANY: Hashable = "any"  # class of a place: whether one of the tokens proposed for it was right
 
 
@@ -107,7 +107,7 @@ class Schedule:
 
     ``fixed``: verify that many drafts whatever they promise (for tests and measurements), None to choose.
     ``min_rows``: rows every sequence has in every pass, so that the first drafts may cost nothing. ``chains``: verify
-    only the best chain of a tree. A row of a branch stands in another cache slot than plain decoding would give it, so
+    only the best chain of a tree. A row of a branch occupies another cache slot than plain decoding would give it, so
     its attention sums in another order; where activations are rounded to integers, that is enough to change a token.
     ``most_rows``: rows of one sequence that the backend takes in one pass.
     """
@@ -189,7 +189,7 @@ class Schedule:
         return min(self.acceptance.rate(drafter, kind_of(draft, row), proposal.request), 0.995)
 
     def worth_drafting(self, drafter: Drafter, request: int, proposal: Proposal, limit: int, batch: int) -> int:
-        """Tokens a drafter with an engine of its own should draft now; 0 where it does not pay.
+        """Tokens a drafter with its own engine should draft now; 0 where it does not pay.
 
         Its chain is valued by its mean acceptance, against plain decoding and against what is proposed already. Where
         more tokens cost no more time, all of them are wanted: what is verified is chosen when they are known.
@@ -243,7 +243,7 @@ class Schedule:
 
 
 def _best_chain(tree: TokenTree, reach: Sequence[float]) -> list[int]:
-    """Rows of the path that goes on with the likeliest child."""
+    """Rows of the path that goes on with the most likely child."""
     path: list[int] = []
     row = 0
     while True:

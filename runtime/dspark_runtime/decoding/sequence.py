@@ -114,7 +114,7 @@ class SequenceState:
         return Chunk(self.index, text, kept, self._finish)
 
     def cancel(self) -> Chunk:
-        """End the text where it stands."""
+        """End the text where it is now."""
         self._finish = "cancelled"
         text = "" if self._stream is None else self._stream.finish()
         self._text.append(text)

@@ -24,7 +24,7 @@ CALIBRATION_BINS = 20
 
 @dataclass
 class PositionCounts:
-    """One depth of a drafter's main chain (its likeliest tokens), over the rounds that verified it.
+    """One depth of a drafter's main chain (its most likely tokens), over the rounds that verified it.
 
     ``verified``: rounds that verified a draft there. ``reached``: those in which all drafts before it were accepted.
     ``accepted``: those in which it was accepted too.

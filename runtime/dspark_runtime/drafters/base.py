@@ -2,7 +2,7 @@
 
 A custom drafter derives from :class:`Drafter`, sets ``name`` and implements :meth:`Drafter.draft`. Nothing it proposes
 can change the generated text; wrong proposals only cost time. The schedule watches how often proposals of each *class*
-are accepted and cuts those that do not pay: give the sure and the unsure ones different classes.
+are accepted and cuts those that do not pay, so give certain and uncertain proposals different classes.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Drafter(ABC):
     resident: bool = False
 
     def draft_ms(self, tokens: int) -> float:
-        """Milliseconds it takes to draft so many tokens: one pass each, unless a drafter makes them in one pass."""
+        """Milliseconds it takes to draft this many tokens: one pass each, unless a drafter makes them in one pass."""
         return tokens * self.pass_ms
 
     def attach(self, cache: KvCache) -> None:

@@ -13,7 +13,7 @@ from dspark_runtime.backends.protocol import FloatArray, IntArray
 @dataclass(frozen=True)
 class BeamTree:
     """Chosen nodes in the order of their slots. Row 0 of the tree is the anchor: ``parents`` and ``main`` (the rows of
-    the main chain, the likeliest child of each) count it, ``tokens`` and ``probs`` (given the nodes above) do not."""
+    the main chain, the most likely child of each) count it, ``tokens`` and ``probs`` (given the nodes above) do not."""
 
     tokens: list[int]
     parents: list[int]
@@ -49,8 +49,8 @@ class BeamLayout:
         children: int,
         least: float,
     ) -> BeamTree:
-        """The main chain, and with it the ``most`` likeliest nodes at most ``depth`` below the anchor, at most
-        ``children`` of each parent.
+        """The main chain, and with it up to ``most`` of the most likely nodes, at most ``depth`` below the anchor,
+        with at most ``children`` of each parent.
 
         Nodes that are reached with a chance below ``least`` are left out; the main chain is not, however unlikely.
         Arguments are arrays [nodes] of one sequence, see :func:`dspark_runtime.bundle.draft_contract.block_contract`.
@@ -64,7 +64,7 @@ class BeamLayout:
         for slot in self._slots[depth:]:
             kept[slot] = False
         places = np.flatnonzero(kept)
-        if len(places) > most:  # a parent is as likely as its children or more, and stands before them
+        if len(places) > most:  # a parent is as likely as its children or more, and comes before them
             reach[chain] = 2.0
             places = np.sort(places[np.argsort(-reach[places], kind="stable")[: max(most, len(chain))]])
         row_of = {-1: 0} | {place: row for row, place in enumerate(places.tolist(), 1)}
@@ -72,7 +72,8 @@ class BeamLayout:
         return BeamTree(tokens[places].tolist(), above, probs[places].tolist(), [row_of[place] for place in chain])
 
     def _main_chain(self, parents: IntArray, depth: int) -> list[int]:
-        """Places of the likeliest first token, its likeliest follower and so on, as far as that text is followed."""
+        """Places of the most likely first token, its most likely follower and so on, as far as that text is
+        followed."""
         chain = [0]
         for slot in self._slots[1:depth]:
             below = np.flatnonzero(parents[slot] == chain[-1])

@@ -1,12 +1,12 @@
 """DSpark and DFlash: one pass drafts a block of tokens from features of the target.
 
 The drafter's cache holds keys and values of committed context rows only. They come from the target's features of
-accepted rows, so nothing in it is ever taken back; the block's own rows lie behind them and are overwritten. The anchor
-has no features yet and stands in the block, at its true position.
+accepted rows, so nothing in it is ever rolled back; the block's own rows follow them and are overwritten. The anchor
+has no features yet and is part of the block, at its true position.
 
 Where tokens follow from the text alone, the draft is a tree of the block's likely texts, which the graph follows from
 slot to slot. Where they are drawn at random (or the graph gives a chain only), it is a chain, beside which the
-likeliest alternatives of each slot go as leaves if the graph has them, unless rejection sampling verifies it.
+most likely alternatives of each slot go as leaves if the graph has them, unless rejection sampling verifies it.
 Class of a row: (kind of estimate, bucket of it). The estimate is the draft's own probability, on the main chain of a
 drafter with a confidence head its geometric mean with the confidence, which tells right from wrong better than either;
 on a chain of drawn tokens the confidence alone.
@@ -59,7 +59,7 @@ from dspark_runtime.speculation.kv_cache import KvCache
 from dspark_runtime.speculation.tree import TokenTree
 
 _LEAST_BRANCH = 0.04  # alternatives to a drawn token that are less likely than this are never worth a row
-_LEAST_REACH = 0.01  # nor are tokens that are reached less often than this, unless they stand on the main chain
+_LEAST_REACH = 0.01  # nor are tokens that are reached less often than this, unless they are on the main chain
 _MOST_NODES = 31  # of a tree; the schedule verifies as many as pay
 
 
@@ -296,7 +296,7 @@ def _tree(
     probs: FloatArray,
     branches: int,
 ) -> tuple[TokenTree, list[Hashable]]:
-    """The chain and, beside each of its rows, the likeliest other candidates of the slot as leaves."""
+    """The chain and, beside each of its rows, the most likely other candidates of the slot as leaves."""
     if branches < 2:
         return TokenTree.chain(anchor, tokens), list(kinds)
     rows, parents, classes = [anchor], [-1], list[Hashable]()

@@ -1,7 +1,7 @@
-"""What drafters with a cache of their own share: its rows follow the target's, and context is caught up with.
+"""What drafters with their own cache share: its rows follow the target's, and it catches up with new context.
 
-The drafter's cache holds ``lengths[row]`` context rows of the sequence in that row. Context that became known since is
-*pending*; it enters the cache with the next pass. Rows with much of it (a prompt) catch up alone, so that a batch is
+The drafter's cache holds ``lengths[row]`` context rows of the sequence in that row. Context that arrived since then is
+*pending*; it enters the cache with the next pass. Rows with a lot of it (a prompt) catch up alone, so that a batch is
 not padded to the longest.
 """
 
@@ -71,7 +71,7 @@ class CachedDrafter(Drafter):
         return self.copy(row, row, length)
 
     def copy(self, source: int, target: int, length: int) -> int:
-        """Copy the first ``length`` context rows, as far as there are so many; what is pending stays where it is."""
+        """Copy the first ``length`` context rows, or all of them if there are fewer; what is pending stays pending."""
         held = min(length, self.cache.lengths[source])
         self.cache.copy(source, target, held)
         if self._features is None:

@@ -1,4 +1,4 @@
-"""Which drafters a call uses: from ``speculate`` and what the bundle holds to drafter objects."""
+"""Turns ``speculate`` and what the bundle holds into the drafter objects a call uses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _TRAINED: dict[str, Callable[[DrafterEntry, DrafterParts], Drafter]] = {
 class DrafterChoice:
     """Makes the drafters of one bundle.
 
-    ``engine`` loads a graph over the target's cache, ``graph_engine`` one with a cache of its own; both take the
+    ``engine`` loads a graph over the target's cache, ``graph_engine`` one with its own cache; both take the
     graph's name and whether several sequences share a pass.
     """
 
@@ -57,7 +57,7 @@ class DrafterChoice:
 
         Raises:
             UsageError: ``speculate`` names nothing this bundle has.
-            IncompatibleBundle: a self-draft is asked for and the bundle has none.
+            IncompatibleBundle: a self-draft is requested and the bundle has none.
         """
         if isinstance(speculate, Drafter):
             return [speculate]

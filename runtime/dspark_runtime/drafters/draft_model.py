@@ -1,7 +1,7 @@
-"""A small language model of its own, with the target's vocabulary, as drafter.
+"""Drafts with a separate small language model that shares the target's vocabulary.
 
-Its cache holds the committed text, the anchor included. Rows of accepted drafts stay in it: they are what the next
-round would compute again.
+Its cache holds the committed text, the anchor included. Rows of accepted drafts stay in it, since the next
+round would compute the same ones again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """EAGLE-3: a layer that predicts the target's next features and from them the next token, step by step.
 
-Context row i pairs the target's features of position i with the token behind it, and stands at position i. Its output
-predicts the token after that one. A step feeds the drafter's own output back in place of features. After verification
+Context row i pairs the target's features of position i with the token after it, and has position i. Its output
+predicts the token after that one. A step feeds the drafter's own output back instead of features. After verification
 all step rows are dropped and the committed rows enter with the target's real features.
 """
 

@@ -1,4 +1,4 @@
-"""What drafters estimate of their own drafts, and distributions over a draft's vocabulary as the target numbers it."""
+"""How drafters rate their own drafts, and distributions over a draft's vocabulary in the target's numbering."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from dspark_runtime.backends.protocol import FloatArray, IntArray
 
 DraftSampling = Literal["greedy", "coupled", "rejection"]
-"""How trained drafters draft for requests with a temperature. ``greedy``: the likeliest tokens. ``coupled``: drawn with
-the target's own random numbers; the text stays that of plain decoding. ``rejection``: drawn independently and verified
-by rejection sampling; the text keeps its distribution."""
+"""How trained drafters draft for requests with a temperature. ``greedy``: the most likely tokens. ``coupled``: drawn
+with the target's own random numbers; the text stays that of plain decoding. ``rejection``: drawn independently and
+verified by rejection sampling; the text keeps its distribution."""
 
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 _CENTRES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.94, 0.985)

@@ -1,11 +1,11 @@
-"""Prompt lookup: where the end of the text stood before, propose what followed there.
+"""Prompt lookup: find an earlier occurrence of the end of the text and propose what followed it.
 
 An index of all n-grams (n = 1 to 4) of the committed text grows by a constant amount of work per token. A proposal
-starts from the occurrence that agrees with the end of the text for longest, the latest one among equals; when the
+starts from the occurrence with the longest match to the end of the text, the latest one among equals; when the
 occurrences disagree about the next token, the runner-up is offered as a second branch. A continuation that reaches the
 end of the text repeats itself from there, which drafts periodic text of any length.
 
-Class of a row: (how long the agreement is, whether the occurrences are of one mind, place). They separate proposals
+Class of a row: (length of the match, whether the occurrences agree, place). They separate proposals
 that are nearly always right from those that are mostly wrong, see :mod:`dspark_runtime.decoding.schedule`.
 """
 

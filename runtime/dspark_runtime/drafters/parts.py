@@ -1,4 +1,4 @@
-"""What a trained drafter is made of: its options, and what its file takes from the bundle."""
+"""What a trained drafter consists of: its options, and what it needs from the bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several drafters, one proposal: their trees are merged into a trie, so that a prefix they share is verified once."""
+"""Merges the trees of several drafters into one trie, so that a shared prefix is verified once."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class Proposal:
         return drafted, hits
 
     def main_chain(self, part: Part, verified: TokenTree, accepted: Sequence[int]) -> tuple[int, int]:
-        """Of one part's likeliest tokens: how many in a row ``verified`` holds, and how many of them were accepted."""
+        """Of one part's most likely tokens: how many in a row ``verified`` holds, and how many of them were
+        accepted."""
         own, row, place, depth, hits = part.draft.tree, 0, 0, 0, 0
         right = True
         while True:

@@ -1,8 +1,8 @@
 """Self-draft: some of the target's own layers, then its norm and head, propose a chain token by token.
 
-It reads the target's cache and needs none of its own: its scratch rows go to the slots behind the committed text, which
-the verify pass overwrites. Each step is one pass over one row. Drafting stops early where the chance that the chain
-still stands falls below what one more token is worth.
+It reads the target's cache and needs none itself: its scratch rows go to the slots after the committed text, which
+the verify pass overwrites. Each step is one pass over one row. Drafting stops early when the probability that the chain
+is still correct falls below what one more token is worth.
 
 Class of a row: (bucket of the draft's own probability, whether it is the runner-up).
 """

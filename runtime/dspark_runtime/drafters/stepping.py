@@ -1,7 +1,7 @@
 """Drafters that make one pass per level of their tree: EAGLE-3 and independent draft models.
 
 A round is one *extend* pass, which takes the new context into the drafter's cache and gives the first level, and then
-one *step* pass per further level over the most promising nodes. Step rows go to the slots behind the context.
+one *step* pass per further level over the most promising nodes. Step rows go to the slots after the context.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class SteppingDrafter(CachedDrafter):
     def _context(self, first: int, count: int, leave: int = 0) -> tuple[list[int], dict[str, Features]]:
         """Inputs that take in the waiting context of ``count`` sequences, but for the last ``leave`` rows of each.
 
-        Also how many rows of each; logits are asked for of the last one.
+        Also how many rows of each; only the last one's logits are requested.
         """
         cache = self.cache
         counts = [min(self._waiting(row) - leave, self._catch_up) for row in range(first, first + count)]

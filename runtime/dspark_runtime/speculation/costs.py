@@ -1,4 +1,4 @@
-"""What a target pass costs by its rows: measured at build time, corrected by every pass that runs."""
+"""The cost of a target pass by its number of rows: measured at build time, corrected by every pass that runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PassCosts:
         self._rows = np.arange(1, most_rows + 1, dtype=np.float64)
         self._shape = np.interp(self._rows, rows, [points[r] for r in rows])
         self._scale = 1.0
-        self._anchor = 1  # rows of the last plain pass: up to there the shape stays as it is
+        self._anchor = 1  # rows of the last plain pass: up to there the shape does not change
         self._seen: dict[int, int] = {}
         self._near: dict[int, npt.NDArray[np.float64]] = {}
         self._points: list[float] = self._shape.tolist()  # plain floats: these are read in every round
@@ -77,7 +77,8 @@ class PassCosts:
 
 
 def pass_timer(engine: Engine, most_rows: int, context: int = 256) -> Callable[[int], float]:
-    """A function that runs one pass over so many rows behind ``context`` committed slots and gives its milliseconds."""
+    """A function that runs one pass over a number of rows after ``context`` committed slots and returns its
+    milliseconds."""
     runner = engine.open(engine.allocate(1, round_up(context + most_rows)))
     runner.select(0, 1)
 
@@ -115,7 +116,7 @@ def measure_pass_ms(
 ) -> dict[int, float]:
     """Median milliseconds of a pass over each number of rows behind ``context`` committed slots, each warmed up.
 
-    Row counts alternate, so that a machine that slows down meanwhile slows all of them.
+    Row counts alternate, so that a machine that slows down in the meantime slows all of them.
     """
     timed = pass_timer(engine, max(rows), context)
     times: dict[int, list[float]] = {count: [] for count in rows}

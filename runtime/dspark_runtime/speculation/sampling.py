@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, min-p, and random numbers that depend on nothing but position.
+"""From logits to a token: temperature, top-k, top-p, min-p, and random numbers that depend only on the position.
 
 The filters apply in this order, each on the distribution the one before it left: temperature, ``top_k``, ``top_p``
 (fewest tokens whose mass reaches it), ``min_p`` (share of the largest probability). Where probabilities tie at a cut,
@@ -63,7 +63,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Whether the most likely token is taken."""
         return self.temperature < GREEDY_BELOW
 
     @property
@@ -101,7 +101,7 @@ def uniforms(seed: int, request: int, stream: int, positions: npt.ArrayLike) -> 
 
 
 class UniformStream:
-    """The uniforms of one (seed, request, stream), computed in blocks as positions are asked for."""
+    """The uniforms of one (seed, request, stream), computed in blocks as positions are requested."""
 
     def __init__(self, seed: int, request: int, stream: int) -> None:
         self._key = (seed, request, stream)

@@ -1,7 +1,7 @@
 """Token trees: what drafters propose and one pass verifies.
 
 Row 0 is the *anchor*, the last committed token, whose keys and values are not in the cache yet. Every other row is a
-draft token; its parent stands before it. A row sees the committed text, its ancestors and itself, nothing else.
+draft token; its parent is an earlier row. A row sees only the committed text, its ancestors and itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TokenTree:
         vocab_size: where given, ids must lie below it.
 
     Raises:
-        InvalidTree: the rows are no tree, siblings repeat a token, or a limit (256 rows, depth 128) is passed.
+        InvalidTree: the rows are not a tree, siblings repeat a token, or a limit (256 rows, depth 128) is passed.
     """
 
     __slots__ = ("depths", "is_chain", "parents", "tokens")
@@ -55,7 +55,7 @@ class TokenTree:
 
     @classmethod
     def from_paths(cls, anchor: int, paths: Iterable[Sequence[int]]) -> TokenTree:
-        """The trie of several continuations: a prefix they share stands in the tree once."""
+        """The trie of several continuations: a shared prefix appears in the tree once."""
         tokens, parents = [anchor], [-1]
         children: dict[tuple[int, int], int] = {}
         for path in paths:
@@ -132,7 +132,7 @@ class TokenTree:
         return mask
 
     def positions(self, start: int) -> IntArray:
-        """int64 [rows]: true positions when the anchor stands at ``start``; siblings share one."""
+        """int64 [rows]: true positions when the anchor is at ``start``; siblings share one."""
         if self.is_chain:
             return _COUNT[: len(self.tokens)] + start
         return np.array(self.depths, np.int64) + start

@@ -1,7 +1,7 @@
-"""Verification, the reference: which drafts stand, and which token follows them.
+"""Reference implementation of verification: which drafts are accepted, and which token follows them.
 
 Deterministic drafts (greedy drafters, n-gram, any tree): :func:`verify_tree` draws the target's token at each row and
-follows the child that holds it. What is emitted are the target's own draws, so no drafter can change them.
+follows the child that holds it. The emitted tokens are the target's own draws, so no drafter can change them.
 Sampled drafts (a chain drawn from a draft distribution q): :func:`verify_chain`, speculative sampling after Leviathan
 et al. 2023 (algorithm 1) and Chen et al. 2023 (algorithm 2).
 """

@@ -1,10 +1,10 @@
 """Chat templates: programs that come with a model, run in a sandbox with limits.
 
-They render what transformers renders: the same names are defined (``tools`` and ``documents`` are None where nobody
-gave any), the same filters and globals exist, and messages come as plain data.
+They render what transformers renders: the same names are defined (``tools`` and ``documents`` are None if
+not given), the same filters and globals exist, and messages come as plain data.
 
-Jinja's immutable sandbox refuses attribute escapes and changes to its arguments. It knows no limit of time or size, so
-loops, string operations, filters and calls are counted here on top. What is *not* defended: a template may still print
+Jinja's immutable sandbox refuses attribute escapes and changes to its arguments. It does not limit time or size, so
+loops, string operations, filters and calls are counted here as well. What is *not* defended: a template may still print
 something misleading, which is why its output is only ever tokenized.
 """
 
@@ -109,7 +109,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         template = super()._parse(source, name, filename)
         for loop in list(template.find_all(nodes.For)):
             loop.iter = _through("_counted", loop.iter)
-        for joined in list(template.find_all(nodes.Concat)):  # `a ~ b` is no operator to the sandbox
+        for joined in list(template.find_all(nodes.Concat)):  # `a ~ b` is not an operator to the sandbox
             joined.nodes = [_through("_joined", nodes.List(joined.nodes, lineno=joined.lineno))]
         for output in list(template.find_all(nodes.Output)):
             output.nodes = [_through("_emitted", _as_expression(node)) for node in output.nodes]

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: never half a character, never the beginning of a stop string.
+"""Turns tokens into text as they arrive: never half a character, never the beginning of a stop string.
 
 The pieces add up to what decoding all tokens at once gives, whatever the tokens are. A tokenizer with byte fallback
 (Llama 2, Mistral, Gemma) decodes a run of byte tokens as a whole: one invalid byte turns every byte of its run into

@@ -1,7 +1,7 @@
-"""What a chat template sees of what the caller gave: plain dicts, lists, texts and numbers, nothing with methods.
+"""What a chat template sees of the caller's data: plain dicts, lists, strings and numbers, nothing with methods.
 
-As in transformers: fields that are None are left out of a message, the names that reasoning has had are aliases, and
-what is not data (an image, a tensor) becomes the name of its type.
+As in transformers: fields that are None are left out of a message, the various names of the reasoning field are
+aliases, and anything that is not data (an image, a tensor) becomes the name of its type.
 """
 
 from __future__ import annotations

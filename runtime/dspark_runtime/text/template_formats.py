@@ -1,6 +1,6 @@
 """Formatting of text in chat templates, with bounds on what it makes: ``%``, ``str.format`` and JSON.
 
-Widths and precisions stand in the format: ``'%999999999d' % 1`` is a gigabyte. They are read before anything is made.
+Widths and precisions are part of the format: ``'%999999999d' % 1`` is a gigabyte. They are checked before formatting.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bounds of what a chat template may do, and how much of them one rendering has spent."""
+"""Limits on what a chat template may do, and how much of them one rendering has used."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Special tokens that users typed: marked before a chat template is rendered, encoded as plain text afterwards.
 
 The marks are private-use characters around the whole token, so that a template still finds it with ``in`` or
-``split``. Where a template tears a token from one of its marks, the other one tells; without both, nothing does.
+``split``. If a template separates a token from one of its marks, the other still identifies it; without both, it is
+lost.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class TypedTokens:
 
 
 def _behind(text: str, encode: Encode) -> list[int]:
-    """Ids of a text that stands behind another: some tokenizers put a space before what they take for a beginning."""
+    """Ids of a text that follows another: some tokenizers put a space before what they take for a beginning."""
     line = encode("\n")
     ids = encode("\n" + text)
     return ids[len(line) :] if ids[: len(line)] == line else encode(text)
