@@ -6,12 +6,12 @@ then the caller hands in a trial, so that what cannot be traced is still refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dspark_export.checkpoints.rotary import is_static, rope_sets
 from dspark_runtime.errors import UnsupportedArchitecture
 
 TESTED = frozenset(
@@ -87,8 +87,9 @@ TESTED = frozenset(
 )
 """``model_type`` of every architecture with a parity test."""
 
-ROPE_TYPES = frozenset({"default", "linear", "llama3", "proportional", "yarn"})
-"""Rotary embeddings whose frequencies do not depend on how long the text has become."""
+ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "longrope", "proportional", "yarn"})
+"""Rotary embeddings whose frequencies do not depend on how long the text has become; ``dynamic`` with a fixed alpha,
+``longrope`` up to its original length."""
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _MEDIA_CONFIGS = ("vision_config", "audio_config", "speech_config", "image_config")
@@ -185,21 +186,15 @@ def _attention_extras(config: PretrainedConfig) -> str | None:
 
 
 def _rope(config: PretrainedConfig) -> str | None:
-    for parameters in _rope_parameters(config.get_text_config()):
+    text = config.get_text_config()
+    for parameters in rope_sets(text):
         kind = parameters.get("rope_type", "default")
-        if kind not in ROPE_TYPES:
+        if kind not in ROPE_TYPES or not is_static(parameters, getattr(text, "max_position_embeddings", 0)):
             return (
                 f"its rotary embedding is of type {kind}, whose frequencies depend on the length of the text: cached "
                 f"keys would have to change as it grows. Supported are {', '.join(sorted(ROPE_TYPES))}"
             )
     return None
-
-
-def _rope_parameters(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
-    """The rotary settings of a config: one set, or one for each kind of layer."""
-    given = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in given.values() if isinstance(value, dict)]
-    yield from nested or [given]
 
 
 def _quantized(config: PretrainedConfig) -> str | None:

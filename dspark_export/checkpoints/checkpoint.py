@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dspark_export.checkpoints.config import declared_end_ids
 from dspark_export.checkpoints.gguf_file import GgufFile
-from dspark_export.checkpoints.library_calls import first_line, no_gguf_bar, quiet
+from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_export.checkpoints.tokenizer import TokenizerFiles, eos_token_ids
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.checkpoints.weights import WeightFiles, check_finite, explain_report
+from dspark_export.tracing.rotary import make_rope_static
 from dspark_runtime.bundle.files import sha256_of
 from dspark_runtime.bundle.manifest import Source
 from dspark_runtime.errors import InvalidWeights
@@ -26,7 +28,10 @@ _DIGESTED = (".json", ".jinja", ".txt", ".model", ".py")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``id`` is what the user named, ``revision`` a hub commit; exactly one of ``weights`` and ``gguf`` is set."""
+    """``id`` is what the user named, ``revision`` a hub commit; exactly one of ``weights`` and ``gguf`` is set.
+
+    ``unread``: tensors and settings that rightly stay unused, numbers in names replaced by ``*``, with the reason.
+    """
 
     kind: Kind
     id: str
@@ -36,6 +41,7 @@ class Checkpoint:
     trust: Trust
     weights: WeightFiles | None = None
     gguf: GgufFile | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def directory(self) -> Path | None:
@@ -80,28 +86,28 @@ class Checkpoint:
     def source(self) -> Source:
         """Provenance for the manifest, with the SHA-256 of every file that was used; reads all of them once."""
         if self.gguf:
-            return Source(kind="gguf", id=self.id, files={self.gguf.path.name: sha256_of(self.gguf.path.resolve())})
+            files = {self.gguf.path.name: sha256_of(self.gguf.path.resolve())}
+            return Source(kind="gguf", id=self.id, files=files, unread=dict(self.unread))
         assert self.weights is not None
         folder = self.weights.folder
         small = [path.name for path in sorted(folder.iterdir()) if path.suffix in _DIGESTED and path.is_file()]
         files = {name: sha256_of((folder / name).resolve()) for name in (*small, *self.weights.names)}
-        return Source(kind=self.kind, id=self.id, revision=self.revision, files=files)
+        return Source(kind=self.kind, id=self.id, revision=self.revision, files=files, unread=dict(self.unread))
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model with its weights in ``dtype``, in evaluation mode, without gradients; one copy in memory.
 
         Raises InvalidWeights for weights that are missing, do not fit, or hold NaN or infinity.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
         options = {"config": self.config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
         try:
             with quiet():
                 if self.gguf:
-                    with no_gguf_bar():
-                        model, report = AutoModelForCausalLM.from_pretrained(
-                            self.gguf.path.parent, gguf_file=self.gguf.path.name, **options
-                        )
+                    weights = self.gguf.state_dict(self.config, dtype)
+                    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+                    model, report = kind.from_pretrained(None, state_dict=weights, **options)
                 else:
                     assert self.weights is not None
                     options |= self.trust.weight_options(self.weights.pickled)
@@ -112,7 +118,7 @@ class Checkpoint:
             raise InvalidWeights(f"the weights of {self.id} cannot be loaded: {first_line(cause)}") from cause
         explain_report(report, self.id)
         check_finite(model, self.id)
-        return model.eval().requires_grad_(False)
+        return make_rope_static(model).eval().requires_grad_(False)
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer, if there is one, so that the runtime can use it without transformers."""

@@ -1,4 +1,7 @@
-"""GGUF checkpoints: what the file says about itself, and its model through transformers."""
+"""GGUF checkpoints: what the file says about itself, and the transformers model it describes.
+
+transformers' own reader skips settings and tensors it does not know; here each is used, harmless or refused.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspark_export.checkpoints.gguf_families import FAMILIES, Facts, Family
+from dspark_export.checkpoints.gguf_keys import Keys
+from dspark_export.checkpoints.gguf_rope import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, RopeFactors, rope_parameters
+from dspark_export.checkpoints.gguf_weights import Plan, load_weights, plan_weights
 from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_runtime.errors import InvalidConfig, InvalidWeights, UnsupportedArchitecture
 
 if TYPE_CHECKING:
+    import torch
+    from gguf import GGUFReader
     from transformers import PretrainedConfig
 
 MAGIC = b"GGUF"
@@ -19,11 +28,12 @@ _EMBEDDING = "token_embd.weight"
 
 @dataclass(frozen=True)
 class GgufFile:
-    """Metadata of a GGUF file by key, and the shapes of its tensors (outermost dimension first)."""
+    """Metadata of a GGUF file by key, and of its tensors the shapes (outermost dimension first) and types."""
 
     path: Path
     fields: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    kinds: Mapping[str, str]
 
     @classmethod
     def read(cls, path: Path) -> GgufFile:
@@ -39,9 +49,10 @@ class GgufFile:
             reader = GGUFReader(path)
             fields = {key: entry.contents() for key, entry in reader.fields.items()}
             shapes = {tensor.name: tuple(int(dim) for dim in reversed(tensor.shape)) for tensor in reader.tensors}
+            kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
         except Exception as cause:  # the reader indexes into a memory map: any exception means damage
             raise InvalidWeights(f"{path} is damaged or cut short: {first_line(cause)}; download it again") from cause
-        found = cls(path, fields, shapes)
+        found = cls(path, fields, shapes, kinds)
         found._check()
         return found
 
@@ -51,24 +62,27 @@ class GgufFile:
         return str(self.fields.get("general.architecture", ""))
 
     def _check(self) -> None:
-        from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
         if not self.architecture:
             raise InvalidConfig(f"{self.path} does not say its general.architecture; download it again")
-        if self.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        if self.fields.get("general.type", "model") != "model":
             raise UnsupportedArchitecture(
-                f"transformers cannot read GGUF files of architecture {self.architecture!r}; use its safetensors "
-                f"checkpoint (readable are: {', '.join(sorted(GGUF_SUPPORTED_ARCHITECTURES))})"
+                f"{self.path} holds a GGUF {self.fields['general.type']!r}, not a model; pass the model's file"
+            )
+        if self.architecture not in FAMILIES:
+            raise UnsupportedArchitecture(
+                f"GGUF files of architecture {self.architecture!r} cannot be read; use the model's safetensors "
+                f"checkpoint (readable are: {', '.join(sorted(FAMILIES))})"
             )
         if "split.count" in self.fields and int(self.fields["split.count"]) > 1:
             raise UnsupportedArchitecture(f"{self.path} is one part of a split GGUF; merge it with gguf-split first")
-        for key in ("block_count", "embedding_length", "attention.head_count", "context_length"):
-            value = self.fields.get(f"{self.architecture}.{key}")
-            numbers = value if isinstance(value, list) else [value]
-            if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers):
-                raise InvalidConfig(
-                    f"{self.path}: {self.architecture}.{key} must be a positive number, it is {value!r}"
-                )
+        if unknown := sorted(kind for kind in self.kinds.values() if kind not in readable_kinds()):
+            raise UnsupportedArchitecture(
+                f"{self.path} stores tensors as {unknown[0]}, which cannot be read; use another quantization"
+            )
+        keys = Keys(self.path, self.architecture, self.fields)
+        for key in ("block_count", "embedding_length", "context_length"):
+            keys.count(key)
+        keys.count_of_all_layers("attention.head_count")
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -86,15 +100,98 @@ class GgufFile:
                 f"{self.path}: {_EMBEDDING} has shape {list(self.shapes[_EMBEDDING])}, its metadata says width {width}"
             )
 
-    def load_config(self) -> PretrainedConfig:
-        """The transformers config that the metadata describes; ids of special tokens included."""
-        from transformers import AutoConfig
+    @property
+    def family(self) -> Family:
+        """How its architecture is read."""
+        return FAMILIES[self.architecture]
 
+    def load_config(self) -> tuple[PretrainedConfig, dict[str, str]]:
+        """The transformers config of the model, ids of special tokens included, and settings left unread, with why.
+
+        Raises InvalidConfig for settings that contradict each other, UnsupportedArchitecture for those that would
+        change the model's numbers and cannot be honoured.
+        """
+        from transformers import CONFIG_MAPPING
+
+        keys = Keys(self.path, self.architecture, self.fields)
+        facts, values = self._common(keys)
+        values |= self.family.reads(keys, facts)
+        if "rope_parameters" in values and values["rope_parameters"] is None:
+            values["rope_parameters"] = dict(facts.rope)
+        unread = keys.close() | self._unread_elsewhere()
         try:
             with quiet():
-                config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
+                config = CONFIG_MAPPING[values.pop("model_type", self.family.model_type)](**values)
         except Exception as cause:  # transformers raises anything here
             raise InvalidConfig(f"transformers refuses the metadata of {self.path}: {first_line(cause)}") from cause
-        if config.vocab_size != self.shapes[_EMBEDDING][0]:
-            config.vocab_size = self.shapes[_EMBEDDING][0]
-        return config
+        return config, unread
+
+    def _common(self, keys: Keys) -> tuple[Facts, dict[str, Any]]:
+        layers, width = keys.count("block_count"), keys.count("embedding_length")
+        heads = keys.count_of_all_layers("attention.head_count")
+        kv_heads = keys.count_of_all_layers("attention.head_count_kv", heads)
+        head, context = keys.count("attention.key_length", width // heads), keys.count("context_length")
+        if keys.count("attention.value_length", head) != head:
+            keys.refuse("attention.value_length", f"keys have {head} dimensions, and both must be alike")
+        rotary = keys.count("rope.dimension_count", head)
+        if rotary > head or rotary % 2 or (rotary < head and not self.family.partial_rotary):
+            keys.refuse("rope.dimension_count", f"{head} dimensions of a head are rotated in this architecture")
+        rows = self.shapes[_EMBEDDING][0]
+        if keys.count("vocab_size", rows) > rows:
+            raise InvalidWeights(
+                f"{self.path}: {_EMBEDDING} has {rows} rows, its metadata says more; download it again"
+            )
+        rope = rope_parameters(keys, rotary, head, context, self._rope_factors())
+        facts = Facts(layers, width, heads, kv_heads, head, rope, self.shapes)
+        values = {
+            "vocab_size": rows,
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head,
+            "max_position_embeddings": context,
+            "tie_word_embeddings": "output.weight" not in self.shapes,
+            **{f"{role}_token_id": self._special(role) for role in ("bos", "eos")},
+            "pad_token_id": self._special("padding"),
+        }
+        if "feed_forward_length" in keys:
+            values["intermediate_size"] = keys.count_of_all_layers("feed_forward_length")
+        return facts, values
+
+    def _special(self, role: str) -> int | None:
+        value = self.fields.get(f"tokenizer.ggml.{role}_token_id")
+        return value if isinstance(value, int) and 0 <= value < self.shapes[_EMBEDDING][0] else None
+
+    def _rope_factors(self) -> RopeFactors:
+        wanted = [name for name in (ROPE_FREQS, ROPE_LONG, ROPE_SHORT) if name in self.shapes]
+        if not wanted:
+            return RopeFactors()
+        stored = {tensor.name: tensor for tensor in self._reader().tensors}
+        values = {name: stored[name].data.astype(float).reshape(-1).tolist() for name in wanted}
+        return RopeFactors(values.get(ROPE_FREQS), values.get(ROPE_LONG), values.get(ROPE_SHORT))
+
+    def _unread_elsewhere(self) -> dict[str, str]:
+        """Keys of no part of a model: llama.cpp reads nothing else into its numbers."""
+        known = ("general.", "tokenizer.", "split.", "GGUF.", f"{self.architecture}.")
+        return {key: "describes the file, not the model" for key in self.fields if not key.startswith(known)}
+
+    def _reader(self) -> GGUFReader:
+        from gguf import GGUFReader
+
+        return GGUFReader(self.path)
+
+    def plan(self, config: PretrainedConfig) -> Plan:
+        """Where every weight comes from; InvalidWeights for what is missing, left over or of another shape."""
+        return plan_weights(self.family, self.architecture, config, self.shapes, str(self.path))
+
+    def state_dict(self, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The weights under transformers' names, dequantized, in ``dtype``."""
+        return dict(load_weights(self.plan(config), self._reader(), self.family, config, dtype))
+
+
+def readable_kinds() -> frozenset[str]:
+    """Names of the types of tensors that can be dequantized."""
+    from gguf.quants import _type_traits
+
+    return frozenset({"F32", "F16", *(kind.name for kind in _type_traits)})

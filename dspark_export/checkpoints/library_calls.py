@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging as python_logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 
 @contextmanager
@@ -50,19 +49,6 @@ class _Listener(python_logging.Handler):
 
     def emit(self, record: python_logging.LogRecord) -> None:
         self._said.append(record.getMessage())
-
-
-@contextmanager
-def no_gguf_bar() -> Iterator[None]:
-    """Without the progress bar of transformers' GGUF reader, which no setting of transformers turns off."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    bar = reader.tqdm
-    reader.tqdm = partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
 
 
 def first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from dspark_export.checkpoints.config import load_config
 from dspark_export.checkpoints.gguf_file import GgufFile
 from dspark_export.checkpoints.gguf_tokenizer import load_gguf_tokenizer
 from dspark_export.checkpoints.hub import HubSnapshot, is_hub_id
+from dspark_export.checkpoints.rotary import end_at_original_length
 from dspark_export.checkpoints.tokenizer import FILES as TOKENIZER_FILES
 from dspark_export.checkpoints.tokenizer import MissingTokenizer, has_tokenizer, load_tokenizer
 from dspark_export.checkpoints.trust import Trust
@@ -65,15 +66,18 @@ def _from_gguf(path: Path, trial: Trial | None) -> Checkpoint:
     if path.suffix != ".gguf":
         raise ModelNotFound(f"{path} is a file but no .gguf; pass a hub id, a folder with config.json, or a .gguf file")
     file = GgufFile.read(path)
-    config = file.load_config()
+    config, unread = file.load_config()
+    end_at_original_length(config, str(path))
     _check_supported(config, trial)
+    unread |= file.plan(config).unread
     tokenizer = load_gguf_tokenizer(file)
     tokenizer.check(config.vocab_size, str(path))
-    return Checkpoint("gguf", path.name, None, config, tokenizer, Trust.closed(), gguf=file)
+    return Checkpoint("gguf", path.name, None, config, tokenizer, Trust.closed(), gguf=file, unread=unread)
 
 
 def _from_folder(folder: Path, name: str, trust: Trust, trial: Trial | None) -> Checkpoint:
     config = load_config(folder, name, trust)
+    end_at_original_length(config, name)
     _check_supported(config, trial)
     return _with_weights("local", find_weights(folder, name, trust), config, name, None, trust)
 
@@ -81,6 +85,7 @@ def _from_folder(folder: Path, name: str, trust: Trust, trial: Trial | None) -> 
 def _from_hub(model: str, revision: str | None, trust: Trust, trial: Trial | None) -> Checkpoint:
     snapshot = HubSnapshot.fetch(model, revision)
     config = load_config(snapshot.directory, model, trust)
+    end_at_original_length(config, model)
     _check_supported(config, trial)
     snapshot.fetch_files(
         [SINGLE] if not (snapshot.directory / INDEX).exists() else shard_names(snapshot.directory, model)

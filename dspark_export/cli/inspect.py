@@ -51,6 +51,8 @@ def _tables(manifest: Manifest, counts: dict[str, dict[str, int]], verified: boo
     tables = [_overview(manifest), _graphs(manifest, counts), _drafters(manifest)]
     if operators:
         tables += [_operators(file, count) for file, count in counts.items()]
+    if manifest.source.unread:
+        tables.append(_unread(manifest))
     if manifest.costs:
         tables.append(_costs(manifest))
     return [*tables, _files(manifest, verified)]
@@ -134,6 +136,13 @@ def _drafters(manifest: Manifest) -> Table:
         agreement = "" if drafter.agreement is None else f"{drafter.agreement:.2f}"
         settings = {key: value for key, value in drafter.settings.items() if key != "layers"}  # among the graphs
         table.add_row(drafter.name, drafter.kind, agreement, json.dumps(settings) if settings else "")
+    return table
+
+
+def _unread(manifest: Manifest) -> Table:
+    table = _table("in the checkpoint, not in the graphs", "tensor or setting", "why")
+    for name, reason in manifest.source.unread.items():
+        table.add_row(name, reason)
     return table
 
 

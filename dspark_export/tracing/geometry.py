@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from dspark_export.tracing.rotary import make_rope_static
 from dspark_export.tracing.seams import SEAM, CacheSeam, Pass, install, seamed
 from dspark_runtime.bundle.contract import CacheLayer
 from dspark_runtime.errors import UnsupportedArchitecture
@@ -43,7 +44,7 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     own.pad_token_id = None  # some models look for padding among the ids, and a meta tensor has none to look at
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(own, attn_implementation=SEAM)
-    return model.eval()
+    return make_rope_static(model).eval()
 
 
 def embedding_scale(model: PreTrainedModel) -> float:

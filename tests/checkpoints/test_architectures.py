@@ -66,7 +66,7 @@ LONGROPE = {
         (lambda: config("mpt"), "ALiBi"),
         (lambda: config("falcon", alibi=True), "ALiBi"),
         (lambda: tiny_models.config("gpt2", reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
-        (lambda: tiny_models.config("phi3", rope_parameters=LONGROPE), "longrope"),
+        (lambda: tiny_models.config("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=64), "longrope"),
         (
             lambda: tiny_models.config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
             "dynamic",

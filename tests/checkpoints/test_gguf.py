@@ -188,7 +188,7 @@ def test_sentencepiece_ids_equal_llama_cpp(prefix: bool, tmp_path: Path) -> None
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.add_space_prefix": prefix,
     }
-    tokenizer = load_gguf_tokenizer(GgufFile(tmp_path / "model.gguf", fields, {}))
+    tokenizer = load_gguf_tokenizer(GgufFile(tmp_path / "model.gguf", fields, {}, {}))
     for text, ids in SENTENCEPIECE[prefix].items():
         assert tokenizer.backend.encode(text).ids == ids, text
     for text in ("hello world", "é1\n", "a  b"):
@@ -246,7 +246,7 @@ def test_byte_level_ids_equal_llama_cpp(rule: str) -> None:
     fields = {**smollm2().fields, "tokenizer.ggml.pre": rule}
     if rule == "llama-bpe":
         del fields["tokenizer.ggml.add_bos_token"]
-    backend = load_gguf_tokenizer(GgufFile(Path("model.gguf"), fields, {})).backend
+    backend = load_gguf_tokenizer(GgufFile(Path("model.gguf"), fields, {}, {})).backend
     for text, ids in zip(TRICKY, BY_RULE[rule], strict=True):
         assert backend.encode(text).ids == ids, text
         assert backend.decode(ids[rule == "llama-bpe" :], skip_special_tokens=False) == text

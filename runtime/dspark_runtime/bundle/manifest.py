@@ -31,12 +31,16 @@ class FileEntry(Record):
 
 
 class Source(Record):
-    """Where the model came from. ``revision`` is a hub commit; ``files`` are the SHA-256 of the checkpoint's files."""
+    """Where the model came from. ``revision`` is a hub commit; ``files`` are the SHA-256 of the checkpoint's files.
+
+    ``unread``: tensors and settings of the checkpoint that no graph uses, ``*`` in place of numbers, with the reason.
+    """
 
     kind: Literal["hub", "local", "gguf"]
     id: str
     revision: str | None = None
     files: dict[str, Sha256] = Field(default_factory=dict)
+    unread: dict[str, str] = Field(default_factory=dict)
 
 
 class ModelFacts(Record):
