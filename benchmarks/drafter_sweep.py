@@ -2,11 +2,11 @@
 
     python benchmarks/drafter_sweep.py BUNDLE MODEL WORK DRAFTER [DRAFTER ...] --vocabularies 4096,8192 --blocks 2,3,4
 
-BUNDLE gives what a pass of the target costs on this machine (built here, see its manifest); WORK is the work folder of
-``train-drafter``, whose held-out responses judge; DRAFTERs are what it trained. Each is taken with its draft vocabulary
-cut to the most frequent tokens of the responses, and with shorter blocks. Accepted length is counted on the responses,
-of the chain and of trees; the pass of the drafter is timed with ONNX Runtime behind 200 tokens; together with the
-target's measured passes they give the speed, here that of the best size of tree:
+BUNDLE gives the cost of a target pass on this machine (built here, see its manifest); WORK is the work folder of
+``train-drafter``, whose held-out responses are used for scoring; DRAFTERs are what it trained. Each is tried with its
+draft vocabulary cut to the most frequent tokens of the responses, and with shorter blocks. Accepted length is counted
+on the responses, of the chain and of trees; the pass of the drafter is timed with ONNX Runtime behind 200 tokens;
+together with the target's measured passes they give the speed, here that of the best size of tree:
 
     tokens per second = accepted length / (draft pass + target pass of drafts + 1 rows)
 

@@ -4,10 +4,10 @@
 
 For every backend that can be opened here: are its logits those of the CPU backend, is speculative text equal to plain
 text, how fast is it against one read of the weights, what does a pass cost by its rows, what does the host do in a
-round, what do CUDA graphs bring, what does working beside a pass bring against waiting at once, and pictures of some
-rounds: host, target, draft and copies on one line of time. With a GPU, also the tests of tests/gpu and the bandwidth of
-the plugins' kernels. Writes report.json, report.md and pictures to --out. ``--backends onnxruntime`` runs the same on
-the CPU.
+round, what do CUDA graphs gain, what does overlapping host work with a pass gain over waiting for it, and pictures of
+some rounds: host, target, draft and copies on one time axis. With a GPU, also the tests of tests/gpu and the bandwidth
+of the plugins' kernels. Writes report.json, report.md and pictures to --out. ``--backends onnxruntime`` runs the same
+on the CPU.
 
 Exit codes: 0; 1 if a test failed, a token of the logits differs, or a text of an exact bundle; 8 if no backend can be
 opened.
@@ -151,7 +151,7 @@ def of_backend(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def agreement(engine: Any, reference: Any, prompts: list[list[int]]) -> dict[str, float]:
-    """Largest difference of logits, and rows whose likeliest token differs by more than the difference explains."""
+    """Largest difference of logits, and rows whose most likely token differs by more than the difference explains."""
     largest, rows, differing = 0.0, 0, 0
     for ids in prompts:
         count = min(8, len(ids) - 2)
@@ -170,14 +170,14 @@ def generated(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class WatchedBackend(DeviceBackend):
-    """A device backend whose streams are taken the time of."""
+    """A device backend that times its streams."""
 
     def _plan(self, *args: Any) -> Plan:
         return cast(Plan, SpannedPlan(super()._plan(*args), args[-1]))
 
 
 def overlapped_and_serial(name: str, options: argparse.Namespace, ids: Sequence[int]) -> dict[str, Any]:
-    """Speed with work beside passes and with waiting at once, and a picture of both, where time is taken by events."""
+    """Speed with overlapped host work and with waiting at once, and a picture of both, timed by events."""
     figures: dict[str, Any] = {}
     for overlap, label in ((True, "overlapped"), (False, "serial")):
         bundle, _ = on_device(name, options, overlap, watched=False)
@@ -205,7 +205,7 @@ def spans_of(bundle: Bundle, cuda: SpannedCuda, ids: Sequence[int], options: arg
 
 
 def on_device(name: str, options: argparse.Namespace, overlap: bool, watched: bool) -> tuple[Bundle, SpannedCuda]:
-    """The bundle on a device backend of its own; ``watched``: time is taken of all it enqueues."""
+    """The bundle on a separate device backend; ``watched``: everything it enqueues is timed."""
     plain = Bundle.open(options.bundle, verify_digests=False)
     settings = replace(plain.engine_options, overlap=overlap)
     cuda = SpannedCuda(CudaBindings(options.device))
@@ -250,7 +250,7 @@ def written(report: dict[str, Any]) -> str:
         lines += [
             "",
             f"* logits differ from the CPU backend's by at most {logits['largest_difference']:.3g}; "
-            f"{logits['differing_tokens']} of {logits['rows']} rows have another likeliest token than that explains",
+            f"{logits['differing_tokens']} of {logits['rows']} rows have another top token that this does not explain",
             *([f"* one read of the weights a token would be {limit:.0f} tokens/s"] if limit else []),
             "* a pass takes "
             + ", ".join(f"{ms:.3f} ms for {rows} rows" for rows, ms in passes.items())
@@ -283,7 +283,7 @@ def written(report: dict[str, Any]) -> str:
 
 
 def overlap_lines(found: dict[str, Any]) -> list[str]:
-    """Working beside a pass against waiting at once."""
+    """Overlapping host work with a pass against waiting at once."""
     return [
         f"* {mode}: {found[f'tokens_per_second_overlapped_{mode}']:.1f} tokens/s with work beside passes, "
         f"{found[f'tokens_per_second_serial_{mode}']:.1f} waiting at once"

@@ -1,9 +1,9 @@
-"""What a target pass of each bundle takes by its rows, bundles in turns, so that they can be compared.
+"""Time of each bundle's target pass by number of rows; bundles alternate, so that they can be compared.
 
     python benchmarks/pass_costs.py BUNDLE... [--rows 1,2,4,8,16,32] [--context 256] [--threads 2] [--both]
 
-Prints the median over the repeats in milliseconds. A build measures its own bundle alone; two builds on a machine that
-others use differ by a tenth and more.
+Prints the median over the repeats in milliseconds. A build measures its own bundle alone; two builds on a shared
+machine differ by a tenth or more.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/plugin_kernels.py [--vocab 152064] [--rows 8] [--json]
 
-Every kernel runs over so many copies of its inputs that none is still in the cache, captured in one CUDA graph, so that
+Every kernel runs over enough copies of its inputs that none is still in the cache, captured in one CUDA graph so that
 no launch waits for the host. The limit beside it is one read of the inputs at the bandwidth that a large copy has in
 the same run. Needs a GPU, `pip install cuda-core[cu13]`, and `dspark.fatbin` in DSPARK_PLUGINS or plugins/build. The
 table goes to stdout (``--json``: the same as JSON); exit code 8 without a GPU.

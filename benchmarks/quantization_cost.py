@@ -2,9 +2,9 @@
 
     python benchmarks/quantization_cost.py FP32_BUNDLE BUNDLE... [--prompts SET_OR_FILE]... [--limit 4]
 
-Every prompt is continued by the fp32 bundle; all bundles then read the same texts. Given for the positions of prompts
-and of responses: divergence (KL, nats) and the share of positions with the same likeliest token. The shipped sets are
-what w8a8 is calibrated on: take other prompts for figures to report.
+Every prompt is continued by the fp32 bundle; all bundles then read the same texts. Reported for the positions of
+prompts and of responses: divergence (KL, nats) and the share of positions with the same most likely token. w8a8 is
+calibrated on the shipped sets: use other prompts for figures to report.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ LONG_MODULE = 500  # lines; the limits of functions, which matter more, are ruff
 
 @cache
 def tracked() -> tuple[Path, ...]:
-    """Files under version control that are there; skips where the sources are no checkout."""
+    """Files under version control that are there; skips where the sources are not a checkout."""
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip("needs a git checkout")

@@ -5,7 +5,7 @@
 
 A product is measured over a chain of square matrices that together do not fit a cache; attention over the keys and
 values of many layers. The limit is one read of the weights (keys and values) at the speed at which this process sums a
-large array. Both sides run in turns in one process; a figure is the median. On a machine with other work only the
+large array. Both sides alternate in one process; each figure is a median. On a machine with other work only the
 ratios mean anything.
 """
 

@@ -1,1 +1,1 @@
-"""This project and other programs on the same weights, prompts and threads, in turns, in one run."""
+"""This project and other programs on the same weights, prompts and threads, alternating within one run."""

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: the GGUF file as it is, and the same in F32 and F16."""
+"""llama.cpp through llama-cpp-python: the original GGUF file, and the same in F32 and F16."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LlamaCppPeer:
 
 
 def candidates(model: SharedModel, threads: int) -> Iterator[Candidate]:
-    """The types a GGUF checkpoint can be had in; one candidate that says why not where it is none."""
+    """The types a GGUF checkpoint is available in; for other checkpoints, one candidate that says why it cannot run."""
     if not model.is_gguf:
         yield Candidate("llama.cpp", lambda: LlamaCppPeer(model.gguf("F32"), "F32", threads))
         return

@@ -1,4 +1,4 @@
-"""Runs all peers on all prompts, in turns."""
+"""Runs all peers on all prompts, alternating."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class SharedModel:
     def gguf(self, kind: str) -> Path:
         """The GGUF file in ``kind`` (F32, F16), converted by llama.cpp; Missing unless the checkpoint is one."""
         if not self.is_gguf:
-            raise Missing("the model is no GGUF file; convert it with llama.cpp's convert_hf_to_gguf.py and pass that")
+            raise Missing("this is not a GGUF file; convert it with llama.cpp's convert_hf_to_gguf.py and pass that")
 
         def convert(folder: Path) -> None:
             import llama_cpp

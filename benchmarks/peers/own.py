@@ -1,4 +1,4 @@
-"""This project, plain and speculating, each with ``exact`` and without, on a bundle of each precision of the CPU."""
+"""This project, plain and speculating, with and without ``exact``, on a bundle of each CPU precision."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def draw(conditions: Conditions, results: Sequence[Measured], path: Path) -> Non
                 (3, 0),
                 xycoords=axes.get_xaxis_transform(),
                 textcoords="offset points",
-                rotation=90,  # limits of two precisions may stand close to each other
+                rotation=90,  # limits of two precisions may be close to each other
                 fontsize=7,
             )
     axes.margins(x=0.1)

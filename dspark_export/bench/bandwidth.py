@@ -1,7 +1,7 @@
 """The memory bandwidth of this machine, and the speed of plain decoding it allows.
 
 Decoding one token reads every weight once. A model larger than the caches can therefore not decode faster than
-bandwidth over weight bytes, whatever the kernels; how near plain decoding comes to that limit says how good they are.
+bandwidth over weight bytes, whatever the kernels; how close plain decoding comes to that limit says how good they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs every mode on every prompt, alternating, so that a machine that drifts slows all modes alike."""
+"""Runs every mode on every prompt, alternating, so that a machine that slows down affects all modes equally."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class DrafterSummary:
-    """One drafter of a mode: what became of its drafts, by depth of its main chain (its likeliest tokens).
+    """One drafter of a mode: what happened to its drafts, by depth of its main chain (its most likely tokens).
 
     ``verified``: rounds that verified a draft at a depth; ``conditional_acceptance``: share accepted where all drafts
     before it were; ``prefix_survival``: share of rounds in which everything up to it was. ``calibration_error``: of the
@@ -137,7 +137,7 @@ def run(
 ) -> BenchResult:
     """Measure ``modes`` (:func:`checked_modes`) on ``prompts``, greedy, one prompt at a time.
 
-    The modes share the loaded graphs, but each has a schedule of its own, which starts from the bundle's figures and
+    The modes share the loaded graphs, but each has its own schedule, which starts from the bundle's figures and
     learns over the prompts of this run. Within each prompt the modes take turns, and another one begins each time.
     ``on_step`` is called after every generation.
     """

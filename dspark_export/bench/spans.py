@@ -1,11 +1,11 @@
-"""When the host and every stream of a GPU did what, while texts are generated.
+"""Records what the host and every GPU stream did, and when, while texts are generated.
 
     cuda = SpannedCuda(CudaBindings())  # given to a backend whose plans are SpannedPlan
     host = HostSpans(device=True)
     bundle.with_observer(host).generate(...)
     spans = [*host.spans, *cuda.spans()]
 
-On the device, time is taken by events around everything that is enqueued; nothing waits for them before ``spans()``.
+On the device, events around everything that is enqueued take the time; nothing waits for them before ``spans()``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Span:
 
 
 class SpannedCuda:
-    """A :class:`Cuda` that takes the time of what it enqueues, but for what is captured; all else goes to ``cuda``."""
+    """A :class:`Cuda` that times what it enqueues, except what is captured; everything else goes to ``cuda``."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -116,7 +116,7 @@ class SpannedCuda:
 
 
 class SpannedPlan:
-    """A plan whose passes are taken the time of; all else goes to ``plan``."""
+    """A plan that times its passes; everything else goes to ``plan``."""
 
     def __init__(self, plan: Plan, cuda: SpannedCuda) -> None:
         self._plan, self._watch = plan, cuda

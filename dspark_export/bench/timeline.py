@@ -1,4 +1,4 @@
-"""A picture of some rounds: what the host and every stream did, on one line of time."""
+"""A picture of some rounds: what the host and every stream did, on one time axis."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def draw_timeline(spans: Sequence[Span], path: Path, title: str) -> None:
 
 
 def host_microseconds(spans: Sequence[Span]) -> tuple[float, float]:
-    """What the host works in a round, and how much of it beside a pass; waiting, and a pass of its own, is no work."""
+    """The host's work in a round and how much of it overlaps a pass; waiting, or running the pass, does not count."""
     rounds = sum((span.lane, span.what) == (HOST, "propose") for span in spans) or 1
     work = [span for span in spans if span.lane == HOST and span.what not in ("wait", "pass")]
     beside = sum(span.end - span.start for span in work if span.what == BESIDE)

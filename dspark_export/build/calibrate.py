@@ -1,10 +1,10 @@
-"""What ``w8a8`` learns from a few texts: how large the activations are that matrix products read.
+"""Measures for ``w8a8``, on a few texts, how large the activations are that matrix products read.
 
-Two things follow from it. Channels of norms that only products read are brought to a like size, by powers of two that
-the weights take over (:mod:`dspark_export.passes.smooth_norms`). And where all rows in front of a product are of a like
-size, they are rounded on one scale, known when the graph is made, instead of each on a scale of its own: the largest
-magnitude of all is the last step; what is ever larger is cut. That saves three small operators, and one more for each
-product. A self-draft's rows are of another size, for lack of the layers it leaves out: they keep their own scales.
+Two things follow. Channels of norms that only products read are scaled to similar magnitudes, by powers of two that
+the weights take over (:mod:`dspark_export.passes.smooth_norms`). And where all input rows of a product have similar
+magnitudes, they are rounded with one scale, known when the graph is made, instead of one scale per row: the largest
+magnitude of all is the last step, and anything larger is clipped. That saves three small operators, plus one for each
+product. A self-draft's rows have other magnitudes, because it skips layers: they keep their own scales.
 
 Both are stored where they act: exponents in gains and weights, ranges with the graph (:data:`RANGES`).
 """

@@ -26,7 +26,7 @@ _TOOLS = ("torch", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript"
 
 
 class ExactnessWarning(UserWarning):
-    """Exact text was asked for where it is dear."""
+    """Exact output was requested where it is expensive."""
 
 
 def file_stem(name: str, variant: str) -> str:
@@ -157,8 +157,8 @@ def precision(options: BuildOptions) -> Precision:
 def measured_precision(stored: Precision, noise: RowNoise | None, options: BuildOptions) -> Precision:
     """``stored`` with what was measured of it.
 
-    Some are exact only where that is asked for, or where it costs nothing: with noise among several rows,
-    exact text needs float32 products, which take several times as long. ExactnessWarning where it was asked for.
+    Some are exact only if that is requested, or if it costs nothing: with noise among several rows,
+    exact text needs float32 products, which take several times as long. ExactnessWarning if it was requested.
     """
     stored = stored.model_copy(update={"row_noise": noise})
     if stored.kind.exact_by_default or not stored.exact or stored.rows_agree:
@@ -183,7 +183,7 @@ def manifest(
     drafter_entries: Sequence[DrafterEntry],
     validation: Mapping[str, float | int | str] | None = None,
 ) -> Manifest:
-    """The whole manifest but for measurements and file digests."""
+    """The whole manifest except measurements and file digests."""
     return Manifest(
         created_by=own_version(),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),

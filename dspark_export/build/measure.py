@@ -1,6 +1,6 @@
-"""What a finished build can only be asked by running it: the cost of a pass, and how much its rows disturb each other.
+"""Measures what only running a finished build can tell: the cost of a pass, and how much its rows disturb each other.
 
-The graphs are run as the runtime will run them, from the files as they will be shipped.
+The graphs run as the runtime will run them, from the files that will be shipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a build is asked to do."""
+"""Options of a build."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The build: checkpoint -> graphs -> bundle, in named stages.
 
 Everything is written through :class:`BundleWriter`: a build that fails, is interrupted or killed leaves no bundle. The
-output folder is claimed first, so that a folder that cannot be written is found before a model is downloaded.
+output folder is claimed first, so that an unwritable folder is noticed before a model is downloaded.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def _self_draft(
 ) -> tuple[tuple[int, ...] | None, float | None]:
     """The layers to draft with and their agreement with the target; ``layers`` None: choose by measuring.
 
-    Without a tokenizer there are no texts to measure on: only asked for layers are used then, of unknown agreement.
+    Without a tokenizer there are no texts to measure on: only explicitly requested layers are used then, and their
+    agreement is unknown.
     """
     from dspark_export.graphs.self_draft_choice import agreement, choose
 
@@ -174,7 +175,7 @@ def _trace(model: PreTrainedModel, layers: Sequence[int] | None, taps: Sequence[
 def _calibrated(
     model: PreTrainedModel, checkpoint: Checkpoint, options: BuildOptions
 ) -> Callable[[ir.Model], Calibration] | None:
-    """What finds out how large activations get, from the optimized target graph; None where that is not asked for."""
+    """What finds out how large activations get, from the optimized target graph; None if that is not requested."""
     tokenizer = checkpoint.tokenizer
     if not options.kind.integer_products or tokenizer is None:
         return None

@@ -1,4 +1,4 @@
-"""How far logits move with the number of rows of a pass: why text could depend on speculation."""
+"""How far logits move with the number of rows in a pass, which is why text could depend on speculation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ to 10:40 is one hour, and from 10:40 to 11:05 are 25 minutes, so it takes 1 hour
 
 
 def distances(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """[positions, 2]: divergence in nats, and 1 where the likeliest token is the same; of logits [positions, vocab]."""
+    """[positions, 2]: divergence in nats, and 1 where the most likely token is the same; of logits [positions,
+    vocab]."""
     p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), 1, keepdims=True) for x in (wanted, found))
     return np.stack(((np.exp(p) * (p - q)).sum(1), p.argmax(1) == q.argmax(1)), 1)
 

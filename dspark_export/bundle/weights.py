@@ -1,8 +1,8 @@
-"""All graphs of one model beside one data file in which every weight lies once.
+"""Stores all graphs of one model beside one data file that holds every weight once.
 
 The data file is written as a stream: tensors one after another at 4 KiB boundaries, so that a runtime can map them,
 and so that saving needs memory for one tensor, not for the model. The ``.onnx`` files hold the graph only; shapes,
-indices and other small constants stay inside them, because ONNX Runtime must know those while it loads.
+indices and other small constants stay inside them, because ONNX Runtime needs them while loading.
 """
 
 from __future__ import annotations

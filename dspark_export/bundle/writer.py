@@ -1,4 +1,4 @@
-"""Writes a bundle so that it is either complete or not there.
+"""Writes a bundle so that it is either complete or absent.
 
 Files go to a hidden sibling ``.<name>.partial-<pid>`` of the wanted folder and are hashed, fsynced and renamed
 into place at commit. A lock file ``.<name>.lock`` beside them keeps a second build out; the operating system drops
@@ -162,7 +162,7 @@ class BundleWriter:
         if not any(self.out.iterdir()):
             return
         if not (self.out / MANIFEST).is_file():
-            raise BundleNotWritten(f"{self.out} exists, is not empty and is no bundle; choose another folder")
+            raise BundleNotWritten(f"{self.out} exists, is not empty and is not a bundle; choose another folder")
         if not self.overwrite:
             raise BundleNotWritten(f"{self.out} already holds a bundle; pass --overwrite to replace it")
 
@@ -242,7 +242,7 @@ def _check_external_data(root: Path, graph_file: str, data_files: set[str]) -> N
         if path not in data_files:
             raise DamagedBundle(
                 f"tensor {tensor.name!r} of {graph_file} keeps its data in {str(tensor.location)!r}, "
-                f"which is none of its data files ({', '.join(sorted(data_files)) or 'it has none'})"
+                f"which is not one of its data files ({', '.join(sorted(data_files)) or 'it has none'})"
             )
         end = (tensor.offset or 0) + (tensor.length or 0)
         if end > check_regular_file(root, path).st_size:

@@ -1,6 +1,6 @@
-"""Which architectures can be exported, decided from the config alone, before any weight is loaded.
+"""Decides from the config alone, before any weight is loaded, which architectures can be exported.
 
-A type is *tested* when a parity test compares its graphs with plain transformers. Others are refused unless asked for;
+A type is *tested* when a parity test compares its graphs with plain transformers. Others are refused unless requested;
 then the caller hands in a trial, so that what cannot be traced is still refused early.
 """
 

@@ -1,7 +1,7 @@
 """Checks config.json before anything is built from it.
 
-transformers takes nearly any value here and fails much later, or not at all. Checked are the form of the file, every
-dimension by its many names, head counts, rotary settings and contradictions; what is left is handed to transformers.
+transformers accepts nearly any value here and fails much later, or not at all. This module checks the form of the file,
+every dimension under its many names, head counts, rotary settings and contradictions; the rest is left to transformers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def read_json(path: Path, error: type[CheckpointError], limit: int = MAX_BYTES) 
     """The JSON object in ``path``; raises ``error`` for anything else, for NaN, and beyond size and depth limits."""
     size = path.stat().st_size
     if size > limit:
-        raise error(f"{path} has {size} bytes; more than {limit} is no sensible {path.name}")
+        raise error(f"{path} has {size} bytes; more than {limit} is not sensible for {path.name}")
     try:
         value = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as cause:
@@ -77,7 +77,7 @@ def _depth(value: Any) -> int:
 def load_config(folder: Path, name: str, trust: Trust) -> PretrainedConfig:
     """The checked transformers config of a checkpoint folder; ``name`` is what the user called the model."""
     if not (folder / CONFIG).exists() and not (folder / CONFIG).is_symlink():
-        raise ModelNotFound(f"{name} has no {CONFIG}, so it is no transformers checkpoint{_what_is_there(folder)}")
+        raise ModelNotFound(f"{name} has no {CONFIG}, so it is not a transformers checkpoint{_what_is_there(folder)}")
     raw = read_json(checked_file(folder, CONFIG, InvalidConfig), InvalidConfig)
     check_values(raw, name, trust)
     from transformers import AutoConfig
@@ -240,7 +240,7 @@ def check_token_ids(value: Any, key: str, vocab: int | None, where: str, error: 
     ids = value if isinstance(value, list) else [value] if value is not None and value != -1 else []
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0 or (vocab and token >= vocab):
-            raise error(f"{where}: {key} {token!r} is no id of a vocabulary of {vocab}")
+            raise error(f"{where}: {key} {token!r} is not an id of a vocabulary of {vocab}")
     return ids
 
 

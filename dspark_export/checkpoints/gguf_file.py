@@ -44,7 +44,7 @@ class GgufFile:
             raise InvalidWeights(f"{path} is not a regular file; pass a .gguf file")
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
-                raise InvalidWeights(f"{path} is no GGUF file (it does not start with {MAGIC!r}); download it again")
+                raise InvalidWeights(f"{path} is not a GGUF file (it does not start with {MAGIC!r}); download it again")
         try:
             reader = GGUFReader(path)
             fields = {key: entry.contents() for key, entry in reader.fields.items()}

@@ -1,7 +1,7 @@
 """Rebuilds a tokenizer from a GGUF file's own vocabulary.
 
 transformers reads vocabulary and merges but not ``tokenizer.ggml.pre``, the name of the rule that splits text before
-the merges, and so splits digits and white space wrongly for most models. Here the rule is built from its name, as
+the merges, so it splits digits and white space wrongly for most models. This module builds the rule from its name, as
 llama.cpp defines it, and the special tokens from the token types.
 """
 
@@ -82,7 +82,7 @@ def _special_id(fields: Any, key: str, tokens: list[str], name: str) -> int | No
     if value is None or value == 2**32 - 1:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(tokens):
-        raise InvalidTokenizer(f"{name}: tokenizer.ggml.{key}_token_id {value!r} is no id of {len(tokens)} tokens")
+        raise InvalidTokenizer(f"{name}: tokenizer.ggml.{key}_token_id {value!r} is not an id of {len(tokens)} tokens")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Fetches a checkpoint from the Hugging Face hub into its cache: first the small files, the weights only when asked.
+"""Fetches a checkpoint from the Hugging Face hub into its cache: first the small files, then the weights on request.
 
 Cache folder, endpoint, offline mode and token come from the environment, as huggingface_hub reads it (``HF_HOME``,
 ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``). A revision is resolved once, to a commit.
@@ -85,7 +85,7 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError as cause:
         raise ModelNotFound(f"{model} has no revision {revision!r}; its hub page lists branches and tags") from cause
     except errors.HFValidationError as cause:
-        raise ModelNotFound(f"{model!r} is no valid hub id: {cause}") from cause
+        raise ModelNotFound(f"{model!r} is not a valid hub id: {cause}") from cause
     except errors.LocalEntryNotFoundError as cause:
         if isinstance(cause.__cause__, errors.HfHubHTTPError):
             raise ModelNotFound(_refused(model, at, cause.__cause__)) from cause

@@ -1,4 +1,4 @@
-"""Calls into transformers without its own chatter: what matters of it is raised as an error of this project."""
+"""Calls transformers without its log output: the messages that matter are raised as errors of this project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what the user calls a model to a checked checkpoint."""
+"""Resolves what the user calls a model to a checked checkpoint."""
 
 from __future__ import annotations
 

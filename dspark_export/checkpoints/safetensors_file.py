@@ -2,7 +2,7 @@
 
 Format: 8 bytes little-endian header length, a JSON object ``name -> {dtype, shape, data_offsets}``, then the payload.
 The rules are those of the safetensors library (offsets contiguous from 0 to the end of the file), plus two it leaves
-out: no name twice, no empty tensor. Our own reader so that a message can name the tensor and the file.
+out: no duplicate names, no empty tensors. We have our own reader so that a message can name the tensor and the file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (ValueError, RecursionError) as cause:
         raise InvalidWeights(f"{path} has no valid safetensors header ({cause}); get the checkpoint again") from cause
     if not isinstance(header, dict):
-        raise InvalidWeights(f"{path} has a header that is no JSON object; is it a safetensors file?")
+        raise InvalidWeights(f"{path} has a header that is not a JSON object; is it a safetensors file?")
     header.pop("__metadata__", None)
     tensors = {name: _stored(path, name, entry) for name, entry in header.items()}
     _check_layout(path, tensors, size - 8 - length)

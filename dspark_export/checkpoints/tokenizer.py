@@ -46,7 +46,7 @@ class MissingTokenizer(UserWarning):
 class TokenizerFiles:
     """A tokenizer and what belongs to it.
 
-    ``tool_template`` is the chat template for conversations with tools, where a model has one of its own.
+    ``tool_template`` is the chat template for conversations with tools, where a model has one.
     ``special`` maps ``bos_token``, ``eos_token``, ... to their texts.
     """
 

@@ -1,7 +1,7 @@
 """The one gate for checkpoints that bring code: pickled weights and Python modules beside the config.
 
 No other module decides about either, names the options of transformers that allow them, or unpickles anything; a test
-searches the code base for it.
+searches the code base to make sure.
 """
 
 from __future__ import annotations

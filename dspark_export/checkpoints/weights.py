@@ -46,7 +46,7 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
         raise InvalidWeights(f"{name}: weight_map in {INDEX} must map tensor names to file names")
     for file in set(mapping.values()):
         if "/" in file or "\\" in file or file in ("", ".", "..") or not file.endswith(".safetensors"):
-            raise InvalidWeights(f"{name}: {INDEX} names {file!r}, which is no safetensors file of the same folder")
+            raise InvalidWeights(f"{name}: {INDEX} names {file!r}, which is not a safetensors file of the same folder")
     return mapping
 
 

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, each with one help text."""
+"""Arguments and options shared by several commands, each with one help text."""
 
 from __future__ import annotations
 

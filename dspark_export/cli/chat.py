@@ -49,7 +49,7 @@ class Chat:
             elif line == "/stats":
                 self._show_stats()
             elif line.startswith("/"):
-                typer.echo(f"{line.split()[0]} is no command. {_HELP}.", err=True)
+                typer.echo(f"{line.split()[0]} is not a command. {_HELP}.", err=True)
             elif line:
                 self._say(line)
 

@@ -96,7 +96,7 @@ def describe(engine: EngineEntry) -> str:
 
 @contextmanager
 def shown_progress() -> Iterator[Callable[[str, str, int, int], None]]:
-    """A bar on stderr for the outermost phase of the graph being compiled; nothing where that is no terminal."""
+    """A bar on stderr for the outermost phase of the graph being compiled; nothing if stderr is not a terminal."""
     from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 
     with bars(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as shown:

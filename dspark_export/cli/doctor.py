@@ -1,7 +1,7 @@
 """``dspark-export doctor``: what is installed, which backends work, and how to get what is missing.
 
-Works with nothing but this package, typer, packaging and the standard library; everything else is looked for, not
-relied on.
+Needs only this package, typer, packaging and the standard library; it looks for everything else without relying on
+it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _machine() -> dict[str, str]:
 
 @cache
 def _dependencies() -> dict[str, Dependency]:
-    """What the installed distributions declare, by name, but for each other; empty if they are not installed."""
+    """What the installed distributions declare, by name, except each other; empty if they are not installed."""
     found: dict[str, Dependency] = {}
     for distribution in _DISTRIBUTIONS:
         try:

@@ -157,7 +157,7 @@ class _Source:
 
 
 def read_variables(given: Sequence[str]) -> dict[str, Any]:
-    """Template variables of ``NAME=VALUE`` texts; a VALUE that is no JSON is text. Raises UsageError for others."""
+    """Template variables of ``NAME=VALUE`` texts; a VALUE that is not JSON is text. Raises UsageError for others."""
     variables = {}
     for text in given:
         name, found, value = text.partition("=")
@@ -222,7 +222,7 @@ def _stream(bundle: Bundle, tokens: Sequence[int], options: dict[str, Any], stat
 
 
 def write(text: str) -> None:
-    """Put text on stdout at once; a character that the terminal's encoding does not have comes as a question mark."""
+    """Put text on stdout at once; a character that the terminal's encoding lacks becomes a question mark."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What commands that take minutes have in common: progress on stderr, and an end that leaves nothing behind."""
+"""What long-running commands share: progress on stderr, and an interruption that leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def write_step(**facts: str | int) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM unwinds a command like Ctrl-C does, so that nothing is left behind.
+    """SIGTERM unwinds a command as Ctrl-C does, so that nothing is left behind.
 
-    Raises SystemExit, which is not an Exception: an interrupted library would take one for a failure of its own.
+    Raises SystemExit, which is not an Exception: an interrupted library would take one for its own failure.
     """
 
     def stop(number: int, frame: object) -> None:

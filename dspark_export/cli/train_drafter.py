@@ -1,4 +1,4 @@
-"""``dspark-export train-drafter``: a DSpark drafter for a target that nobody has made one for."""
+"""``dspark-export train-drafter``: a DSpark drafter for a target that does not have one yet."""
 
 from __future__ import annotations
 

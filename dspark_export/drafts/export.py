@@ -1,4 +1,4 @@
-"""Drafts of a build: recognised, checked against the target, exported beside it, described in the manifest.
+"""Recognises the drafts of a build, checks them against the target, exports them and describes them in the manifest.
 
 Each kind of draft has a file in :mod:`dspark_export.drafts.graphs`, which is chosen by the type of the draft's config.
 """
@@ -40,7 +40,7 @@ class DraftKind(Protocol):
         tables: TargetTables,
         target_ids: torch.Tensor | None,
     ) -> list[tuple[torch.nn.Module, GraphContract]]:
-        """What the graphs of ``entry`` were traced from, in float32; nothing for a model of its own.
+        """What the graphs of ``entry`` were traced from, in float32; nothing for a separate model.
 
         ``target_ids``: what its ``vocab_map`` file holds.
         """

@@ -1,4 +1,4 @@
-"""What lies beside a drafter's weights and has no place in its format: the tokens it may draft, its calibration."""
+"""Files beside a drafter's weights for what its format has no place for: the tokens it may draft, its calibration."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_draft_vocab(path: Path, vocab_size: int) -> torch.Tensor:
 
 
 def stored_vocabulary(folder: Path, vocab_size: int) -> torch.Tensor | None:
-    """int64 [draft vocab], ascending: the tokens a drafter was trained for; None if it has no map of its own.
+    """int64 [draft vocab], ascending: the tokens a drafter was trained for; None if it does not have a map.
 
     Raises InvalidVocabMap for ids outside the vocabulary or given twice.
     """

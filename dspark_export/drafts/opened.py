@@ -1,4 +1,4 @@
-"""A draft on its way into a bundle: what was asked for, what was opened, and what its export gives back."""
+"""A draft on its way into a bundle: what was requested, what was opened, and what its export returns."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Records what a trained drafter does while the runtime generates: its passes, and what the target made of its drafts.
+"""Records what a trained drafter does while the runtime generates: its passes, and what the target accepted.
 
-The bundle's own graphs run in the bundle's own loop. The drafter's graph gives its inner values as further outputs.
+The bundle's own graphs run in the bundle's own loop. The drafter's graph returns its inner values as additional
+outputs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _INNER = (CTX_FEATURES, BLOCK_HIDDEN, BASE_LOGITS, CORRECTED_LOGITS)
 
 @dataclass(frozen=True)
 class Call:
-    """One pass of a drafter's graph: every input, every output, and the cache it found if that was asked for."""
+    """One pass of a drafter's graph: every input, every output, and the cache it found if that was requested."""
 
     graph: str
     inputs: dict[str, AnyArray]
@@ -57,7 +58,7 @@ class RecordedRound:
     """One round: what was verified behind the anchor at ``position``, and the ``calls`` that drafted it.
 
     ``tokens``: what was emitted. ``drawn``: float32 [drafts, vocab], the distributions the drafts were drawn from, None
-    for drafts that follow from the text. ``logits``: float32 [rows, vocab] of the target, if they were asked for.
+    for drafts that follow from the text. ``logits``: float32 [rows, vocab] of the target, if they were requested.
     """
 
     position: int

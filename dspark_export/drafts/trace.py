@@ -1,7 +1,8 @@
-"""Every intermediate of the first rounds of a trained drafter, by name, for debugging a draft that is rarely right.
+"""Every intermediate of the first rounds of a trained drafter, by name, for debugging a draft that is rarely accepted.
 
-The bundle's own graphs run in the bundle's own loop; the drafter's graph gives its inner values as further outputs.
-Arrays carry no batch dimension. Round 0 has plain names, later rounds are prefixed ``round1.``, ``round2.``, ...
+The bundle's own graphs run in the bundle's own loop; the drafter's graph returns its inner values as additional
+outputs. Arrays carry no batch dimension. Round 0 has plain names, later rounds have the prefixes ``round1.``,
+``round2.``, ...
 
 Of a block drafter:
 
@@ -20,7 +21,7 @@ base_logits          [drafts, draft vocab]       before the Markov head
 corrected_logits     [drafts, draft vocab]       after it
 draft_tokens         [drafts]                    ids of the target's vocabulary
 draft_probs          [drafts, draft vocab]       what they were drawn from; absent where greedy
-candidate_tokens     [drafts, candidates]        likeliest tokens of each slot
+candidate_tokens     [drafts, candidates]        most likely tokens of each slot
 candidate_probs      [drafts, candidates]        their probabilities at temperature 1
 beam_tokens          [nodes]                     next tokens of the likely texts, slot by slot
 beam_probs           [nodes]                     their probabilities given the tokens above
@@ -91,7 +92,7 @@ def trace_draft(
 def _of_target(recorded: RecordedRound, params: SamplingParams) -> dict[str, AnyArray]:
     """What the target made of one round's drafts."""
     tree, logits = recorded.tree, recorded.logits
-    assert logits is not None  # they were asked for
+    assert logits is not None  # they were requested
     found: dict[str, AnyArray] = {
         "tree_tokens": np.array(tree.tokens),
         "tree_parents": np.array(tree.parents),

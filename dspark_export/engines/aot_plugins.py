@@ -1,8 +1,9 @@
-"""Verification inside a TensorRT plan without a library to load: ahead-of-time Python plugins.
+"""Verification inside a TensorRT plan without a library to load, by ahead-of-time Python plugins.
 
 TensorRT embeds the PTX of one kernel per plugin in the plan and launches it itself: one launch, no workspace. The
-kernels for that are in plugins/kernels/walk.cu: one block a sequence draws only at the rows it reaches. ``VerifyTree``
-and ``VerifyChain`` fit; ``DraftBlock`` takes several launches, ``CompactCache`` a number of tensors that is not fixed.
+kernels for that are in plugins/kernels/walk.cu: one block per sequence draws only at the rows it reaches.
+``VerifyTree`` and ``VerifyChain`` fit; ``DraftBlock`` takes several launches, ``CompactCache`` a number of tensors that
+is not fixed.
 
 Names, inputs and outputs are those of the plugin library and of the ONNX functions.
 """

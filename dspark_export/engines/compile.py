@@ -1,4 +1,4 @@
-"""A bundle gets engines: compile, inspect, and put plans, logs and the new manifest in place at once."""
+"""Adds engines to a bundle: compiles, inspects, then puts plans, logs and the new manifest in place atomically."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def compile_bundle(
 ) -> CompileResult:
     """Compile graphs of ``bundle`` and replace it by a copy with the engines; ``on_progress`` hears graph and phase.
 
-    The bundle stays as it was if anything fails. Its files are copied, so the disk has to hold it twice meanwhile.
+    The bundle stays as it was if anything fails. Its files are copied, so the disk has to hold it twice for a while.
     Engines of the same graph, flavour and targets are replaced.
 
     Raises:
@@ -71,7 +71,7 @@ def require_compiler(flavour: Flavour) -> None:
 
 
 def choose(manifest: Manifest, options: CompileOptions) -> list[GraphEntry]:
-    """The standard graphs to compile: those asked for, else all with a cache, and ``verify`` where it can be.
+    """The standard graphs to compile: those requested, else all with a cache, and ``verify`` where it can be.
 
     ``verify`` sorts whole vocabularies where a sequence filters, and TensorRT sorts at most 3840 numbers: without
     plugins it is compiled for small vocabularies only.
@@ -87,7 +87,7 @@ def choose(manifest: Manifest, options: CompileOptions) -> list[GraphEntry]:
     if options.graphs is None and VERIFY in known and compiles_verify(find_plugins(options), options, manifest):
         names = known
     if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"--graph {unknown[0]} is no graph that engines are compiled of; choose {', '.join(known)}")
+        raise UsageError(f"--graph {unknown[0]} is not a graph to compile engines from; choose {', '.join(known)}")
     if options.ranges.max_length > manifest.model.max_positions:
         raise UsageError(
             f"--max-length {options.ranges.max_length} is more than the {manifest.model.max_positions} positions of "
@@ -152,7 +152,7 @@ def compile_entry(
     ``plugins`` and ``vocab``, the width of logits, are for the graph ``verify``.
 
     Raises:
-        EngineBuildError: the graph cannot be compiled, or the engine is not what was asked for.
+        EngineBuildError: the graph cannot be compiled, or the engine is not what was requested.
         CompilerMissing: the flavour is not installed.
     """
     partial = folder / ENGINE_DIR / ".partial"

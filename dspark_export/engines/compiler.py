@@ -21,7 +21,7 @@ _WORKER = "dspark_export.engines.worker"
 
 
 class CompilerSaid(Exception):
-    """All the compiler said of a failure: the cause of the error that explains it."""
+    """Everything the compiler said about a failure: the cause of the error that explains it."""
 
 
 def compile_graph(

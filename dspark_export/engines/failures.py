@@ -1,4 +1,4 @@
-"""From a compiler's complaint to an error that names node and tensor and says what to do."""
+"""Turns a compiler's complaint into an error that names node and tensor and says what to do."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _no_fused_kernel(graph: PreparedGraph, flavour: str, message: str) -> Attent
 
 
 def _mentioned(graph: PreparedGraph, message: str) -> str:
-    """The longest node name that stands in ``message``, empty if none does."""
+    """The longest node name that occurs in ``message``, empty if none does."""
     names = [name for name in graph.nodes if re.search(rf"(?<![\w/.]){re.escape(name)}(?![\w/])", message)]
     return max(names, key=len, default="")
 

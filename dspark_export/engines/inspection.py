@@ -1,4 +1,4 @@
-"""Checks of a finished engine: attention fused, caches updated in place, shape ranges as asked for."""
+"""Checks of a finished engine: attention fused, caches updated in place, shape ranges as requested."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def inspect(graph: PreparedGraph, done: dict[str, Any]) -> EngineInspection:
 
     Raises:
         AttentionNotFused: an attention node has no fused kernel in some profile.
-        CacheNotInPlace: a cache output is no alias of its input.
-        ProfileMismatch: shape ranges are not those that were asked for.
+        CacheNotInPlace: a cache output does not alias its input.
+        ProfileMismatch: shape ranges are not those that were requested.
     """
     network = done["network"]
     if network["decomposable"] or network["attention"] != len(graph.attention):
@@ -81,5 +81,5 @@ def _check_ranges(graph: PreparedGraph, listing: Listing) -> None:
                 have = found[place] if place < len(found) else "nothing"
                 raise ProfileMismatch(
                     f"profile {profile} of the engine of graph {graph.name} takes {have} for input {name}, "
-                    f"asked for were {wanted} (smallest, likeliest, largest); use another version of the compiler"
+                    f"asked for were {wanted} (smallest, typical, largest); use another version of the compiler"
                 )

@@ -1,4 +1,4 @@
-"""Reads what TensorRT-RTX prints of a finished engine, which it can do where no engine can be loaded: without a GPU.
+"""Reads what TensorRT-RTX prints about a finished engine, which works without a GPU, where no engine can be loaded.
 
 The text lists the layers, profile by profile, then the tensors with their shape ranges::
 
@@ -39,7 +39,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Listing:
-    """A finished engine. ``shapes[tensor]`` has smallest, likeliest and largest shape per profile, for inputs only."""
+    """A finished engine. ``shapes[tensor]`` has smallest, typical and largest shape per profile, for inputs only."""
 
     layers: tuple[Layer, ...]
     inputs: tuple[str, ...]

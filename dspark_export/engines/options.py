@@ -1,4 +1,4 @@
-"""What a compilation is asked to do."""
+"""Options of a compilation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dspark_runtime.errors import UsageError
 
 DEFAULT_LENGTH = 4096
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""Compute capabilities TensorRT-RTX 1.7 can be asked for; by default it compiles for all of them but 7.5."""
+"""Compute capabilities TensorRT-RTX 1.7 supports; by default it compiles for all of them except 7.5."""
 
 Profile = Literal["decode", "prefill"]
 PluginsOption = Literal["auto", "library", "aot", "none"]
@@ -57,7 +57,7 @@ class Ranges:
         verify_rows: int | None = None,
         chunk: int | None = None,
     ) -> Ranges:
-        """Ranges for a model of so many ``positions``; None for a default, which is lowered to what fits.
+        """Ranges for a model of this many ``positions``; None for a default, which is lowered to what fits.
 
         Raises:
             UsageError: as for the class, and a ``max_length`` beyond the positions.
@@ -71,7 +71,7 @@ class Ranges:
         )
 
     def dims(self, profile: Profile) -> dict[str, Bounds]:
-        """Smallest, likeliest and largest size of every symbolic dimension in ``profile``."""
+        """Smallest, typical and largest size of every symbolic dimension in ``profile``."""
         new = self.verify_rows if profile == "decode" else self.chunk
         likely = min(8, new) if profile == "decode" else new
         return {
@@ -129,7 +129,7 @@ class CompileOptions:
         for given in self.compute_capabilities:
             if not re.fullmatch(r"\d+\.\d", given) or given not in RTX_CAPABILITIES:
                 raise UsageError(
-                    f"--compute-capability {given} is none TensorRT-RTX compiles for; choose "
+                    f"--compute-capability {given} is not one that TensorRT-RTX compiles for; choose "
                     f"{', '.join(RTX_CAPABILITIES)} (data-centre GPUs of 9.0 and 10.0 are for --backend tensorrt)"
                 )
         if len(set(self.compute_capabilities)) < len(self.compute_capabilities):

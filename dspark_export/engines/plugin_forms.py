@@ -1,6 +1,6 @@
-"""The forms in which nodes of the domain ``dspark`` go into an engine.
+"""The forms that nodes of the domain ``dspark`` can take in an engine.
 
-They are interchangeable node for node: they have the same name, inputs and outputs.
+They are interchangeable node for node, with the same name, inputs and outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dspark_runtime.bundle.engine_names import NAMES, NAMESPACE, VERSION, Plugin
 
 @dataclass(frozen=True)
 class Plugins:
-    """A form that can be had here: ``library`` is its file, ``ptx`` the text of the kernels."""
+    """A form that is available here: ``library`` is its file, ``ptx`` the text of the kernels."""
 
     form: PluginForm
     library: Path | None = None
@@ -35,7 +35,7 @@ INLINED = Plugins("none")
 def apply_plugins(model: ir.Model, form: PluginForm) -> dict[str, str]:
     """Give the nodes of the domain ``dspark`` the form; returns the version of every plugin the graph uses, by name.
 
-    Calls of functions that are no plugin are inlined in every form.
+    Calls of functions that are not plugins are inlined in every form.
     """
     if form == "none":
         _inline_all(model)

@@ -1,4 +1,4 @@
-"""``--plugins``: which form of the nodes of the domain ``dspark`` can be had here."""
+"""``--plugins``: which form of the nodes of the domain ``dspark`` is available here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def find_plugins(options: CompileOptions) -> Plugins | None:
     """What ``options.plugins`` asks for; None where ``auto`` finds nothing.
 
     Raises:
-        UsageError: the form that was asked for cannot be had; the text says what is missing.
+        UsageError: the requested form is not available; the text says what is missing.
         EngineBuildError: the kernels do not compile.
     """
     if options.plugins == "none":

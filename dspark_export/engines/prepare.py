@@ -34,7 +34,7 @@ class NodeFacts:
 class PreparedGraph:
     """An ONNX file ready for the compiler.
 
-    ``shapes[profile][input]`` are smallest, likeliest and largest shape. ``attention`` are the names of the attention
+    ``shapes[profile][input]`` are smallest, typical and largest shape. ``attention`` are the names of the attention
     nodes, ``caches`` maps every cache output to its input. ``nodes`` explain names in the compiler's messages.
     ``plugins`` are the versions of the plugins it uses, by name.
     """

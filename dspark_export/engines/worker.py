@@ -1,7 +1,7 @@
 """The compiler's process: one JSON request on stdin, one engine, JSON events on stdout.
 
 Run as ``python -m dspark_export.engines.worker`` with ``POLYGRAPHY_USE_TENSORRT_RTX`` set for TensorRT-RTX. It imports
-no torch, and of this package only what it is.
+neither torch nor any more of this package than it needs.
 
 Events: ``{"event": "progress", "phase", "step", "steps"}``, then one of ``{"event": "done", ...}``, with the facts of
 the engine, and ``{"event": "failed", "kind", "message", "nodes": [...]}``; kinds are ``missing``, ``plugins``,

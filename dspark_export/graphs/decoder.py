@@ -1,4 +1,4 @@
-"""A model traced once, and the graphs cut from that trace.
+"""Traces a model once and cuts its graphs from that trace.
 
 Tracing runs the model's own forward through the seams, with a marker at the output of every decoder layer. A graph
 contract then says which layers run, whose outputs are tapped and which cache tensors go in and out; cutting the trace
@@ -51,7 +51,7 @@ class DecoderTrace:
 
     @classmethod
     def of(cls, source: PreTrainedModel | DecoderTrace) -> DecoderTrace:
-        """``source`` if it is a trace, the trace of it if it is a model."""
+        """``source`` if it is a trace, its trace if it is a model."""
         return source if isinstance(source, cls) else cls(source)
 
     def cut(self, contract: GraphContract, layers: tuple[int, ...], taps: tuple[int, ...] = ()) -> ir.Model:

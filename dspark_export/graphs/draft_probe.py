@@ -1,7 +1,7 @@
 """How often a self-draft's next token is the target's, measured in PyTorch on texts the target wrote itself.
 
 A draft pass reads the keys and values the *target* left for the committed text and adds only its own row. The probe
-does just that for all positions of a text at once: every position is a row of its own behind the target's cache, and
+does just that for all positions of a text at once: every position is a separate row after the target's cache, and
 the mask shows it the target's slots before it and its own slot, as if all rows were branches of one tree.
 """
 
@@ -135,7 +135,7 @@ def running(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
 
 
 def _prompt_ids(tokenizer: Tokenizer, count: int, tokens: int, model: PreTrainedModel) -> torch.Tensor:
-    """[count, length] ids: the built-in prompts cut to one length, so that no row needs padding."""
+    """[count, length] ids: the built-in prompts cut to one length, so rows need no padding."""
     encoded = [tokenizer.encode(text).ids for text in PROMPTS[:count]]
     room = positions_of(model.config) or 1 << 30
     length = min(_LONGEST_PROMPT, room - tokens, *(len(ids) for ids in encoded))

@@ -3,12 +3,12 @@
 Inputs and outputs are those of ``target``, except:
 
 - ``past_key_values.{i}`` / ``present.{i}`` exist only for the layers it runs, under the *target's* layer numbers: bind
-  the target's own cache. Committed slots hold what the target wrote; the rows a draft pass writes lie where the next
+  the target's own cache. Committed slots hold what the target wrote; a draft pass writes its rows where the next
   verify pass overwrites them.
 - there is no ``hidden_taps``.
 
-Absent on purpose: weights of its own (all initializers have the target's names and live in the target's data file)
-and a cache of its own.
+Absent on purpose: separate weights (all initializers have the target's names and live in the target's data file)
+and a separate cache.
 """
 
 from __future__ import annotations

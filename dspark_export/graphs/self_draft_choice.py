@@ -1,6 +1,6 @@
-"""``--self-draft auto``: which layers of a model draft best for it, found by measuring.
+"""``--self-draft auto``: finds by measuring which layers of a model draft best for it.
 
-Candidates are prefixes (an early exit), gaps in the middle, and sets without the layers that matter least one by one.
+Candidates are prefixes (an early exit), gaps in the middle, and sets that leave out the least important layers.
 Each is measured with :class:`DraftProbe`; the winner is the one with the highest predicted speed-up. It may well be
 below 1: an untrained self-draft of a shallow model costs more than it gives, and ``pays`` says so.
 """

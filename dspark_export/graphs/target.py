@@ -19,7 +19,7 @@ Absent on purpose: causality (the mask carries it, and the tree), sequence lengt
 logits of every row, and any operator outside the standard domain. Sliding windows are derived inside from true
 positions, so the caller's mask is the same for all layers.
 
-What a caller must keep to: slots from ``kv_len`` on are never read, whatever they hold. Slots below it that the mask
+Rules for the caller: slots from ``kv_len`` on are never read, whatever they hold. Slots below it that the mask
 hides must hold finite numbers: a masked weight is 0, and 0 times NaN is NaN in the kernels. Allocate the cache filled
 with zeros. A row that pads a shorter sequence of a batch attends to itself, so that it has something to attend to.
 """

@@ -1,6 +1,6 @@
 """Verification as ONNX functions in the domain ``dspark``, made of standard operators only.
 
-They mean exactly what :mod:`dspark_runtime.speculation.verify` and :mod:`dspark_runtime.speculation.sampling` mean, and
+They do exactly what :mod:`dspark_runtime.speculation.verify` and :mod:`dspark_runtime.speculation.sampling` do, and
 can stand alone (the ``verify`` graph) or be called inside a target graph, so that only a few integers leave the device.
 
 ``VerifyTree``: deterministic drafts, any tree.
@@ -179,17 +179,17 @@ def verify_functions() -> list[ir.Function]:
     scripts = (FilterWeights, TargetWeights, InverseCdf, FollowTree, VerifyTree, VerifyChain)
     functions = [ir.from_proto(function.to_function_proto()) for function in scripts]
     for function in functions:
-        function.opset_imports[NAMESPACE] = 1  # not found out by itself where only a branch calls another function
+        function.opset_imports[NAMESPACE] = 1  # not detected automatically where only a branch calls another function
     return functions
 
 
 def build_verify_model() -> ir.Model:
-    """The ``verify`` graph: ``VerifyTree`` as a model of its own, all dimensions dynamic."""
+    """The ``verify`` graph: ``VerifyTree`` as a separate model, all dimensions dynamic."""
     return _model(VERIFY, "VerifyTree", VERIFY_INPUTS)
 
 
 def build_verify_chain_model() -> ir.Model:
-    """``VerifyChain`` as a model of its own, all dimensions dynamic; ``drafts`` is ``rows`` - 1."""
+    """``VerifyChain`` as a separate model, all dimensions dynamic; ``drafts`` is ``rows`` - 1."""
     return _model("verify_chain", "VerifyChain", VERIFY_CHAIN_INPUTS)
 
 

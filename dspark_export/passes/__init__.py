@@ -125,7 +125,7 @@ def without_kernel(model: ir.Model) -> dict[str, int]:
 
 
 def _needs_variant(model: ir.Model) -> bool:
-    """Whether the standard graph is none that the CPU should run."""
+    """Whether the CPU needs its own variant of the standard graph."""
     from dspark_export.passes.ort_cpu_integer_products import has_integer_products
     from dspark_export.passes.widen_to_float32 import is_half
 

@@ -1,9 +1,9 @@
-"""Engines only: a block drafter draws for every sequence, and greedy ones take no notice of what was drawn.
+"""Engines only: a block drafter draws for every sequence, and greedy ones ignore what was drawn.
 
-The graph of a block drafter lists the sequences with a temperature above 0 and works on those alone. TensorRT compiles
-no tensor whose size depends on data. Here all sequences are drawn for, at temperature 1 where theirs is 0, and a choice
-by temperature stands where drawn tokens were scattered among the likeliest. ``draft_probs`` gets a row for every
-sequence; the runtime drops those of greedy ones.
+The graph of a block drafter lists the sequences with a temperature above 0 and works on those alone. TensorRT does not
+compile tensors whose size depends on data. This pass draws for all sequences, at temperature 1 where theirs is 0, and
+replaces the scatter of drawn tokens among the most likely ones by a choice on the temperature. ``draft_probs`` gets a
+row for every sequence; the runtime drops those of greedy ones.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _derived(indices: ir.Value) -> set[ir.Value]:
 
 
 def _choose(graph: ir.Graph, scatter: ir.Node, draws: ir.Value) -> None:
-    """``Where(draws, drawn, likeliest)``: rows of all sequences stand in order, so nothing has to be scattered."""
+    """``Where(draws, drawn, likeliest)``: rows of all sequences are in order, so nothing has to be scattered."""
     likeliest, _, drawn = scatter.inputs
     axes = match.int64_constant(graph, range(1, match.rank(likeliest)))
     wide = ir.node("Unsqueeze", [draws, axes], num_outputs=1, name=f"{scatter.name}/draws")

@@ -1,8 +1,8 @@
 """Engines only: queries, keys and values of one width, and of one that fused kernels exist for.
 
 TensorRT's attention takes keys and values of one width (multi-head latent attention has narrower values), and its fused
-kernels multiples of 8 from 16 to 256. What is narrower is padded with zeros as it is read from the cache, which keeps
-its own width: zeros behind a key (and its query) leave every score as it is, and what zeros behind a value add to the
+kernels multiples of 8 from 16 to 256. Anything narrower is padded with zeros as it is read from the cache, which keeps
+its own width: zeros behind a key (and its query) leave every score unchanged, and what zeros behind a value add to the
 output is cut off again. The scale must be explicit, since its default depends on the width.
 """
 
@@ -19,7 +19,7 @@ _LEAST, _STEP = 16, 8
 
 
 class EqualAttentionWidths(ir.passes.InPlacePass):
-    """Pads keys and queries, and values, of every ``Attention`` that TensorRT would not take as it is."""
+    """Pads keys and queries, and values, of every ``Attention`` that TensorRT would not accept unchanged."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return the same model and whether an attention was padded."""

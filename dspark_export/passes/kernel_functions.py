@@ -1,7 +1,7 @@
 """The sequence kernels as ONNX functions in the domain ``dspark``, with bodies of standard operators.
 
 A graph with kernels stays a valid ONNX model of opset 24, and a runtime without the library inlines the bodies. They
-have the kernels' numbers up to rounding, not their bits, and are not fast: they unpack weights, which ONNX Runtime
+give the kernels' numbers up to rounding, not bit for bit, and are slow: they unpack weights, which ONNX Runtime
 folds into constants when it loads the graph. Products of weights in blocks multiply in float32 here, as the standard
 graph does, where the kernels round activations to 8 bits: so a check of a graph's wiring can be tight.
 """

@@ -1,7 +1,7 @@
 """Sequence kernels: products with constant weights, products of experts, and lookups in a tied embedding.
 
-A product that does not fit keeps its standard form: weights that are not constant, of another rank, or in blocks that
-are not a multiple of 16.
+A product that does not fit keeps its standard form: its weights are not constant, have another rank, or are in blocks
+that are not a multiple of 16.
 """
 
 from __future__ import annotations

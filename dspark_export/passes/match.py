@@ -70,7 +70,7 @@ def operands(node: ir.Node) -> Iterable[tuple[ir.Value, ir.Value]]:
 
 
 def only_consumer(value: ir.Value, *op_types: str) -> ir.Node | None:
-    """The single node that reads ``value`` (which is no graph output), if it is one of ``op_types``."""
+    """The single node that reads ``value`` (which is not a graph output), if it is one of ``op_types``."""
     uses = list(value.uses())
     if len(uses) != 1 or value.is_graph_output():
         return None

@@ -1,4 +1,4 @@
-"""ONNX Runtime CPU: products of 8-bit weights with one scale an output become integer products.
+"""ONNX Runtime CPU: products of 8-bit weights with one scale per output become integer products.
 
 The standard graph expands such weights and multiplies in floats. Here every row of the activations is rounded to 8 bits
 by its own largest magnitude, the product is of integers, and both scales are applied after:
@@ -6,9 +6,9 @@ by its own largest magnitude, the product is of integers, and both scales are ap
     s = max(|x|) over the row;   x W  ~  (round(127 x / s) Wq) * (scale / 127) * s
 
 Where the graph says how large the rows in front of a product get (:data:`dspark_export.passes.match.RANGES`), that is s
-for all of them, and part of the weight's scale; larger numbers are cut to it.
+for all of them, and part of the weight's scale; larger numbers are clipped to it.
 
-Integers add up to the same whatever the order: a row's product does not depend on how many rows are with it. Weights
+Integer sums do not depend on the order: a row's product does not depend on how many rows are with it. Weights
 keep to 63 steps (see quantize_weights), so that pairs of products fit the 16 bits in which processors without VNNI add
 them. A row of zeros, which has no largest magnitude to divide by, becomes any integers times a scale of 0.
 """

@@ -32,7 +32,7 @@ class Packed:
 
 
 class PackedWeights:
-    """What was packed so far, by the tensor it was made of."""
+    """What has been packed so far, by the tensor it was made from."""
 
     def __init__(self) -> None:
         self._made: dict[object, tuple[Packed, ir.TensorProtocol]] = {}

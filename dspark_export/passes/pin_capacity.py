@@ -11,7 +11,7 @@ CAPACITY = "capacity"
 
 
 class PinCapacity(ir.passes.InPlacePass):
-    """Replaces the symbolic dimension ``capacity`` by ``slots`` wherever it stands."""
+    """Replaces the symbolic dimension ``capacity`` by ``slots`` wherever it occurs."""
 
     def __init__(self, slots: int) -> None:
         if slots < 1:

@@ -61,7 +61,7 @@ def apply_precision(model: ir.Model, settings: PrecisionSettings) -> PrecisionRe
             )
         raise ExportError(
             f"precision {settings.weights} with block_size {block} quantized no weight: the matrix "
-            f"products of this model have fewer than {MIN_ELEMENTS} numbers or input widths that are no multiple of "
+            f"products of this model have fewer than {MIN_ELEMENTS} numbers or input widths that are not a multiple of "
             f"{MIN_BLOCK}; choose another --precision"
         )
     left = [

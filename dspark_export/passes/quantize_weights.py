@@ -3,13 +3,13 @@
 Every large matrix product reads its weight through a blocked ``DequantizeLinear``: integers [in, out], one scale (and,
 asymmetric, one zero point) per ``block_size`` inputs of each output, or half as many, and so on down to 16, where that
 is what divides the inputs. ONNX Runtime fuses the pair into its own kernel when it loads the graph; TensorRT reads it
-as it stands. 4-bit blocks are made by ONNX Runtime's own quantizer, 8-bit blocks (which it does not write in this form)
+unchanged. 4-bit blocks are made by ONNX Runtime's own quantizer, 8-bit blocks (which it does not write in this form)
 by the same rule with 8 bits: symmetric, scale = max |w| / 127.
 
 Without blocks, each output has one scale, max |w| / 63: what integer products need (see ort_cpu_integer_products).
 
 The embedding table becomes 8-bit rows: gathered first and dequantized after, so that only the rows of a pass are read.
-Tables whose rows are no wider than a block stay as they are: three nodes to look one up would take longer than one.
+Tables whose rows are at most one block wide are not quantized: three nodes per lookup would take longer than one.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The CPU provider has few float16 and no bfloat16 kernels. This pass keeps the weights as they are stored and casts each
 to float32 where it is read (ONNX Runtime does that once, when it loads the graph); activations, caches and logits
-become float32. Casts inside the graph then have nothing left to do.
+become float32. Casts inside the graph then do nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _retype_node(node: ir.Node) -> bool:
 def _widen_weight(graph: ir.Graph, value: ir.Value) -> None:
     tensor = value.const_value
     assert tensor is not None
-    # Scalars of the arithmetic are no weights; ONNX Runtime fuses a quantized product only if its scales are constants.
+    # Scalar operands are not weights; ONNX Runtime fuses a quantized product only if its scales are constants.
     scales = all(use.node.op_type == "DequantizeLinear" for use in value.uses())
     if tensor.size <= _INLINE_ELEMENTS or scales:
         array = tensor.numpy().astype(np.float32)

@@ -1,4 +1,4 @@
-"""From a prompt to token ids, and where two texts part."""
+"""Turns a prompt into token ids, and finds where two texts diverge."""
 
 from __future__ import annotations
 

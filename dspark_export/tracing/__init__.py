@@ -1,1 +1,1 @@
-"""The seams put into transformers' own modeling code, and the road from a seamed model to an ONNX graph."""
+"""The seams put into transformers' own modeling code, and the way from a seamed model to an ONNX graph."""

@@ -1,6 +1,6 @@
-"""What the DeepSeek models write in ways that ONNX does not have or does badly, said in other words while traced.
+"""Rewrites, while tracing, what the DeepSeek models express in ways that ONNX lacks or does badly.
 
-- deepseek_v2 turns queries and keys with complex numbers, which ONNX lacks. Its rotary table and its application are
+- deepseek_v2 rotates queries and keys with complex numbers, which ONNX lacks. Its rotary table and its application are
   replaced together: the table becomes [batch, tokens, dim/2, 2] (cosine, sine) instead of a complex
   [batch, tokens, dim/2], and the rotation of neighbouring pairs is spelled out.
 - deepseek_v2 and deepseek_v3 fill the keys they expand from the latent cache slice by slice, which becomes two scatters

@@ -1,4 +1,4 @@
-"""Inputs to trace a graph with: every symbolic dim gets a size of its own, so torch cannot mistake two for one."""
+"""Inputs to trace a graph with: every symbolic dim gets a different size, so torch cannot mistake two for one."""
 
 from __future__ import annotations
 

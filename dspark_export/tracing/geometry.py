@@ -1,4 +1,4 @@
-"""What a decoder asks of its cache, observed rather than read from the config.
+"""What a decoder needs from its cache, observed rather than read from the config.
 
 A copy of the model without weights (meta device) runs one pass; a recording cache notes the shapes ``update`` is
 called with and the attention seam's masks tell each layer's window. That covers grouped heads, multi-head latent

@@ -10,7 +10,7 @@ PyTorch and is the numerical reference of its own graph.
 | ``dspark::cache_view`` | ``Shape`` of the mask, ``Slice`` of the cache to its last dimension |
 | ``dspark::gather_rows`` | ``GatherND`` with one batch dimension |
 | ``dspark::grouped_linear`` | a ``Loop`` over the chosen experts, see ``experts.py`` |
-| ``dspark::layer_output`` | a marker node gone once graphs are cut from the trace |
+| ``dspark::layer_output`` | a marker node, removed when graphs are cut from the trace |
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _read_by(node: ir.Node) -> list[ir.Value]:
 
 
 def keep_only_module_paths(model: ir.Model) -> None:
-    """Drop torch's metadata but for the nodes' module paths: stack traces name files of the machine that traced."""
+    """Drop torch's metadata except the nodes' module paths: stack traces name files of the machine that traced."""
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         for key in [key for key in node.metadata_props if key != SCOPES_KEY]:
             del node.metadata_props[key]
@@ -133,7 +133,7 @@ def keep_only_module_paths(model: ir.Model) -> None:
 def store_linear_weights_transposed(model: ir.Model) -> None:
     """A weight that is only ever read through ``Transpose`` is replaced by its transposed view, under its own name.
 
-    A weight that is also read as it is (an embedding tied to the head) stays: one copy on disk serves both.
+    A weight that is also read untransposed (an embedding tied to the head) stays: one copy on disk serves both.
     """
     for value in list(model.graph.initializers.values()):
         readers = [user.node for user in value.uses()]

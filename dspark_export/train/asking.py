@@ -1,6 +1,6 @@
-"""Letting the target answer prompts, some of which it writes itself.
+"""Lets the target answer prompts, some of which it writes itself.
 
-Files grow by whole lines; a run that is killed goes on behind the last complete one.
+Files grow by whole lines; a killed run resumes after the last complete one.
 """
 
 from __future__ import annotations

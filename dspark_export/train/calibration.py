@@ -2,8 +2,8 @@
 
 Slot after slot, the temperature T is chosen that makes the product of sigmoid((logit + shift) / T) over the slots so
 far closest to the share of rounds in which all of them were accepted (least expected calibration error); earlier slots
-stay. The shift is one for all slots: a drafter agrees more often with texts it has learnt from than with others, which
-its head takes for granted and no temperature takes back.
+stay. The shift is one for all slots: a drafter agrees more often with texts it was trained on than with others;
+its head relies on that, and no temperature corrects it.
 """
 
 from __future__ import annotations

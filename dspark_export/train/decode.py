@@ -1,7 +1,7 @@
-"""Decoding many prompts at once with PyTorch: a batch in which a finished sequence makes room for the next prompt.
+"""Decodes many prompts at once with PyTorch: in its batch, a finished sequence makes room for the next prompt.
 
-On a processor a token of a large batch costs as much arithmetic as reading one does, so a text is not read again for
-its features: what the layers gave while it was written is kept.
+On a CPU, generating a token in a large batch costs as much arithmetic as prefilling one, so a text is not read again
+for its features: the layers' outputs are kept while it is generated.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class DecodeOptions:
 
 @torch.inference_mode()
 def decode(model: PreTrainedModel, questions: Iterable[Question], options: DecodeOptions) -> Iterator[Answer]:
-    """Answers in the order in which they end. A text does not depend on what it is decoded with, but for rounding."""
+    """Answers in the order in which they end. Except for rounding, a text does not depend on what it is decoded
+    with."""
     with seamed(model):
         batch = _Batch(model, options)
         waiting = iter(questions)

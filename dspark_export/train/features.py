@@ -1,7 +1,7 @@
-"""What a drafter learns from: features of the target at every position, and its likeliest next tokens.
+"""What a drafter learns from: features of the target at every position, and its most likely next tokens.
 
 Computed once per response by the frozen target and kept in flat files that are mapped into memory, so that later epochs
-cost the drafter only. Tapped layers are read raw, before the final norm.
+only run the drafter. Tapped layers are read raw, before the final norm.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Taps:
 
 
 def likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Ids (int32) and probabilities (float16) [..., top] of the likeliest tokens of ``logits`` [..., vocab]."""
+    """Ids (int32) and probabilities (float16) [..., top] of the most likely tokens of ``logits`` [..., vocab]."""
     values, places = logits.topk(min(top, logits.shape[-1]), -1)
     probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
     return places.to(torch.int32), probs.to(torch.float16)

@@ -1,7 +1,7 @@
 """The terms of the loss: cross-entropy, distance of distributions, and the confidences' own.
 
-Of the target's distribution only its likeliest tokens are kept. Whatever mass either distribution has elsewhere counts
-as not shared, so the distance is an upper bound, and exact where the rest is empty.
+Of the target's distribution only its most likely tokens are kept. Whatever mass either distribution has elsewhere
+counts as not shared, so the distance is an upper bound, and exact where the rest is empty.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Slots:
     """What the slots of a pass should have said; all tensors [batch, anchors, block], or with one more dimension.
 
     ``labels``: the next tokens; ``previous``: the token before each; ``weights``: 0 where a slot does not count;
-    ``top_ids``, ``top_probs`` [..., top]: the target's likeliest tokens there.
+    ``top_ids``, ``top_probs`` [..., top]: the target's most likely tokens there.
     """
 
     labels: Tensor

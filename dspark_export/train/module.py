@@ -1,10 +1,10 @@
-"""The drafter as it is trained: many blocks of many sequences in one pass.
+"""The drafter in training: many blocks of many sequences in one pass.
 
 The arithmetic is that of :mod:`dspark_export.drafts.modules.block`, which the bundle's graph is traced from; parameters
 have the names of a DeepSpec checkpoint. A block sees the features of all positions before its anchor's and all of
 its own rows. Context rows are projected once per sequence and shared by its blocks.
 
-It is written apart from that module because that one is shaped by its graph: weights are constants read by name, one
+It is separate from that module because that one is shaped by its graph: weights are constants read by name, one
 block of a sequence runs over a cache, and the loop over slots is unrolled for tracing. Here parameters are trained and
 all blocks of a sequence run in one pass. Tests hold both to one independent reference.
 """

@@ -1,7 +1,7 @@
-"""From a target and prompts to a drafter on disk: responses, features, training, calibration, and what describes them.
+"""Makes a drafter from a target and prompts: responses, features, training, calibration, and their description.
 
-All that takes long is kept in a work folder as it comes, so that the same command goes on where a killed one stopped.
-The drafter's folder appears at the end, as a whole.
+All slow results are kept in a work folder as they arrive, so that the same command resumes where a killed one stopped.
+The drafter's folder appears at the end, complete.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class _Run:
         return learn, judge
 
     def _answer(self, file: ResponseFile) -> list[Response]:
-        """Let the target answer; what its layers give meanwhile goes into the stores of features."""
+        """Let the target answer; its layers' outputs go into the feature stores."""
         job, options, ends = self._job, self._job.options, self._checkpoint.eos_token_ids
         codec, plan = self._codec(), job.generation
         own = PromptFile(job.work / _PROMPTS)
@@ -345,7 +345,7 @@ def _check_out(job: DrafterJob) -> None:
         return
     ours = out.is_dir() and (not any(out.iterdir()) or (out / "training.json").is_file())
     if not ours:
-        raise BundleNotWritten(f"{out} exists and is no drafter trained by this program; name a new folder")
+        raise BundleNotWritten(f"{out} exists and is not a drafter trained by this program; name a new folder")
     if not job.overwrite and any(out.iterdir()):
         raise BundleNotWritten(f"{out} exists; pass --overwrite to replace the drafter in it, or name a new folder")
 

@@ -1,6 +1,6 @@
-"""Responses of the target: token ids of prompts and answers in a file of JSON lines, and which of them judge.
+"""Responses of the target: token ids of prompts and answers in a file of JSON lines, and which of them are held out.
 
-Text that is not the target's own teaches a drafter little: it has to guess the target, not the world.
+Text that the target did not write teaches a drafter little: it has to predict the target, not the world.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from dspark_runtime.errors import UsageError
 
 EVERY = 32
-"""One prompt of so many is kept apart from what is learnt from."""
+"""One prompt in this many is held out of training."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ def _parse(line: str, where: str) -> Response:
         return Response(prompt, response, float(fields.get("temperature", 0.0)))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{where} is no response ({error}); give JSON lines of prompt and response, both token ids"
+            f"{where} is not a response ({error}); give JSON lines of prompt and response, both token ids"
         ) from error
 
 
 def split(responses: Iterable[Response], held_out: int) -> tuple[list[Response], list[Response]]:
     """Responses to learn from and to judge by: of every 32 prompts one is kept apart, and ``held_out`` of those judge.
 
-    What goes where follows from the prompt alone, so it stays as it is when responses are added. Drafters are judged by
-    greedy responses only.
+    What goes where follows from the prompt alone, so it does not change when responses are added. Drafters are judged
+    by greedy responses only.
     """
     learn: list[Response] = []
     judge: list[Response] = []

@@ -1,4 +1,4 @@
-"""A trained drafter on disk: DeepSpec's checkpoint format, and beside it what that format has no place for."""
+"""A trained drafter on disk: DeepSpec's checkpoint format, plus what that format has no place for."""
 
 from __future__ import annotations
 
@@ -124,13 +124,13 @@ def load_drafter_like(
     """A drafter that :func:`save_drafter` wrote, to be trained further as one of ``geometry``.
 
     Raises:
-        UsageError: it is no such drafter, or one of another shape.
+        UsageError: it is not such a drafter, or has another shape.
         InvalidVocabMap: its vocabulary map is damaged.
     """
     try:
         model = load_drafter(folder, embedding, head)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"--init {folder} is no drafter that train-drafter wrote for this model ({error})") from error
+        raise UsageError(f"--init {folder} is not a drafter train-drafter wrote for this model ({error})") from error
     found, wanted = (vars(g) | {"rope": None} for g in (model.geometry, geometry))
     if wrong := [f"{name} {found[name]} instead of {wanted[name]}" for name in found if found[name] != wanted[name]]:
         raise UsageError(f"--init {folder} has another shape ({', '.join(wrong)}): ask for its own")

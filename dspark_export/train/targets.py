@@ -71,7 +71,7 @@ def default_taps(depth: int) -> tuple[int, ...]:
 
 
 def mask_token(checkpoint: Checkpoint) -> int:
-    """A token that no text of the target has: a row behind the tokenizer's, else the last reserved token."""
+    """A token that never occurs in the target's texts: a row beyond the tokenizer's, else the last reserved token."""
     if checkpoint.tokenizer is None:
         return checkpoint.vocab_size - 1
     backend = checkpoint.tokenizer.backend

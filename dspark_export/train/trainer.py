@@ -1,6 +1,6 @@
 """The training loop: sampled anchors, Muon or AdamW with warm-up and cosine, an average of the weights, exact resume.
 
-Everything random follows from (seed, step), so a resumed training needs the step alone and goes on as if it had never
+Everything random follows from (seed, step), so a resumed training needs only the step and continues as if it had never
 stopped. State is kept in safetensors files; nothing is pickled.
 """
 
@@ -35,7 +35,7 @@ _FILES = ("weights", "average", "first", "second")
 @dataclass(frozen=True)
 class StepReport:
     """One line of the log. Loss terms are means over slots; ``agreement`` is the mean chance of a slot to be accepted
-    with all before it given. ``accepted_length`` stands in the lines of evaluations only."""
+    with all before it given. ``accepted_length`` appears only in the lines of evaluations."""
 
     step: int
     loss: float

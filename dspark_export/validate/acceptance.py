@@ -1,4 +1,4 @@
-"""Does a drafter get accepted as it should? A broken one leaves the text right and costs speed only: nothing but its
+"""Does a drafter get accepted as it should? A broken one leaves the text correct and only costs speed, so only its
 accepted length shows it."""
 
 from __future__ import annotations

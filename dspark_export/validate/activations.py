@@ -1,7 +1,7 @@
 """Real passes of a decoder: prompts teacher-forced through chunked prefill, token trees, chains and single rows.
 
-Inputs of every pass are kept with their caches, so that any runner can be given them. What the caches hold is what the
-graph under test wrote in the passes before.
+Inputs of every pass are kept with their caches, so that any runner can be given them. The caches hold what the
+graph under test wrote in earlier passes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def record(run: Run, ids: Sequence[int], cache: dict[str, tuple[tuple[int, ...],
     half = body // 2
     caches = go(f"prefill of {half} tokens", 0, ids[:half], range(-1, half - 1)) or caches
     caches = go(f"prefill of {body - half} more", half, ids[half:body], range(-1, body - half - 1)) or caches
-    # A tree whose accepted path is the text: a sibling stands before every true token.
+    # A tree whose accepted path is the text: a sibling precedes every true token.
     wrong = [int(t) for t in random.choice(np.setdiff1d(np.arange(max(ids)), ids[body : body + 4]), 4, replace=False)]
     tokens = [ids[body], wrong[0], ids[body + 1], wrong[1], wrong[2], ids[body + 2], wrong[3], ids[body + 3]]
     parents = [-1, 0, 0, 1, 2, 2, 5, 5]

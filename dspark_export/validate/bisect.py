@@ -1,4 +1,4 @@
-"""The first node of a graph that does not compute what the same node of a clean graph computes.
+"""Finds the first node of a graph that does not compute what the same node of a clean graph computes.
 
 Every value both graphs have under one name is marked as an output; both run on the same inputs.
 """

@@ -200,7 +200,7 @@ def _differences(wanted: dict[str, AnyArray], found: dict[str, AnyArray], quanti
 
 def _with_reaches(outputs: dict[str, AnyArray]) -> dict[str, AnyArray]:
     """The nodes of the likely texts as one sorted list of how likely they are to be reached: where two are equally
-    likely, rounding decides which stands first."""
+    likely, rounding decides which comes first."""
     if BEAM_PROBS not in outputs:
         return outputs
     reach = np.array(outputs[BEAM_PROBS], np.float32)

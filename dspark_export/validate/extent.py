@@ -1,4 +1,4 @@
-"""What a validation compares with, and how much of it a level is."""
+"""What a validation compares with, and how much of it each level covers."""
 
 from __future__ import annotations
 

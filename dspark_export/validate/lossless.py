@@ -85,7 +85,7 @@ def judge(
     bundle: Bundle, prompt: list[int], plain: list[int], position: int, chosen: Sequence[int | None], promised: bool
 ) -> dict[str, Any]:
     """Margin, noise and verdict at the first divergence of one text; ``promised``: there should be none."""
-    if None in chosen:  # nothing but a token can end a greedy text: one of them ended without a reason
+    if None in chosen:  # only a token can end a greedy text: one of them ended without a reason
         return {"margin": None, "behind": None, "local_noise": None, "verdict": WRONG}
     logits = next_logits(bundle, [*prompt, *plain[:position]])
     reference = logits[0]
@@ -219,9 +219,9 @@ def check_mode(bundle: Bundle, texts: Texts, mode: str, began: float) -> Check:
         where=where,
         message=""
         if not wrong
-        else f"{len(wrong)} of {len(texts.ids)} texts leave the plain text at a token that is no near tie. At {where} "
-        f"plain decoding emits {wrong[0].plain_token} and {mode} {wrong[0].token}: rows are accepted that the target "
-        "did not choose, or what it sees is not the committed text.",
+        else f"{len(wrong)} of {len(texts.ids)} texts leave the plain text at a token that is not a near tie. At "
+        f"{where} plain decoding emits {wrong[0].plain_token} and {mode} {wrong[0].token}: rows are accepted that the "
+        "target did not choose, or what it sees is not the committed text.",
         seconds=time.perf_counter() - began,
         data={
             "equal": len(texts.ids) - len(found),

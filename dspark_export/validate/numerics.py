@@ -230,7 +230,7 @@ def check_quantization(
         status="passed",
         measured=relative_rms(mine, theirs),
         unit="root mean square of logits, relative",
-        message=f"The likeliest token is the model's at {same:.1%} of {len(mine)} positions; the distributions are "
+        message=f"The most likely token is the model's at {same:.1%} of {len(mine)} positions; the distributions are "
         f"{divergence:.3f} nats apart (KL).",
         seconds=time.perf_counter() - began,
         data={"same_token": same, "kl": divergence},

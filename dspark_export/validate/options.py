@@ -1,4 +1,4 @@
-"""What a validation is asked to do."""
+"""Options of a validation."""
 
 from __future__ import annotations
 

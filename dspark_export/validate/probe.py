@@ -25,7 +25,7 @@ class Probe:
 
     Args:
         bundle: what runs.
-        prompts: are prefilled, each in a cache row of its own.
+        prompts: are prefilled, each in its own cache row.
         chunk: prompt tokens of a pass.
         rows: fewest rows of a pass; what a tree lacks is padded.
         room: tokens that may be committed behind the prompts.
@@ -87,7 +87,7 @@ def one_pass(bundle: Bundle, ids: Sequence[int], rows: int) -> FloatArray:
 def branching(ids: Sequence[int], at: int, vocab: int, seed: int = 0) -> tuple[TokenTree, list[int]]:
     """A tree of 8 rows behind ``ids[:at]`` whose accepted path is the text, and the rows of that path.
 
-    A wrong sibling stands before every true token, so that the path has gaps.
+    A wrong sibling precedes every true token, so that the path has gaps.
     """
     true = [int(token) for token in ids[at : at + 4]]
     random = np.random.default_rng(seed)

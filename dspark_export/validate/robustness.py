@@ -57,7 +57,7 @@ def check_robustness(bundle: Bundle, texts: Sequence[Sequence[int]], level: str)
 
 
 def _after(bundle: Bundle, ids: Sequence[int], tree: TokenTree) -> FloatArray:
-    """Logits [rows, vocab] of a tree behind ``ids``, every path of it run as a text of its own."""
+    """Logits [rows, vocab] of a tree behind ``ids``, each of its paths run as a separate text."""
     found = np.zeros((len(tree), bundle.limits.vocab_size), np.float32)
     for leaf in tree.leaves():
         path = tree.path(leaf)

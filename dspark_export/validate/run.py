@@ -178,7 +178,7 @@ class _Validation:
             )
             # From here on PyTorch has the weights the bundle holds.
             if unknown := put_into(model, load_plain(standard)):
-                raise BackendError(f"the quantized weight {unknown[0]} of the bundle is none of the model's")
+                raise BackendError(f"the model has no weight {unknown[0]}, which the bundle quantizes")
         checker = GraphCheck(self.files, texts, self.options.threads, self.model, self.rebuilt, self.keep)
         yield from self._guarded("numerics", "numerics", checker.run)
         if self.engines:

@@ -135,7 +135,7 @@ def _by_graph(
 def check_rejection(bundle: Bundle, texts: Sequence[Sequence[int]]) -> Check:
     """First tokens that rejection sampling emits, drafted from another distribution, against the target's.
 
-    Pearson's test over the likeliest tokens and the rest together.
+    Pearson's test over the most likely tokens and the rest together.
     """
     began = time.perf_counter()
     params = SamplingParams(1.0)

@@ -1,5 +1,5 @@
-"""What a mode should gain by its accepted length and the costs of its passes, and what it gained. Nothing here fails: a
-busy machine is no fault of a bundle."""
+"""Compares a mode's speed-up with what its accepted length and pass costs predict. Nothing here fails: a slow machine
+is not the bundle's fault."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def verdict(report: Report, files: dict[str, str]) -> dict[str, Any]:
 def store(files: BundleFiles, report: Report, page: str) -> dict[str, Path]:
     """Write report and page below ``validation/``, replacing earlier ones; returns their places by kind.
 
-    New files have new names, then the manifest is replaced at once, then old ones go: a bundle that is read meanwhile,
+    New files have new names, then the manifest is replaced at once, then old ones go: a bundle that is read in between,
     or left in the middle, is whole.
 
     Raises:
@@ -89,7 +89,7 @@ def _floors(report: Report, before: dict[str, Any]) -> dict[str, float]:
 
 
 def store_outside(folder: Path, report: Report, page: str) -> dict[str, Path]:
-    """Write ``report.json`` and ``report.html`` into ``folder``; the bundle stays as it is. Raises BundleNotWritten."""
+    """Write ``report.json`` and ``report.html`` into ``folder``; the bundle is not changed. Raises BundleNotWritten."""
     places = {"json": folder / "report.json", "html": folder / "report.html"}
     try:
         folder.mkdir(parents=True, exist_ok=True)

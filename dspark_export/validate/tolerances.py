@@ -1,4 +1,4 @@
-"""How far two ways of computing the same may differ, and why. Limits that depend on the precision stand with it.
+"""How far two ways of computing the same may differ, and why. Limits that depend on the precision are defined with it.
 
 Graph against PyTorch, :data:`AGAINST_MODEL`:
 
@@ -7,17 +7,17 @@ Graph against PyTorch, :data:`AGAINST_MODEL`:
 | floats | 1e-4 | both sides compute in float32, with the same rounded weights; sums are ordered differently |
 | integers | 1e-4 | PyTorch is given the numbers that quantized weights stand for, products are in float32 |
 
-Forms of a graph that multiply integers cannot be had without rounded activations: :data:`ROUNDED`, relative root mean
+Forms of a graph that multiply integers cannot do without rounded activations: :data:`ROUNDED`, relative root mean
 square of the worst output, 0.24 for SmolLM2-135M and less for tiny models.
 
-What quantization itself costs is told in figures and has no limit: it is what was asked for. A tensor that it maims is
-found by the limits on stored weights.
+The cost of quantization itself is reported in figures and has no limit, since it was requested. A tensor that it ruins
+is caught by the limits on stored weights.
 
 The same graph in another form or arrangement, :data:`BETWEEN_FORMS`: 1e-4 for all weights, since quantized products
 then compute in float32 too (rounded activations would turn a last bit into a step of 1/127).
 
 Stored weights against the model's own, and quantized drafters against PyTorch before quantization: limits of each
-precision, which stand with it in :data:`~dspark_runtime.bundle.precisions.PRECISIONS`.
+precision, which are defined in :data:`~dspark_runtime.bundle.precisions.PRECISIONS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What passes of several bundles take, in turns."""
+"""Pass times of several bundles, measured alternately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a quantized bundle is away from its fp32 bundle."""
+"""How far a quantized bundle is from its fp32 bundle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests import tiny_models
 def test_distances(positions: int, vocab: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     wanted, found = random.standard_normal((2, positions, vocab)) * 5
-    itself = distances(wanted, wanted + 3.0)  # a shift of all logits is no difference
+    itself = distances(wanted, wanted + 3.0)  # a shift of all logits is not a difference
     np.testing.assert_allclose(itself, np.tile([0.0, 1.0], (positions, 1)), atol=1e-9)
     divergence, same = distances(wanted, found).T
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (wanted, found))

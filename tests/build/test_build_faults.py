@@ -1,4 +1,4 @@
-"""Builds that are killed, interrupted, run out of space or meet each other: no half bundle, no lasting litter."""
+"""Builds that are killed, interrupted, run out of space or collide: no half-written bundle, no leftover files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a bundle is exact by its own setting: what was asked, else what is dear and what was measured."""
+"""Whether a bundle is exact by default: as requested, otherwise by what is expensive and what was measured."""
 
 from __future__ import annotations
 

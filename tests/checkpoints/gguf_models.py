@@ -33,7 +33,7 @@ Tensors = dict[str, np.ndarray]
 class Case:
     """``kind`` as transformers names it, with ``config`` values; ``arch`` as llama.cpp does, with its ``keys``.
 
-    ``edit`` changes the tensors before they are written; ``llama_cpp``: why llama.cpp is no reference, if it is none.
+    ``edit`` changes the tensors before they are written; ``llama_cpp``: why llama.cpp cannot be the reference, if so.
     """
 
     kind: str

@@ -206,7 +206,7 @@ WEIGHTS: dict[str, tuple[Damage, type[Exception], str]] = {
     ),
     "header length 2**63": (raw(lambda data: struct.pack("<Q", 2**63) + data[8:]), InvalidWeights, "cut short"),
     "header no json": (header(lambda entries: "{"), InvalidWeights, "no valid safetensors header"),
-    "header a list": (header(lambda entries: "[]"), InvalidWeights, "no JSON object"),
+    "header a list": (header(lambda entries: "[]"), InvalidWeights, "not a JSON object"),
     "header nested": (header(lambda entries: '{"a":' * 50_000 + "1" + "}" * 50_000), InvalidWeights, "header"),
     "entry no object": (header(lambda entries: {**entries, NORM: 1}), InvalidWeights, NORM),
     "entry with more keys": (entry(NORM, more=1), InvalidWeights, "exactly"),

@@ -185,7 +185,7 @@ def test_chat_on_a_terminal(bundle: Path) -> None:
         stdout, stderr = process.communicate(timeout=120)
         os.close(ours)
     assert process.returncode == 0, stderr
-    for text in (b"/reset forgets", b"no answer yet", b"accepted length", b"/what is no command"):
+    for text in (b"/reset forgets", b"no answer yet", b"accepted length", b"/what is not a command"):
         assert text in stderr
     assert b"accepted length" not in stdout
 

@@ -59,7 +59,7 @@ def code(cell: str) -> list[str]:
 
 
 def spans(text: str) -> list[str]:
-    """What stands in backticks, without commands of other programs."""
+    """What is in backticks, without commands of other programs."""
     others = "ruff|mypy|pip|git|pytest|polygraphy|cmake|trtexec|tritonserver"
     return [span for span in code(text) if not re.match(rf"(?:bash\n)?(?:{others}) ", span)]
 

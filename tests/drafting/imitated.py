@@ -71,7 +71,7 @@ class Captured:
 
 class Opened:
     """A bundle on the imitated GPU; ``kernels`` verify there, without any the host does. ``watched`` goes around
-    ``cuda`` and takes the time of what is enqueued."""
+    ``cuda`` and times what is enqueued."""
 
     def __init__(
         self,

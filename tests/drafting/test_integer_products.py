@@ -1,4 +1,4 @@
-"""A w8a8 bundle with a drafter: exact by itself, in every mode, and in float32 where exactness was not measured."""
+"""A w8a8 bundle with a drafter: exact by default, in every mode, and in float32 where exactness was not measured."""
 
 from __future__ import annotations
 

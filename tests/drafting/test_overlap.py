@@ -1,4 +1,4 @@
-"""Work beside a pass changes nothing but the time: chunks, texts and statistics are those of waiting at once.
+"""Overlapping work with a pass changes only the time: chunks, texts and statistics are those of waiting at once.
 
 The device is imitated in host memory and as late as it may be (tests/engines/host_cuda.py): what does not wait for what
 it needs computes something else.

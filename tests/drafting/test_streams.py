@@ -1,4 +1,4 @@
-"""Who waits for whom while a loop runs on streams. No GPU: calls are recorded (tests/engines/recorded_cuda.py).
+"""What waits for what while a loop runs on streams. No GPU: calls are recorded (tests/engines/recorded_cuda.py).
 
 Nothing is computed, so that every logit is zero and every token 0; drafts of zeros are accepted.
 """
@@ -69,7 +69,7 @@ class Watched:
 
 
 def _drafting(name: str) -> DraftOptions:
-    """Chains from block drafters: nodes that are all zeros are no tree."""
+    """Chains from block drafters: nodes that are all zeros are not a tree."""
     return DraftOptions(branches=1) if name == "dspark" else DraftOptions()
 
 

@@ -310,7 +310,7 @@ def pipe(folder: Path) -> None:
         (missing_shard, "missing"),
         (
             lambda folder: write_index(folder, {**shards(folder), "fc.weight": "../x.safetensors"}),
-            "no safetensors file",
+            "not a safetensors file",
         ),
         (outside, "symlink"),
         (pipe, "pipe"),

@@ -1,4 +1,4 @@
-"""Every way a draft can fail to fit its model has a finding, a message and an error of its own; all are reported."""
+"""Every way a draft can fail to fit its model has a finding, a message and its own error; all are reported."""
 
 from __future__ import annotations
 

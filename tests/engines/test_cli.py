@@ -127,7 +127,7 @@ def test_generate_says_why_a_backend_cannot_be_used(compiled: Path, backend: str
     [
         (["--max-length", "513"], 2, "more than the 512 positions"),
         (["--chunk", "0"], 2, "--chunk 0"),
-        (["--graph", "nothing"], 2, "--graph nothing is no graph"),
+        (["--graph", "nothing"], 2, "--graph nothing is not a graph"),
         (["--compute-capability", "9.0"], 2, "data-centre GPUs"),
         (["--plugins", "aot"], 2, "--plugins aot is for tensorrt"),
         (["--plugins", "library"], 2, "with CMake, which makes libdspark_plugins.so, and set DSPARK_PLUGINS"),

@@ -186,7 +186,7 @@ def test_a_failed_compilation_leaves_the_bundle_as_it_was(compiled: Path, tmp_pa
 
 
 def test_what_is_asked_for_must_be_there(compiled: Path) -> None:
-    with pytest.raises(errors.UsageError, match=r"--graph other is no graph .* choose target, self_draft, verify"):
+    with pytest.raises(errors.UsageError, match=r"--graph other is not a graph .* choose target, self_draft, verify"):
         compile_bundle(compiled, CompileOptions(graphs=("other",), ranges=OPTIONS.ranges))
     with pytest.raises(errors.UsageError, match="--max-length 4096 is more than the 512 positions"):
         compile_bundle(compiled, CompileOptions())

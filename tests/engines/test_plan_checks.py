@@ -1,4 +1,4 @@
-"""Plans that must not reach the deserializer, each with an error of its own."""
+"""Plans that must not reach the deserializer, each with its own error."""
 
 from __future__ import annotations
 

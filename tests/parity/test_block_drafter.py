@@ -251,7 +251,7 @@ def test_the_mask_token_is_never_drafted(markov: str, tmp_path: Path) -> None:
         assert np.isfinite(found["corrected_logits"]).all() and np.isfinite(found["base_logits"]).all()
         assert ((found["draft_tokens"] == top) | (top == VOCAB - 1)).all()
         seen += int((top == VOCAB - 1).sum())
-    assert seen  # it would have been the likeliest token somewhere
+    assert seen  # it would have been the most likely token somewhere
 
 
 def test_a_bundles_graph_has_standard_operators_and_keeps_inner_names(tmp_path: Path) -> None:

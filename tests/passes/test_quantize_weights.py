@@ -179,7 +179,7 @@ def products(depth: int, width: int) -> ir.Model:
 
 def test_weights_that_cannot_be_quantized_are_named(traced: Callable) -> None:
     graph = passes.optimize(traced("llama")[1].clone())
-    odd = products(200, 100)  # 200 is no multiple of 16
+    odd = products(200, 100)  # 200 is not a multiple of 16
     for node in list(odd.graph):
         odd.graph.remove(node)
         graph.graph.append(node)

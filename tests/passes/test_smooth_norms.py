@@ -1,4 +1,4 @@
-"""Channels brought to a like size in front of products: nothing changes but what 8 bits of an activation can hold."""
+"""Channels scaled to similar magnitudes before products: only what 8 bits of an activation can hold changes."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_exact_int4_changes_nothing(int4: Bundle) -> None:
     exact = Bundle.open(int4.files.root, threads=1, exact=True)
     plain = [g.tokens for g in answers(exact, "off")]
     assert [g.tokens for g in answers(exact, "ngram")] == plain
-    # Forced to verify whatever is proposed, trees included: a row of a branch stands in another cache slot, and the
+    # Forced to verify whatever is proposed, trees included: a row of a branch occupies another cache slot, and the
     # order of its sums is enough to change tokens where activations are rounded.
     assert [g.tokens for g in answers(exact, "ngram+self-draft", draft_length=4)] == plain
 
@@ -87,7 +87,7 @@ def test_w8a8_is_exact_without_being_asked(w8a8: Bundle, options: dict[str, Any]
 
 
 def test_w8a8_is_near_the_model(w8a8: Bundle, fp32: Bundle) -> None:
-    """The likeliest token of text that the model wrote itself, in a third of the memory."""
+    """The most likely token of text that the model wrote itself, in a third of the memory."""
     same = []
     for prompt, text in zip(PROMPTS, answers(fp32, "off"), strict=True):
         ids = [*fp32.codec.tokenizer.encode(prompt).ids, *text.tokens]

@@ -70,7 +70,7 @@ def draft(
 ) -> dict[str, Tensor]:
     """All values of one round; ``features`` [S, taps * hidden] of the positions before the anchor's.
 
-    ``topk``: only so many tokens of a slot, the likeliest before the Markov head, may be drafted.
+    ``topk``: only this many tokens of a slot, the most likely before the Markov head, may be drafted.
     """
     count = len(features)
     context = norm(features @ w["fc.weight"].T, w["hidden_norm.weight"], shape.epsilon)

@@ -1,4 +1,4 @@
-"""The runtime stands alone: neither torch nor transformers nor onnx is imported by using it."""
+"""The runtime is self-contained: neither torch nor transformers nor onnx is imported by using it."""
 
 from __future__ import annotations
 

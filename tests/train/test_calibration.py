@@ -1,4 +1,4 @@
-"""Confidences that say too much are brought down to what happens."""
+"""Overconfident confidences are lowered to what actually happens."""
 
 from __future__ import annotations
 

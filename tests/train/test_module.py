@@ -1,4 +1,4 @@
-"""The drafter as it is trained computes what the drafter in a bundle computes."""
+"""The drafter in training computes what the drafter in a bundle computes."""
 
 from __future__ import annotations
 

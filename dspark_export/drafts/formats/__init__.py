@@ -1,4 +1,4 @@
-"""Draft checkpoints of every supported format, read strictly into one form."""
+"""Reads draft checkpoints of every supported format strictly into one form."""
 
 from dspark_export.drafts.formats.draft import BlockConfig, DraftCheckpoint, DraftLayers, EagleConfig, Rope
 from dspark_export.drafts.formats.recognise import recognise

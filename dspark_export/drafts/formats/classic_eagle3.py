@@ -1,4 +1,4 @@
-"""EAGLE-3 drafts as its authors and SpecForge store them: one Llama layer named ``midlayer`` and a head of its own.
+"""EAGLE-3 drafts as its authors and SpecForge store them: one Llama layer named ``midlayer`` and a separate head.
 
 ``d2t`` holds offsets, ``t2d`` marks the tokens that can be drafted. Their config names no taps, unless SpecForge wrote
 an ``eagle_config`` (outputs of 0-based layers) or vLLM's ``eagle_aux_hidden_state_layer_ids`` (one more).

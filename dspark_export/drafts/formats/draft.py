@@ -1,4 +1,4 @@
-"""What a draft checkpoint says, whatever format it came in: one form that pair check and graphs work from."""
+"""A draft checkpoint in one form, whatever its format: what the pair check and the graphs work from."""
 
 from __future__ import annotations
 

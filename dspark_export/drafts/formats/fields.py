@@ -159,7 +159,7 @@ class Fields:
         return Fields(values, self._where, self._problems, prefix)
 
     def raw(self, key: str) -> Any:
-        """The field as it is, None if it is not there; counts as read."""
+        """The raw field, None if it is absent; counts as read."""
         self._seen.add(key)
         return self._raw.get(key)
 
@@ -178,7 +178,7 @@ class Fields:
             self.problem(f"{self._prefix}{key} {value!r} is not supported, it has to be {kept}")
 
     def finish(self) -> None:
-        """Raise InvalidConfig with all problems, among them fields nobody asked for."""
+        """Raise InvalidConfig with all problems, including fields that nothing read."""
         self._unknown()
         if self._problems:
             raise InvalidConfig(f"{self._where}: " + "; ".join(self._problems))

@@ -1,4 +1,4 @@
-"""Geometry of a draft's decoder layers from its config: the part all formats share."""
+"""Geometry of a draft's decoder layers from its config, for all formats."""
 
 from __future__ import annotations
 

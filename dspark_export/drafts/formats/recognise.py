@@ -1,4 +1,4 @@
-"""From what the user calls a draft to a checked one: its format is read off its config.json."""
+"""Resolves what the user calls a draft to a checked one: config.json tells its format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights of a draft: names and shapes against its config, finite values, vocabulary maps, read when asked for."""
+"""The weights of a draft: names and shapes against its config, finite values, vocabulary maps, read on request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LISTED = 12
 
 
 class StoredTensors(Mapping[str, "torch.Tensor"]):
-    """Tensors of safetensors files by name, each read when it is asked for and not kept."""
+    """Tensors of safetensors files by name, each read on request and not kept."""
 
     def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
         self._places = dict(places)
@@ -130,7 +130,7 @@ class DraftWeights:
 
 
 def check_tensors(header: Header, description: Description, name: str) -> DraftWeights:
-    """The weights that ``description`` asks for, and nothing else.
+    """Only the weights that ``description`` asks for.
 
     Raises InvalidWeights with all missing and unknown names and all wrong shapes, for NaN and infinity, and
     InvalidVocabMap for maps that contradict themselves.

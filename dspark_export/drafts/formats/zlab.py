@@ -1,7 +1,7 @@
 """DFlash as z-lab stores it, and DSpark as SpecForge exports it: a Qwen3 config with a ``dflash_config`` inside.
 
 Neither stores the embedding or the head. The row of the anchor predicts nothing unless the file says so: row k of a
-block predicts its own position. The Python modules that such folders bring are never imported.
+block predicts its own position. The Python modules in such folders are never imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A block drafter (DSpark, DFlash): its graph, whose contract stands in :mod:`dspark_runtime.bundle.draft_contract`,
+"""A block drafter (DSpark, DFlash): its graph, whose contract is in :mod:`dspark_runtime.bundle.draft_contract`,
 and its entry in the manifest."""
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def export(draft: OpenedDraft, target: PreTrainedModel, settings: DraftSettings)
     """The graph of a block drafter, and its entry in the manifest.
 
     Raises:
-        UsageError: a vocabulary is given and the draft has one of its own, or one of the settings does not fit it.
+        UsageError: a vocabulary is given and the draft already has one, or one of the settings does not fit it.
         ExportError: torch cannot trace the draft.
     """
     checkpoint = draft.checkpoint
@@ -62,7 +62,7 @@ def export(draft: OpenedDraft, target: PreTrainedModel, settings: DraftSettings)
     config = _config(checkpoint)
     chosen = _vocabulary(checkpoint, config, settings)
     vocab = config.draft_vocab_size if chosen is None else len(chosen)
-    beams = 0 if settings.chains_only else BEAMS  # what is not verified is not asked of the graph either
+    beams = 0 if settings.chains_only else BEAMS  # the graph need not compute what is not verified
     candidates = 1 if settings.chains_only else min(CANDIDATES, vocab, settings.markov_topk or vocab)
     graph = export_block_drafter(
         checkpoint,
@@ -119,7 +119,7 @@ def _config(checkpoint: DraftCheckpoint | Checkpoint) -> BlockConfig:
 
 
 def _vocabulary(checkpoint: DraftCheckpoint, config: BlockConfig, settings: DraftSettings) -> torch.Tensor | None:
-    """The target's ids that may be drafted, None for all: the draft's own, or those that were asked for."""
+    """The target's ids that may be drafted, None for all: the draft's own, or those that were requested."""
     own = checkpoint.target_ids
     if settings.vocabulary is None:
         return stored_vocabulary(checkpoint.directory, config.vocab_size) if own is None else own
@@ -150,7 +150,7 @@ def export_block_drafter(
         head: the target's, [vocab, hidden]; referenced, or rows of it copied for a reduced vocabulary.
         name: of the graph.
         dtype: what it computes in, ``float32``, ``float16`` or ``bfloat16``.
-        candidates: likeliest tokens returned per slot, and per text that is followed.
+        candidates: most likely tokens returned per slot, and per text that is followed.
         beams: texts of the block that are followed from slot to slot, at most ``candidates``; 0 for the chain alone.
         draft_vocabulary: int64, ascending: the target's ids that may be drafted; None for all.
         markov_topk: candidates per slot the Markov head corrects, the only tokens that can be drafted then; None for
@@ -246,7 +246,7 @@ def hide_inner_values(model: ir.Model) -> ir.Model:
 
 
 def example_inputs(contract: GraphContract) -> Sequence[torch.Tensor]:
-    """One tensor for each input of a block contract; every symbolic dim has a size of its own."""
+    """One tensor for each input of a block contract; every symbolic dim has a different size."""
     made = []
     for spec in contract.inputs:
         shape = [_SIZES[dim] if isinstance(dim, str) else dim for dim in spec.shape]

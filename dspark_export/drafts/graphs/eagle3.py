@@ -1,4 +1,4 @@
-"""An EAGLE-3 drafter: its two graphs, whose contract stands in :mod:`dspark_runtime.bundle.draft_contract`, and its
+"""An EAGLE-3 drafter: its two graphs, whose contract is in :mod:`dspark_runtime.bundle.draft_contract`, and its
 entry in the manifest."""
 
 from __future__ import annotations

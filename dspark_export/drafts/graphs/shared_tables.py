@@ -1,4 +1,4 @@
-"""Embedding and head of a drafter's graph: the target's live tensors wherever that is possible."""
+"""Embedding and head of a drafter's graph: the target's live tensors wherever possible."""
 
 from __future__ import annotations
 

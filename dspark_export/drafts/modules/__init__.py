@@ -1,1 +1,1 @@
-"""Trained drafters as PyTorch modules over the graph contract: what is traced, and the numerical reference of it."""
+"""Trained drafters as PyTorch modules over the graph contract: what is traced, and its numerical reference."""

@@ -1,8 +1,8 @@
-"""The likeliest continuations of a block, grown slot by slot: what the tree of a block drafter is made from.
+"""The most likely continuations of a block, grown slot by slot: the source of a block drafter's tree.
 
-A slot's distribution depends on the token before it through the Markov head alone, which is cheap to ask for several
-tokens. So each slot is asked for the ``width`` likeliest texts up to it, not for the chain only. Every likely next
-token of those is a node; the likeliest nodes are the texts the next slot is asked for.
+A slot's distribution depends on the token before it only through the Markov head, which is cheap to evaluate for
+several tokens. So each slot is asked for the ``width`` most likely texts up to it, not only for the chain. Every likely
+next token of those is a node; the most likely nodes are the texts the next slot is asked for.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ candidates have the accepted length of those from 8 of 8; from 4 of 4 they lose 
 
 class BeamNodes(NamedTuple):
     """Nodes [batch, nodes] in order of their slots: ``tokens`` int64, ``probs`` float32 given the nodes above, at
-    temperature 1, ``parents`` int64: a node's place, -1 for the anchor. Children of one parent stand together, the
-    likeliest first."""
+    temperature 1, ``parents`` int64: a node's place, -1 for the anchor. Children of one parent are adjacent, the
+    most likely first."""
 
     tokens: torch.Tensor
     probs: torch.Tensor

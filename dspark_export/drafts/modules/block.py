@@ -1,8 +1,8 @@
 """A DSpark or DFlash drafter over the contract of :func:`dspark_runtime.bundle.draft_contract.block_contract`.
 
-Context rows become keys and values and nothing else. Block rows run through the layers and see the context and all
+Context rows only become keys and values. Block rows run through the layers and see the context and all
 rows of their block. Head logits get the Markov head's correction slot by slot: it depends on the token drafted before.
-Beside the chain of drafted tokens, the likeliest texts of the block are followed from slot to slot (:class:`Beams`)
+Beside the chain of drafted tokens, the most likely texts of the block are followed from slot to slot (:class:`Beams`)
 where trees are wanted.
 """
 
@@ -28,9 +28,9 @@ class BlockModule(torch.nn.Module):
         embedding: the target's, [vocab, hidden], shared.
         head: [draft vocab, hidden]: the target's, shared, or chosen rows of it.
         target_ids: int64 [draft vocab], None where draft ids are the target's.
-        candidates: likeliest tokens returned per slot, and per text that is followed.
+        candidates: most likely tokens returned per slot, and per text that is followed.
         beams: texts of the block that are followed from slot to slot; 0: there is only the chain.
-        markov_topk: the Markov head corrects so many candidates per slot, others cannot be drafted; None for all.
+        markov_topk: the Markov head corrects this many candidates per slot, others cannot be drafted; None for all.
         embedding_scale: what embeddings are multiplied with.
     """
 
@@ -201,7 +201,7 @@ class BlockModule(torch.nn.Module):
         if window is None:
             return mask
         slots = torch.arange(mask.shape[-1])[None]
-        inside = slots - (write_indices[:, None] + features)  # row of the block that stands in a slot
+        inside = slots - (write_indices[:, None] + features)  # row of the block that occupies a slot
         is_block = (inside >= 0) & (inside < self.config.block)
         held = torch.gather(block_positions, 1, inside.clamp(0, self.config.block - 1))
         keys = torch.where(is_block, held, slots)

@@ -1,4 +1,5 @@
-"""Which tokens a block drafter drafts: the likeliest, or drawn with given numbers where the temperature is above 0.
+"""Which tokens a block drafter drafts: the most likely, or drawn with given random numbers where the temperature is
+above 0.
 
 Distributions exist only for the ``drawn`` sequences, those with a temperature: in a greedy call those tensors have no
 rows and the arithmetic on them costs nothing.

@@ -1,7 +1,7 @@
 """An EAGLE-3 drafter over the contract of :func:`dspark_runtime.bundle.draft_contract.eagle_contract`.
 
-Row i joins the embedding of the token behind position i with the hidden state of position i: the target's projected
-features in the first pass over it, the drafter's own output in a step. One decoder layer of double input width makes
+Row i joins the embedding of the token after position i with the hidden state of position i: the target's projected
+features in the first pass over it, the drafter's own output in a step. One decoder layer of double input width computes
 the next hidden state from it.
 """
 

@@ -1,4 +1,4 @@
-"""The sequential head of a DSpark drafter: a low-rank correction of a slot's logits from the token drafted before."""
+"""The sequential head of a DSpark drafter: a low-rank correction of a slot's logits, given the token drafted before."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MarkovHead:
     """W1 (rows by target id), the mixing of a row with the slot's hidden state, and W2 (rows by draft id).
 
     The hidden state's share of the mixing is computed for all slots at once, before the first token is known. With a
-    draft vocabulary, W1's rows of those tokens stand in a table of their own: what was drafted is looked up as it is.
+    draft vocabulary, W1's rows of those tokens are in a separate table, so that a drafted token is looked up directly.
     """
 
     def __init__(

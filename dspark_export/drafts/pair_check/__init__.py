@@ -1,4 +1,4 @@
-"""Whether a draft can draft for a model, looked at before anything is exported; every failure says how to fix it."""
+"""Checks whether a draft fits a model before anything is exported; every failure says how to fix it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of the target's embedding and head in a draft against the target's own, row by row."""
+"""Compares a draft's copies of the target's embedding and head with the target's own, row by row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OVERRIDE = "--allow-own-embeddings"
 FULL_ELEMENTS = 2**25
-"""Up to so many elements every row is compared, beyond it :data:`SAMPLED_ROWS` of them, evenly spread."""
+"""Up to this many elements every row is compared; above it, :data:`SAMPLED_ROWS` evenly spaced rows."""
 
 SAMPLED_ROWS = 4096
 _TOLERANCE = 2.0**-8 * 1.01  # of the larger value: one rounding to bfloat16
@@ -53,7 +53,7 @@ def check_copies(target: Checkpoint, draft: DraftCheckpoint, allowed: bool, toke
 
 
 def live_tables(target: Checkpoint) -> Mapping[str, torch.Tensor]:
-    """The target's embedding and head under DeepSpec's names, read when asked for."""
+    """The target's embedding and head under DeepSpec's names, read on request."""
     if target.weights is not None and not target.weights.pickled:
         config = target.config.get_text_config()
         table = (target.vocab_size, config.hidden_size)

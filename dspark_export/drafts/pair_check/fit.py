@@ -1,4 +1,4 @@
-"""A draft as a build uses it: what depends on the target filled in."""
+"""A draft as a build uses it, with everything that depends on the target filled in."""
 
 from __future__ import annotations
 

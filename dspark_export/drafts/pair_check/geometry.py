@@ -1,4 +1,4 @@
-"""Widths, depths, taps, positions and rotation of a draft against its target."""
+"""Checks a draft's widths, depths, taps, positions and rotation against its target."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _listed(numbers: tuple[int, ...] | list[int]) -> str:
 
 
 def check_block(draft: DraftCheckpoint, drafts: int | None) -> list[Finding]:
-    """Tokens per round: ``drafts`` asked for, None for as many as it was trained for."""
+    """Tokens per round: ``drafts`` if given, otherwise as many as it was trained for."""
     config = draft.config
     can = config.drafts
     asked = f"the draft has to draft {drafts or 'at least 1'} tokens per round"

@@ -1,4 +1,4 @@
-"""Whether draft and target number and split text alike, by the content of their tokenizers."""
+"""Checks from the content of their tokenizers whether draft and target split and number text alike."""
 
 from __future__ import annotations
 

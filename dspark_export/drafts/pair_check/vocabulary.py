@@ -1,4 +1,4 @@
-"""Sizes of vocabularies, padding rows, the mask token and the map of a reduced vocabulary."""
+"""Checks vocabulary sizes, padding rows, the mask token and the map of a reduced vocabulary."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check_mask(target: Checkpoint, draft: DraftCheckpoint) -> list[Finding]:
     config = draft.config
     if not isinstance(config, BlockConfig):
         return []
-    asked = "the mask token has to be a row of the model's embedding that is no token of its texts"
+    asked = "the mask token has to be a row of the model's embedding that is not a token of its texts"
     mask, fix = config.mask_token_id, "use a draft trained for this model, or correct mask_token_id in its config.json"
     if mask >= target.vocab_size:
         found = f"mask_token_id {mask} is outside its {target.vocab_size} rows"

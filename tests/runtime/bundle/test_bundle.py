@@ -1,4 +1,5 @@
-"""Opening bundles: what is accepted, and every way a folder can be none, a damaged one or one of another version."""
+"""Opening bundles: what is accepted, and every way a folder can be no bundle, a damaged one or one of another
+version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of the contract are written once: a second spelling could come to differ."""
+"""Names of the contract are written once: a second spelling could diverge."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def request_of(tiny: Tiny, prompt: Sequence[int], params: SamplingParams, tokens
 
 
 def arrive(loop: DecodingLoop, requests: Sequence[Request], every: int, alternate: bool) -> list[SequenceState]:
-    """Admit one request every so many steps, when a row is free; all at once for 0."""
+    """Admit one request every ``every`` steps, when a row is free; all at once for 0."""
     sequences: list[SequenceState] = []
     for number in itertools.count():
         due = len(requests) if every == 0 else number // every + 1

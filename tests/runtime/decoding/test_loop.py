@@ -82,7 +82,7 @@ class Outside(Drafter):
 
 
 class Sampled(Drafter):
-    """Draws a chain at random from a distribution of its own, and says so."""
+    """Draws a chain at random from its own distribution, and says so."""
 
     name = "sampled"
 
@@ -296,7 +296,7 @@ def test_a_draft_model_sits_out_for_a_text_it_cannot_read(tmp_path: Path, tiny: 
 
 
 def test_invalid_bytes_cost_no_text_of_a_batch(tiny: Tiny) -> None:
-    """A tokenizer with byte fallback: at a temperature, some sequences have bytes that are no characters."""
+    """A tokenizer with byte fallback: at a temperature, some sequences have bytes that are not characters."""
     tokenizer = tiny_models.byte_fallback_tokenizer().backend_tokenizer
     bytewise = dataclasses.replace(tiny, tokenizer=tokenizer)
     found = bytewise.generate([*PROMPTS, [100, 200]], [NgramDrafter()], params=SamplingParams(1.0), tokens=60)
