@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Installs everything the tests need into .venv, then runs the linter, the type checker and all tests.
-# Arguments go to pytest:  scripts/test.sh -k tree
+# Arguments go to pytest:
+#   scripts/test.sh -k tree
+#   scripts/test.sh --quick      unit tests that trace and build nothing: under three minutes
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$repository"

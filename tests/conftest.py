@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,11 @@ from tests.shared.folders import remove_unused
 SHARING = ("real_model", "validate", "drafting", "engines", "plugins", "cli", "runtime")
 """Folders whose files share such things. They come first, the slowest of them before the others, for an even end."""
 BY_ARCHITECTURE = ("parity", "passes", "kernels")
+
+QUICK = ("runtime", "docs", "shared", "test_project.py", "test_rooms.py")
+"""What ``--quick`` runs: unit tests that trace and build nothing."""
+TRACED = {"tiny", "tiny_windowed", "bundle"}
+"""Fixtures of those folders that trace or build."""
 
 # Tests run the same whether or not the sequence kernels were compiled; those of the kernels ask for them.
 os.environ.setdefault("DSPARK_CPU_LIBRARY", "none")
@@ -33,7 +39,29 @@ def group(nodeid: str) -> str:
     return named[0] if folder in BY_ARCHITECTURE and named else file
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="run only unit tests that trace and build nothing")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the folders and files that are not :data:`QUICK`; None lets pytest decide."""
+    if not config.getoption("quick"):
+        return None
+    inside = collection_path.relative_to(Path(__file__).parent).parts
+    return True if inside and inside[0] not in QUICK else None
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    """Whether ``--quick`` runs a test: it traces no graph and does not draw a hundred thousand samples."""
+    traced = TRACED.intersection(getattr(item, "fixturenames", ())) or "test_traces" in item.nodeid
+    return not traced and item.get_closest_marker("statistics") is None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        left = [item for item in items if not _is_quick(item)]
+        items[:] = [item for item in items if _is_quick(item)]
+        config.hook.pytest_deselected(items=left)
     places = {name: place for place, name in enumerate(SHARING)}
     items.sort(key=lambda item: places.get(group(item.nodeid), len(SHARING)))
 
@@ -71,6 +99,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return group(nodeid)
+            return nodeid.partition("::")[0] if config.getoption("quick") else group(nodeid)
 
     return ByGroup(config, log)

@@ -298,7 +298,7 @@ _SCRIPTS = {
     )
 }  # fmt: skip
 
-_HEADER = '<domain: "dspark", opset_import: ["" : 24, "dspark" : 1]>\n'
+_HEADER = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>\n'
 _PRODUCT = """
 {kind}{format} <N> (x, {inputs}) => (y) {{
     zero = Constant <value_ints = [0]> ()

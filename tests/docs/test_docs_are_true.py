@@ -87,7 +87,7 @@ def test_every_option_in_backticks_exists() -> None:
     known = {option for param in group.params for option in param.opts}
     for command in group.commands.values():
         known |= {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
-    for script in ROOT.glob("benchmarks/**/*.py"):
+    for script in (*ROOT.glob("benchmarks/**/*.py"), ROOT / "tests" / "conftest.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text(encoding="utf-8")))
     named = {
         o for text in TEXTS.values() for span in spans(text) for o in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span)

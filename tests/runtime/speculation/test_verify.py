@@ -190,6 +190,7 @@ def test_tree_emits_the_target_distribution(params: SamplingParams) -> None:
     assert np.abs(frequencies(second, vocab) - targets[top]).max() < 0.02
 
 
+@pytest.mark.statistics
 @pytest.mark.parametrize(
     "params", [SamplingParams(1.0), SamplingParams(0.7, top_k=6), SamplingParams(1.3, top_p=0.7, min_p=0.05)]
 )
@@ -201,6 +202,7 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     assert set(drawn) <= set(np.flatnonzero(target).tolist())
 
 
+@pytest.mark.statistics
 @pytest.mark.parametrize("case", ["equal", "close", "reversed", "misses mass", "zero target mass"])
 def test_chain_emits_the_target_distribution(case: str) -> None:
     """Speculative sampling over 200,000 draws, and never a token the target gives no mass."""

@@ -110,10 +110,10 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attacks_end_quickly_in_a_typed_error(attack: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()  # of the processor: other programs may slow the machine down
     with pytest.raises(ChatTemplateError) as caught:
         ChatTemplate(ATTACKS[attack]).render(MESSAGES)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert "chat template" in str(caught.value)
 
 
