@@ -17,9 +17,15 @@ from pydantic import JsonValue
 
 from dspark_export.build.options import AUTO, LAYERS, NONE, BuildOptions
 from dspark_export.bundle.writer import BundleWriter
+from dspark_export.checkpoints import resolve
 from dspark_export.drafts.export import export_drafts, open_drafts, taps_of, write_vocab_maps
 from dspark_export.drafts.opened import DraftGraphs
-from dspark_export.engines.options import PluginsOption
+from dspark_export.engines.compile import add_engines, choose, require_compiler
+from dspark_export.engines.options import CompileOptions, PluginsOption, Ranges
+from dspark_export.engines.plugins import find_plugins
+from dspark_export.graphs.layer_choice import parse_layers
+from dspark_export.passes import all_forms, optimize
+from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_runtime.bundle.contract import VERIFY
 from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.files import GRAPH_DIR, TOKENIZER_DIR, BundleFiles
@@ -74,15 +80,10 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
     stages = _Stages(on_stage)
     with BundleWriter(options.out, options.overwrite) as writer:
         stages.enter("check")
-        from dspark_export.checkpoints import resolve
-
         if options.backend is not None:
-            from dspark_export.engines.compile import require_compiler
-            from dspark_export.engines.options import CompileOptions
-            from dspark_export.engines.plugins import find_plugins
-
             require_compiler(options.backend)
             find_plugins(CompileOptions(flavour=options.backend, plugins=options.plugins))
+        # torch, transformers: only after the folder and the backend are checked
         from dspark_export.graphs.decoder import trace_without_weights
 
         trial = trace_without_weights if options.allow_untested else None
@@ -134,8 +135,6 @@ def _floors(options: BuildOptions, manifest: Manifest) -> dict[str, JsonValue]:
 
 
 def _requested_layers(options: BuildOptions, checkpoint: Checkpoint) -> tuple[int, ...] | None:
-    from dspark_export.graphs.layer_choice import parse_layers
-
     if options.self_draft in (AUTO, NONE):
         return None
     count = checkpoint.config.get_text_config().num_hidden_layers
@@ -150,6 +149,7 @@ def _self_draft(
     Without a tokenizer there are no texts to measure on: only explicitly requested layers are used then, and their
     agreement is unknown.
     """
+    # torch, transformers: only when a model is loaded
     from dspark_export.graphs.self_draft_choice import agreement, choose
 
     if checkpoint.tokenizer is None:  # nothing to measure on
@@ -161,6 +161,7 @@ def _self_draft(
 
 
 def _trace(model: PreTrainedModel, layers: Sequence[int] | None, taps: Sequence[int]) -> dict[str, ir.Model]:
+    # torch, transformers: only when a model is traced
     from dspark_export.graphs.decoder import DecoderTrace
     from dspark_export.graphs.self_draft import export_self_draft
     from dspark_export.graphs.target import export_target
@@ -179,6 +180,7 @@ def _calibrated(
     tokenizer = checkpoint.tokenizer
     if not options.kind.integer_products or tokenizer is None:
         return None
+    # torch, transformers: only when activations are quantized
     from dspark_export.build.calibrate import calibrate
 
     return lambda graph: calibrate(model, tokenizer.backend, graph)
@@ -187,9 +189,6 @@ def _calibrated(
 def _optimize(
     graphs: dict[str, ir.Model], options: BuildOptions, calibrated: Callable[[ir.Model], Calibration] | None = None
 ) -> None:
-    from dspark_export.passes import optimize
-    from dspark_export.passes.precision import PrecisionSettings, apply_precision
-
     settings = PrecisionSettings(
         options.precision, options.block, head=options.quantize_head, embedding=options.embedding_too
     )
@@ -211,11 +210,11 @@ def _save(
     taps: Sequence[int],
 ) -> list[GraphEntry]:
     """Write every graph, standard and for ONNX Runtime's CPU provider, and the verify graph; return their entries."""
+    # torch, transformers: only when traced graphs are written
     from dspark_export.build.manifest import file_stem, graph_entry
     from dspark_export.bundle.weights import save_graphs
     from dspark_export.drafts.graphs.block import hide_inner_values
     from dspark_export.graphs.verify import build_verify_model
-    from dspark_export.passes import all_forms
 
     caches = {name: draft.cache for draft in drafts for name in draft.graphs}
     made = {**graphs, **{name: g for draft in drafts for name, g in draft.graphs.items()}}
@@ -241,6 +240,7 @@ def _save(
 
 
 def _facts(checkpoint: Checkpoint, model: PreTrainedModel) -> ModelFacts:
+    # torch, transformers: only when a model is loaded
     from dspark_export.build.manifest import model_facts
     from dspark_export.tracing.geometry import probe
 
@@ -255,6 +255,7 @@ def _describe(
     layers: Sequence[int] | None,
     agreement: float | None,
 ) -> Manifest:
+    # transformers: only when traced graphs are described
     from dspark_export.build.manifest import drafters, manifest
 
     return manifest(checkpoint, options, facts, entries, drafters(layers, agreement))
@@ -262,6 +263,7 @@ def _describe(
 
 def _measure(writer: BundleWriter, manifest: Manifest, options: BuildOptions) -> Manifest:
     """The manifest with step costs and row noise, measured on the files as they will be shipped."""
+    # onnxruntime, transformers: only when a bundle is measured
     from dspark_export.build.manifest import measured_precision
     from dspark_export.build.measure import measure
 
@@ -273,9 +275,6 @@ def _measure(writer: BundleWriter, manifest: Manifest, options: BuildOptions) ->
 
 def _compile(writer: BundleWriter, manifest: Manifest, flavour: Flavour, plugins: PluginsOption) -> Manifest:
     """The manifest with engines of every graph that can have one, which are written beside the graphs."""
-    from dspark_export.engines.compile import add_engines, choose
-    from dspark_export.engines.options import CompileOptions, Ranges
-
     options = CompileOptions(flavour=flavour, ranges=Ranges.fitting(manifest.model.max_positions), plugins=plugins)
     manifest = writer.preview(manifest)
     made, _ = add_engines(writer.dir, manifest, choose(manifest, options), options, lambda *progress: None)

@@ -118,6 +118,7 @@ def _with_weights(
 
 
 def _check_supported(config: PretrainedConfig, trial: Trial | None) -> None:
+    # transformers: only when a model is opened
     from dspark_export.checkpoints.architectures import check_supported
 
     check_supported(config, trial=trial)

@@ -13,6 +13,7 @@ from dspark_export.checkpoints.files import checked_file
 from dspark_export.checkpoints.library_calls import first_line, heard
 from dspark_export.checkpoints.trust import Trust
 from dspark_runtime.errors import InvalidTokenizer
+from dspark_runtime.text.chat_template import ChatTemplate
 from dspark_runtime.text.codec import TOOL_TEMPLATE
 
 if TYPE_CHECKING:
@@ -161,7 +162,6 @@ def end_of_turn(tokenizer: TokenizerFiles) -> int | None:
     """The special token the chat template writes after an assistant's message; None without one."""
     if tokenizer.chat_template is None:
         return None
-    from dspark_runtime.text.chat_template import ChatTemplate
 
     try:
         text = ChatTemplate(tokenizer.chat_template, tokenizer.special).render(

@@ -12,8 +12,9 @@ import typer
 
 from dspark_export.cli.arguments import AsJson, BundleFolder, Exact, Threads
 from dspark_export.cli.progress import bars
+from dspark_export.prompts.sets import SHIPPED, load_sets
 from dspark_runtime.errors import UsageError
-from dspark_runtime.processors import default_threads
+from dspark_runtime.processors import default_threads, this_machine
 
 
 def bench(
@@ -40,12 +41,11 @@ def bench(
 
     Speed is that of decoding, prefill excluded. Nothing else should be running meanwhile.
     """
+    # numpy, onnx, pydantic: only when a bundle is measured
     from dspark_export.bench.bandwidth import bytes_per_token, measure_bandwidth
     from dspark_export.bench.report import Conditions, heading, over_all_sets, print_report, shown_summaries, to_json
     from dspark_export.bench.runner import checked_modes, modes_of, run
-    from dspark_export.prompts.sets import SHIPPED, load_sets
     from dspark_runtime import Bundle
-    from dspark_runtime.processors import this_machine
 
     if plot is not None:
         _check_plot(plot)
@@ -72,6 +72,7 @@ def bench(
     with _progress(repeats * len(items) * len(chosen)) as step:
         result = run(opened, items, chosen, max_new_tokens=max_new_tokens, repeats=repeats, on_step=step)
     if plot is not None:
+        # matplotlib: only for a plot
         from dspark_export.bench.plot import draw
 
         draw(shown_summaries(result), over_all_sets(result), plot, heading(conditions))

@@ -117,6 +117,7 @@ def build(
     progress: Progress = "auto",
 ) -> None:
     """Turn MODEL into a bundle: ONNX graphs, tokenizer, measured costs and a manifest."""
+    # numpy, onnx_ir, pydantic: only when a bundle is built
     from dspark_export.build.options import BuildOptions
     from dspark_export.build.pipeline import build as run
     from dspark_export.checkpoints.trust import Trust

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dspark_export.cli.generate import print_stats, write
+from dspark_export.cli.printing import print_stats, write
 from dspark_runtime.errors import CapacityError
 
 if TYPE_CHECKING:

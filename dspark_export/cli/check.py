@@ -32,6 +32,7 @@ def check(
 
     Ends with 0 if a build would take the pair, with 9 if not, and with the code of the error if a file is damaged.
     """
+    # torch: only when a pair is checked
     from dspark_export.checkpoints import Trust, resolve
     from dspark_export.drafts.formats import recognise
     from dspark_export.drafts.pair_check import check_pair
@@ -39,7 +40,8 @@ def check(
     trust = Trust.opened() if allow_unsafe_checkpoint else Trust.closed()
     trial = None
     if allow_untested_architecture:
-        from dspark_export.graphs.decoder import trace_without_weights  # onnx: only where something is traced
+        # onnx, transformers: only when a model is traced
+        from dspark_export.graphs.decoder import trace_without_weights
 
         trial = trace_without_weights
     target = resolve(model, revision, trust, trial)

@@ -12,7 +12,7 @@ import typer
 
 from dspark_export.cli.arguments import AsJson
 from dspark_export.cli.progress import bars
-from dspark_export.engines.options import PluginsOption
+from dspark_export.engines.options import CompileOptions, PluginsOption, Ranges
 from dspark_runtime.bundle.engine_names import Flavour, HardwareCompatibility
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def compile_(
     as_json: AsJson = False,
 ) -> None:
     """Compile the graphs of BUNDLE to TensorRT engines and add them to it. tensorrt-rtx needs no GPU for that."""
+    # onnx, pydantic: only when a bundle is compiled
     from dspark_export.engines.compile import compile_bundle
-    from dspark_export.engines.options import CompileOptions, Ranges
     from dspark_runtime.bundle.files import BundleFiles
 
     positions = BundleFiles.open(bundle, verify=False).manifest.model.max_positions

@@ -20,7 +20,10 @@ import typer
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dspark_runtime.backends.ort_kernels import HOW_TO_GET, LOSS, kernel_library
+from dspark_runtime.backends.plugin_files import LIBRARY, plugin_file
 from dspark_runtime.errors import BackendError
+from dspark_runtime.processors import this_machine
 
 _DISTRIBUTIONS = ("dspark-export", "dspark-runtime")
 _CPU, _KERNELS, _CUDA = "ONNX Runtime, CPU", "sequence kernels, CPU", "ONNX Runtime, CUDA"
@@ -89,7 +92,7 @@ def doctor(
 
 def _engines(bundle: Path) -> list[EngineFinding]:
     """Every engine of ``bundle``, whose files are checked first: a damaged plan is an error, not a finding."""
-    from dspark_runtime.backends.plugin_files import LIBRARY, plugin_file
+    # pydantic: only when a bundle is examined
     from dspark_runtime.backends.tensorrt_check import checked_plan, refusals
     from dspark_runtime.backends.tensorrt_device import installed_version, this_device
     from dspark_runtime.bundle.files import BundleFiles
@@ -105,8 +108,6 @@ def _engines(bundle: Path) -> list[EngineFinding]:
 
 
 def _machine() -> dict[str, str]:
-    from dspark_runtime.processors import this_machine
-
     found = this_machine()
     return {
         "python": platform.python_version(),
@@ -231,8 +232,6 @@ def _run_scatter(provider: str) -> bool:
 
 
 def _sequence_kernels() -> Finding:
-    from dspark_runtime.backends.ort_kernels import HOW_TO_GET, LOSS, kernel_library
-
     library = kernel_library()
     if library is None:
         return Finding(_KERNELS, False, f"no library: {LOSS}", HOW_TO_GET, "cpu")
@@ -257,6 +256,7 @@ def _onnxruntime_cuda() -> Finding:
 
 
 def _driver() -> Finding:
+    # pydantic: only when the driver is asked
     from dspark_runtime.backends.tensorrt_device import driver_version_and_devices
 
     name, remedy = "NVIDIA driver", "https://www.nvidia.com/drivers, if this machine has an NVIDIA GPU"

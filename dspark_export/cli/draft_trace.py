@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dspark_export.cli.arguments import BundleFolder, ConfidenceThreshold, DraftSampling, Seed, Temperature, Threads
+from dspark_export.cli.generate import read_ids
 from dspark_runtime.errors import UsageError
 
 
@@ -34,7 +35,7 @@ def draft_trace(
 
     For debugging a draft that is rarely right: compare the arrays with those of the code it was trained with.
     """
-    from dspark_export.cli.generate import read_ids
+    # numpy, onnxruntime, pydantic: only when a bundle is run
     from dspark_export.drafts.trace import save_trace, trace_draft
     from dspark_runtime import Bundle
     from dspark_runtime.drafters.parts import DraftOptions

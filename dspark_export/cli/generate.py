@@ -20,6 +20,9 @@ from dspark_export.cli.arguments import (
     Temperature,
     Threads,
 )
+from dspark_export.cli.chat import Chat
+from dspark_export.cli.printing import print_stats, write
+from dspark_export.prompts.sets import read_prompts
 from dspark_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,6 +82,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:
     """Generate text from BUNDLE. The text goes to stdout, everything else to stderr."""
+    # numpy, pydantic: only when a bundle is opened
     from dspark_runtime import Bundle
 
     source = _Source(prompt, file, prompt_ids)
@@ -102,8 +106,6 @@ def generate(
         "draft_length": draft_length,
     }
     if source.chatting:
-        from dspark_export.cli.chat import Chat
-
         Chat(opened, system, {**options, "template_variables": variables}, stats).run()
         return
     if given_ids is not None:
@@ -180,7 +182,6 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
         return [prompt]
     if file is None:
         return [_text(sys.stdin.buffer.read(), "standard input")]
-    from dspark_export.prompts.sets import read_prompts
 
     return [item.text for item in read_prompts(file)]
 
@@ -221,13 +222,6 @@ def _stream(bundle: Bundle, tokens: Sequence[int], options: dict[str, Any], stat
         print_stats(stream.generations[0])
 
 
-def write(text: str) -> None:
-    """Put text on stdout at once; a character that the terminal's encoding lacks becomes a question mark."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
-
-
 def _print(generation: Generation, prompt: str, stats: bool, as_json: bool) -> None:
     if as_json:
         record = {
@@ -243,19 +237,3 @@ def _print(generation: Generation, prompt: str, stats: bool, as_json: bool) -> N
         write(generation.text + "\n")
     if stats:
         print_stats(generation)
-
-
-def print_stats(generation: Generation) -> None:
-    """Print one generation's statistics to stderr, named as in ``dspark_runtime.decoding.statistics``."""
-    stats, seconds = generation.stats, generation.stats.seconds
-    lines = [
-        f"emitted {stats.emitted} tokens ({generation.finish_reason}) after a prompt of {generation.prompt_tokens}; "
-        f"decoding ran at {stats.tokens_per_second:.1f} tokens/s",
-        f"rounds {stats.rounds}, drafted {stats.drafted}, verified {stats.verified}, accepted {stats.accepted}, "
-        f"accepted length {stats.accepted_length:.2f}",
-        *(f"{name}: verified {c.drafted}, accepted {c.accepted}" for name, c in stats.per_drafter.items()),
-        f"seconds: prefill {seconds.prefill:.3f}, draft {seconds.draft:.3f}, verify {seconds.verify:.3f}, "
-        f"host {seconds.host:.3f}",
-    ]
-    for line in lines:
-        typer.echo(f"  {line}", err=True)

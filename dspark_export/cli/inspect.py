@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dspark_export.cli.arguments import BundleFolder
+from dspark_export.graphs.layer_choice import describe_layers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +25,7 @@ def inspect(
     operators: Annotated[bool, typer.Option("--operators", help="Count the operators of every graph.")] = False,
 ) -> None:
     """Show source, model, precision, graphs, drafters, costs and files of BUNDLE."""
+    # pydantic: only when a bundle is opened
     from dspark_runtime.bundle.files import BundleFiles
 
     files = BundleFiles.open(bundle, verify=verify)
@@ -121,8 +123,6 @@ def _row_noise(noise: RowNoise | None) -> str:
 
 
 def _graphs(manifest: Manifest, counts: dict[str, dict[str, int]]) -> Table:
-    from dspark_export.graphs.layer_choice import describe_layers
-
     table = _table("graphs", "graph", "variant", "dtype", "layers", "nodes", "file", right=("nodes",))
     for graph in manifest.graphs:
         layers = "" if graph.layers is None else describe_layers(graph.layers)

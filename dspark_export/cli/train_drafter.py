@@ -11,7 +11,7 @@ import typer
 
 from dspark_export.cli.arguments import AsJson, Model, Progress, Revision, Seed, UnsafeCheckpoint
 from dspark_export.cli.progress import ProgressForm, bars, terminable, write_step
-from dspark_export.train.options import Arithmetic, Markov, Optimizer
+from dspark_export.train.options import TREE, Arithmetic, DrafterShape, Markov, Optimizer, TrainOptions
 from dspark_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -99,10 +99,10 @@ def train_drafter(
     progress: Progress = "auto",
 ) -> None:
     """Train a drafter for MODEL; the same command continues a training that was interrupted."""
+    # torch, transformers: only when a drafter is trained
     from dspark_export.checkpoints.trust import Trust
     from dspark_export.train.asking import Plan
     from dspark_export.train.card import CardFacts
-    from dspark_export.train.options import DrafterShape, TrainOptions
     from dspark_export.train.pipeline import DrafterJob
     from dspark_export.train.pipeline import train_drafter as run
 
@@ -196,8 +196,6 @@ def _shown(progress: ProgressForm) -> Iterator[OnProgress]:
 
 
 def _print(trained: TrainedDrafter, model: str) -> None:
-    from dspark_export.train.options import TREE
-
     before, after = trained.calibration_error
     typer.echo(f"trained {trained.out} in {sum(trained.seconds.values()):.0f} s")
     typer.echo(f"  size        {trained.parameters / 1e6:.2f} M parameters, {trained.steps} steps")

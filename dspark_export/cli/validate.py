@@ -74,6 +74,7 @@ def validate(
 
     The report goes into the bundle, as JSON and as a page, and its verdict into the manifest.
     """
+    # torch, onnxruntime, matplotlib: only when a bundle is validated
     from dspark_export.checkpoints.trust import Trust
     from dspark_export.validate.html import render
     from dspark_export.validate.options import ValidateOptions
@@ -82,6 +83,7 @@ def validate(
     from dspark_runtime.bundle.files import BundleFiles
 
     if polygraphy_script is not None:
+        # polygraphy: only for a script
         from dspark_export.validate.polygraphy_script import write_script
 
         for path in write_script(bundle, polygraphy_script, prompts or (), threads):
@@ -119,6 +121,7 @@ def validate(
 
 def _floors(path: Path) -> dict[str, float]:
     """Accepted lengths by mode of a report, or of the validated bundle in a folder."""
+    # pydantic: only when a bundle is opened
     from dspark_runtime.bundle.files import BundleFiles
 
     if path.is_dir():

@@ -48,8 +48,9 @@ class DraftKind(Protocol):
 
 def kind_of(checkpoint: DraftCheckpoint | Checkpoint) -> DraftKind:
     """The file that exports ``checkpoint``."""
+    # torch, onnx: only where there are drafts
     from dspark_export.drafts.formats.draft import BlockConfig, EagleConfig
-    from dspark_export.drafts.graphs import block, draft_model, eagle3  # torch, onnx: only where there are drafts
+    from dspark_export.drafts.graphs import block, draft_model, eagle3
 
     kinds: dict[type, DraftKind] = {BlockConfig: block, EagleConfig: eagle3}
     return kinds.get(type(checkpoint.config), draft_model)
@@ -57,6 +58,7 @@ def kind_of(checkpoint: DraftCheckpoint | Checkpoint) -> DraftKind:
 
 def open_drafts(target: Checkpoint, drafts: Sequence[str], settings: DraftSettings) -> list[OpenedDraft]:
     """Recognise and check every ``--draft``; raises a CheckpointError for a draft that is damaged or does not fit."""
+    # torch: only where there are drafts
     from dspark_export.drafts.formats import recognise
     from dspark_export.drafts.pair_check import require_pair
 

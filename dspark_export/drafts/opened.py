@@ -52,6 +52,7 @@ class OpenedDraft:
     @property
     def taps(self) -> tuple[int, ...]:
         """Target layers it reads; none for an independent draft model."""
+        # torch: only where there are drafts
         from dspark_export.drafts.formats.draft import DraftCheckpoint
 
         return self.checkpoint.config.taps if isinstance(self.checkpoint, DraftCheckpoint) else ()
@@ -77,6 +78,7 @@ class TargetTables(NamedTuple):
     @classmethod
     def of(cls, model: PreTrainedModel) -> TargetTables:
         """The live tables of ``model``."""
+        # torch, transformers: only when a model is loaded
         from dspark_export.tracing.geometry import embedding_scale
 
         tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)

@@ -21,6 +21,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from dspark_runtime.backends.tensorrt_plugins import load_plugins
+from dspark_runtime.errors import CompilerMissing, EngineBuildError, EngineRefused
+
 
 class _Events:
     """Writes events to what stdout was; stdout itself goes to stderr, since native libraries print."""
@@ -93,14 +96,12 @@ def _load_plugins(trt: Any, plugins: dict[str, Any]) -> None:
     """Make the plugins of the graph known before it is parsed."""
     if plugins["form"] == "none":
         return
-    from dspark_runtime.errors import CompilerMissing, EngineBuildError, EngineRefused
 
     try:
         if plugins["form"] == "library":
-            from dspark_runtime.backends.tensorrt_plugins import load_plugins
-
             load_plugins(trt, Path(plugins["library"]), plugins["names"])
         else:
+            # onnx, pydantic: only for plugins compiled ahead of time
             from dspark_export.engines.aot_plugins import register_aot_plugins
 
             register_aot_plugins(plugins["ptx"])
@@ -235,6 +236,7 @@ def _targets(request: dict[str, Any]) -> list[str]:
         return given
     if request["hardware_compatible"] == "ampere-plus":
         return ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+    # pydantic: only when the GPU is asked
     from dspark_runtime.backends.tensorrt_device import this_device
 
     device = this_device()

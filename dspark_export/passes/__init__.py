@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import onnx_ir as ir
 
+from dspark_export.passes.drop_noops import DropNoops
+from dspark_export.passes.fold_rms_norm import FoldRmsNorm
+from dspark_export.passes.fold_rotary import FoldRotary
+from dspark_export.passes.kernel_attention import KernelAttention
+from dspark_export.passes.kernel_products import KernelProducts
+from dspark_export.passes.kernel_rows import KernelRows
+from dspark_export.passes.ort_cpu_attention import OrtCpuAttention
+from dspark_export.passes.ort_cpu_integer_products import OrtCpuIntegerProducts, has_integer_products
+from dspark_export.passes.ort_cpu_skip_norm import OrtCpuSkipNorm
+from dspark_export.passes.pack_projections import PackProjections
+from dspark_export.passes.packed_weights import PackedWeights, ReadPackedWeights
+from dspark_export.passes.widen_to_float32 import WidenToFloat32, is_half
 from dspark_runtime.backends.ort_kernels import DOMAIN
 from dspark_runtime.bundle.draft_contract import BLOCK_POSITIONS
 from dspark_runtime.bundle.manifest import Variant
-
-if TYPE_CHECKING:
-    from dspark_export.passes.packed_weights import PackedWeights
 
 # Operators that ONNX Runtime may round differently for another number of rows.
 _ARITHMETIC = {
@@ -24,11 +33,6 @@ _ARITHMETIC = {
 
 def optimize(model: ir.Model) -> ir.Model:
     """Fold what the tracer decomposed, in place; the graph stays standard operators only. Returns ``model``."""
-    from dspark_export.passes.drop_noops import DropNoops
-    from dspark_export.passes.fold_rms_norm import FoldRmsNorm
-    from dspark_export.passes.fold_rotary import FoldRotary
-    from dspark_export.passes.pack_projections import PackProjections
-
     ir.passes.Sequential(FoldRmsNorm(), FoldRotary(), DropNoops(), PackProjections())(model)
     return model
 
@@ -38,12 +42,6 @@ def for_ort_cpu(model: ir.Model, max_positions: int, *, any_batch: bool = False)
 
     With ``any_batch`` the attention stays in the standard form, which takes several sequences in one pass.
     """
-    from dspark_export.passes.drop_noops import DropNoops
-    from dspark_export.passes.ort_cpu_attention import OrtCpuAttention
-    from dspark_export.passes.ort_cpu_integer_products import OrtCpuIntegerProducts
-    from dspark_export.passes.ort_cpu_skip_norm import OrtCpuSkipNorm
-    from dspark_export.passes.widen_to_float32 import WidenToFloat32
-
     variant = model.clone()
     attention = () if any_batch else (OrtCpuAttention(max_positions),)
     rewrites = (*attention, OrtCpuSkipNorm(), OrtCpuIntegerProducts())
@@ -56,12 +54,8 @@ def for_kernels(model: ir.Model, max_positions: int, weights: PackedWeights) -> 
 
     It takes any number of sequences. Where an operator has no kernel, the standard form stays.
     """
-    from dspark_export.passes.drop_noops import DropNoops
-    from dspark_export.passes.kernel_attention import KernelAttention
+    # onnxscript: only when a graph gets the sequence kernels
     from dspark_export.passes.kernel_functions import add_kernel_functions
-    from dspark_export.passes.kernel_products import KernelProducts
-    from dspark_export.passes.kernel_rows import KernelRows
-    from dspark_export.passes.widen_to_float32 import WidenToFloat32
 
     variant = model.clone()
     rewrites = (KernelAttention(max_positions), KernelRows(), KernelProducts(weights))
@@ -95,8 +89,6 @@ def all_forms(
     With ``kernels`` there is one for the sequence kernels, and every form reads its weights in their layout: the graphs
     themselves, which are the standard forms, are changed for that.
     """
-    from dspark_export.passes.packed_weights import PackedWeights, ReadPackedWeights
-
     forms: list[tuple[str, Variant, ir.Model]] = []
     weights = PackedWeights()
     for name, graph in graphs.items():
@@ -112,6 +104,7 @@ def all_forms(
 
 def kernels_of(model: ir.Model) -> tuple[str, ...]:
     """Names of the sequence kernels that ``model`` calls."""
+    # onnxscript: only when finished graphs are described
     from dspark_export.passes.kernel_functions import kernel_names
 
     called = {node.op_type for graph in model.graphs() for node in graph if node.domain == DOMAIN}
@@ -126,7 +119,4 @@ def without_kernel(model: ir.Model) -> dict[str, int]:
 
 def _needs_variant(model: ir.Model) -> bool:
     """Whether the CPU needs its own variant of the standard graph."""
-    from dspark_export.passes.ort_cpu_integer_products import has_integer_products
-    from dspark_export.passes.widen_to_float32 import is_half
-
     return is_half(model) or has_integer_products(model)

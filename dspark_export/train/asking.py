@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dspark_export.prompts.sets import load_sets
 from dspark_export.train.decode import DecodeOptions, Question, decode
 from dspark_export.train.features import Rows
 from dspark_export.train.responses import EVERY, Response, ResponseFile, drop_torn_line, prompt_number
-from dspark_runtime.errors import UsageError
+from dspark_runtime.errors import ChatTemplateError, UsageError
 from dspark_runtime.speculation.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ _PROMPT_TOKENS = 96  # of a prompt the target writes
 
 def read_prompts(files: Sequence[Path]) -> list[str]:
     """The prompts of all files: ``.jsonl`` with ``prompt`` or ``turns``, otherwise a line each; duplicates once."""
-    from dspark_export.prompts.sets import load_sets
-
     return list(dict.fromkeys(item.text for item in load_sets([str(file) for file in files]))) if files else []
 
 
@@ -149,8 +148,6 @@ def make_responses(
 
 
 def _render(codec: TextCodec, text: str) -> list[int]:
-    from dspark_runtime.errors import ChatTemplateError
-
     try:
         return codec.encode_chat([{"role": "user", "content": text}])
     except ChatTemplateError:

@@ -34,10 +34,10 @@ from dspark_export.train.saving import load_drafter_like, save_drafter
 from dspark_export.train.targets import embedding_and_head, frequent_tokens, geometry_for
 from dspark_export.train.trainer import StepReport, Trainer
 from dspark_runtime.errors import BundleBusy, BundleNotWritten, UsageError
+from dspark_runtime.text.codec import TextCodec
 
 if TYPE_CHECKING:
     from dspark_export.checkpoints import Checkpoint
-    from dspark_runtime.text.codec import TextCodec
 
 _Result = TypeVar("_Result")
 
@@ -229,8 +229,6 @@ class _Run:
         return items
 
     def _codec(self) -> TextCodec:
-        from dspark_runtime.text.codec import TextCodec
-
         if self._checkpoint.tokenizer is None:
             raise UsageError(
                 f"{self._checkpoint.id} has no tokenizer, so no prompts can be read: give --responses of token ids"

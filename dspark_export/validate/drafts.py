@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dspark_export.drafts.export import kind_of
+from dspark_export.drafts.formats import recognise
+from dspark_export.drafts.formats.draft import DraftCheckpoint
+from dspark_export.drafts.opened import TargetTables
+from dspark_export.drafts.pair_check import require_pair
 from dspark_export.drafts.recording import Call, record
 from dspark_export.passes.packed_weights import load_plain
 from dspark_export.validate.checks import Check
@@ -37,7 +42,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dspark_export.checkpoints import Checkpoint
-    from dspark_export.drafts.formats.draft import DraftCheckpoint
 
 _AFTER_A_CHOICE = ("corrected_logits", "confidence_logits", "candidate_probs")
 _REACHES = "beam_reaches"
@@ -77,10 +81,6 @@ def references(
     Raises:
         UsageError: a draft that no drafter of the bundle was made from.
     """
-    from dspark_export.drafts.formats import recognise
-    from dspark_export.drafts.formats.draft import DraftCheckpoint
-    from dspark_export.drafts.pair_check import require_pair
-
     found: dict[str, Reference] = {}
     trained = [entry for entry in bundle.manifest.drafters if entry.trained]
     for draft in drafts:
@@ -107,9 +107,6 @@ def references(
 def _modules(
     bundle: Bundle, entry: DrafterEntry, checkpoint: DraftCheckpoint, model: PreTrainedModel
 ) -> dict[str, tuple[torch.nn.Module, GraphContract]]:
-    from dspark_export.drafts.export import kind_of
-    from dspark_export.drafts.opened import TargetTables
-
     kind = getattr(torch, bundle.files.graph(entry.graph_name).dtype)
     rounded = {name: tensor.to(kind).float() for name, tensor in checkpoint.tensors.items()}
     checkpoint = replace(checkpoint, tensors=rounded)

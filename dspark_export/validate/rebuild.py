@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from dspark_export.build.calibrate import stored_calibration
+from dspark_export.build.manifest import file_stem
+from dspark_export.build.pipeline import DATA_FILE
+from dspark_export.bundle.weights import save_graphs
+from dspark_export.graphs.decoder import DecoderTrace
+from dspark_export.graphs.self_draft import export_self_draft
+from dspark_export.graphs.target import export_target
+from dspark_export.passes import all_forms, optimize
 from dspark_export.passes.packed_weights import load_plain
+from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import GraphEntry
 
@@ -32,14 +41,6 @@ class Rebuilt:
     @cached_property
     def graphs(self) -> dict[str, ir.Model]:
         """Standard graphs by name, weights as the bundle should store them."""
-
-        from dspark_export.build.calibrate import stored_calibration
-        from dspark_export.graphs.decoder import DecoderTrace
-        from dspark_export.graphs.self_draft import export_self_draft
-        from dspark_export.graphs.target import export_target
-        from dspark_export.passes import optimize
-        from dspark_export.passes.precision import PrecisionSettings, apply_precision
-
         trace = DecoderTrace(self._model)
         graphs = {"target": export_target(trace, taps=self._files.graph("target").taps)}
         if self._files.has_graph("self_draft"):
@@ -65,8 +66,6 @@ class Rebuilt:
 
     def graph(self, entry: GraphEntry) -> Path:
         """File of the clean graph in the same form."""
-        from dspark_export.build.manifest import file_stem
-
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="dspark-clean-")
             self._save(Path(self._folder.name) / "onnx")
@@ -79,11 +78,6 @@ class Rebuilt:
             self._folder = None
 
     def _save(self, folder: Path) -> None:
-        from dspark_export.build.manifest import file_stem
-        from dspark_export.build.pipeline import DATA_FILE
-        from dspark_export.bundle.weights import save_graphs
-        from dspark_export.passes import all_forms
-
         manifest = self._files.manifest
         kernels = any(graph.variant == "sequence-kernels" for graph in manifest.graphs)
         graphs = {name: graph.clone() for name, graph in self.graphs.items()}

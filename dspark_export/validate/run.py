@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dspark_export.build.manifest import own_version
+from dspark_export.checkpoints import resolve
+from dspark_export.graphs.decoder import trace_without_weights
 from dspark_export.passes.packed_weights import load_plain
 from dspark_export.prompts.sets import SHIPPED, load_sets
 from dspark_export.prompts.texts import PLAIN, encode
@@ -22,7 +24,9 @@ from dspark_export.validate.extent import EXTENTS
 from dspark_export.validate.numerics import GraphCheck, check_quantization
 from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.quantized import put_into
+from dspark_export.validate.rebuild import Rebuilt
 from dspark_export.validate.robustness import check_robustness
+from dspark_export.validate.weights import check_weights
 from dspark_runtime import Bundle, Generation
 from dspark_runtime.bundle.manifest import DrafterEntry, Source
 from dspark_runtime.errors import BackendError, DsparkError, ModelNotFound, UsageError
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dspark_export.checkpoints import Checkpoint
-    from dspark_export.validate.rebuild import Rebuilt
 
 OnStep = Callable[[str, int, int], None]
 """What begins, how many steps are done, of how many."""
@@ -109,9 +112,6 @@ class _Validation:
         return found
 
     def _find_model(self) -> Checkpoint | None:
-        from dspark_export.checkpoints import resolve
-        from dspark_export.graphs.decoder import trace_without_weights
-
         source = self.files.manifest.source
         name = self.options.model or (source.id if source.kind == "hub" else None)
         if self.options.against not in (None, "torch"):
@@ -151,9 +151,6 @@ class _Validation:
             )
             return
         import torch
-
-        from dspark_export.validate.rebuild import Rebuilt
-        from dspark_export.validate.weights import check_weights
 
         dtype = getattr(torch, self.files.graph("target").dtype)
         self.model = self.checkpoint.load_model(dtype)

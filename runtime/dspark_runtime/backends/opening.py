@@ -106,6 +106,7 @@ class HostBackend:
         """See :class:`Backend`."""
         graph = host_graph(self._files, name, batched, self._options)
         if graph.file not in self._engines:
+            # onnxruntime: only when a graph runs on it
             from dspark_runtime.backends.ort import OrtEngine
 
             self._engines[graph.file] = OrtEngine(
@@ -123,6 +124,7 @@ class HostBackend:
         """See :class:`Backend`."""
         graph = host_graph(self._files, name, batched, self._options)
         if graph.file not in self._graphs:
+            # onnxruntime: only when a graph runs on it
             from dspark_runtime.backends.ort_graph import OrtGraphEngine
 
             self._graphs[graph.file] = OrtGraphEngine(
@@ -215,6 +217,7 @@ class DeviceBackend:
 
     def _ranges(self, graph: GraphEntry) -> PassRanges:
         if self._name == "onnxruntime-cuda":
+            # onnxruntime: only when a graph runs on it
             from dspark_runtime.backends.ort_device import ChosenRanges
 
             return ChosenRanges.of(graph, self._length, _CUDA_BATCH, MOST_ROWS, CHUNK)
@@ -246,6 +249,7 @@ class DeviceBackend:
             return self._make_plan(graph, ranges, cuda, self._stream)
         if isinstance(ranges, EngineEntry):
             return LoadedPlan(self._files, ranges, cuda, device=lambda: self._device(self._number))
+        # onnxruntime: only when a graph runs on it
         from dspark_runtime.backends.ort_device import OrtPlan
 
         return OrtPlan(self._files.path(graph.file), graph, "cuda", self._number, self._stream)
