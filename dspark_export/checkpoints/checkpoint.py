@@ -13,7 +13,6 @@ from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_export.checkpoints.tokenizer import TokenizerFiles, eos_token_ids
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.checkpoints.weights import WeightFiles, check_finite, explain_report
-from dspark_export.tracing.rotary import make_rope_static
 from dspark_runtime.bundle.files import sha256_of
 from dspark_runtime.bundle.manifest import Source
 from dspark_runtime.errors import InvalidWeights
@@ -100,6 +99,9 @@ class Checkpoint:
         Raises InvalidWeights for weights that are missing, do not fit, or hold NaN or infinity.
         """
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+        # torch: only when a model is loaded
+        from dspark_export.tracing.rotary import make_rope_static
 
         options = {"config": self.config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
         try:
