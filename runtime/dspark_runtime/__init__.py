@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from dspark_runtime.decoding.statistics import Statistics
     from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
     from dspark_runtime.drafters.choice import SPECULATION_MODES
+    from dspark_runtime.drafters.parts import DraftOptions
     from dspark_runtime.errors import DsparkError
+    from dspark_runtime.speculation.sampling import SamplingParams
     from dspark_runtime.speculation.tree import TokenTree
 
 _PLACES = {
@@ -22,10 +24,12 @@ _PLACES = {
     "Bundle": "api",
     "Chunk": "decoding.sequence",
     "Draft": "drafters.base",
+    "DraftOptions": "drafters.parts",
     "DraftRequest": "drafters.base",
     "Drafter": "drafters.base",
     "DsparkError": "errors",
     "Generation": "decoding.sequence",
+    "SamplingParams": "speculation.sampling",
     "Statistics": "decoding.statistics",
     "Stream": "api",
     "TokenTree": "speculation.tree",
@@ -36,10 +40,12 @@ __all__ = [
     "Bundle",
     "Chunk",
     "Draft",
+    "DraftOptions",
     "DraftRequest",
     "Drafter",
     "DsparkError",
     "Generation",
+    "SamplingParams",
     "Statistics",
     "Stream",
     "TokenTree",

@@ -9,25 +9,24 @@ print(bundle.generate("Once upon a time", max_new_tokens=64).text)
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Literal, Protocol, Unpack, overload
 
-from dspark_runtime.arguments import plain_prompts, refuse_unknown, whole
+from dspark_runtime.arguments import Ids, Text, plain_prompts, refuse_unknown, whole
 from dspark_runtime.backends.opening import Backend, open_backend
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS, Engine, EngineOptions, GraphEngine
 from dspark_runtime.bundle.files import TOKENIZER_DIR, BundleFiles
 from dspark_runtime.bundle.manifest import Manifest
 from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
 from dspark_runtime.decoding.observer import Observer
+from dspark_runtime.decoding.options import DEFAULTS, CallOptions, GenerateOptions, draft_options, sampling_params
 from dspark_runtime.decoding.request import Limits, Request, make_requests
 from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.decoding.sequence import Chunk, Generation, SequenceState
 from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.choice import DrafterChoice
-from dspark_runtime.drafters.estimates import DraftSampling
 from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.errors import UsageError
 from dspark_runtime.speculation.costs import PassCosts
@@ -35,9 +34,26 @@ from dspark_runtime.speculation.sampling import SamplingParams
 from dspark_runtime.text.chat_template import Message
 from dspark_runtime.text.codec import TextCodec
 
-Speculate = str | Drafter | Sequence[Drafter]
+
+class TokenArray(Protocol):
+    """A numpy array or a torch tensor of token ids: one prompt if it has one dimension, one per row if two."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+
+    def tolist(self) -> object:
+        """The ids as plain Python."""
+
+
+Speculate = bool | str | Drafter | Sequence[Drafter] | None
+"""False for ``off``, True and None for ``auto``; see :meth:`Bundle.generate`."""
+
 Prompt = str | bytes | Sequence[int]
-"""Text, UTF-8 bytes or token ids; ids may be a list, a tuple, a numpy array or a torch tensor."""
+"""Text, UTF-8 bytes or token ids."""
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+"""One setting for all prompts, or a sequence of one for each."""
 
 
 class Stream:
@@ -190,47 +206,107 @@ class Bundle:
     def _choice(self) -> DrafterChoice:
         return DrafterChoice(self.files, self.schedule.costs, self.engine, self.graph_engine)
 
+    # A str is a Sequence[str] too, hence the ignore: the first signature that fits is taken.
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        params: Params = None,
+        *,
+        speculate: Speculate = None,
+        drafting: DraftOptions | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation: ...
+
+    @overload
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Sequence[Prompt | TokenArray],
+        params: Params = None,
         *,
-        max_new_tokens: int | None = None,
-        speculate: Speculate = "auto",
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int = 0,
-        stop: str | Sequence[str] | None = (),
+        speculate: Speculate = None,
+        drafting: DraftOptions | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: TokenArray,
+        params: Params = None,
+        *,
+        speculate: Speculate = None,
+        drafting: DraftOptions | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation | list[Generation]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt | TokenArray] | TokenArray,
+        params: Params = None,
+        *,
+        speculate: Speculate = None,
+        drafting: DraftOptions | None = None,
+        stream: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> Stream: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt | TokenArray] | TokenArray,
+        params: Params = None,
+        *,
+        speculate: Speculate = None,
+        drafting: DraftOptions | None = None,
+        stream: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation | list[Generation] | Stream: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt | TokenArray] | TokenArray,
+        params: Params = None,
+        *,
+        speculate: Speculate = None,
+        drafting: DraftOptions | None = None,
         stream: bool = False,
-        chat: bool = False,
-        template_variables: Mapping[str, Any] | None = None,
-        ignore_eos: bool = False,
-        draft_length: int | None = None,
-        draft_sampling: DraftSampling = "coupled",
-        confidence_threshold: float = 0.0,
-        draft_branches: int | None = None,
-        batch_size: int = 8,
-        **unknown: Any,
-    ) -> Any:
+        **options: Unpack[GenerateOptions],
+    ) -> Generation | list[Generation] | Stream:
         """Generate text: a :class:`Generation`, a list of them for a list of prompts, or a :class:`Stream`.
 
+        The types say which: a ``str``, ``bytes`` or ``Sequence[int]`` is one prompt, any other sequence holds prompts,
+        and an array may be either. The choice at run time depends on the values alone.
+
         Args:
-            prompt: text, UTF-8 bytes or token ids; or a list of those, which gives a list of generations.
-            max_new_tokens: most tokens to generate; None for 256 or what fits.
+            prompt: text, UTF-8 bytes or token ids (a list, a tuple, a numpy array or a torch tensor); or a list of
+                those, which gives a list of generations.
+            params: how tokens are drawn; a sequence has one setting for each prompt.
             speculate: ``auto``, ``off``, names of drafters joined with ``+`` (see :meth:`speculation_modes`), or
-                drafters of your own. It changes the speed, never the text.
-            temperature: 0 for greedy text. ``top_k``, ``top_p``, ``min_p``: filters, in this order.
+                drafters of your own. False is ``off``, True and None are ``auto``. It changes the speed, never the
+                text.
+            drafting: how trained drafters draft.
+            stream: return a :class:`Stream` instead of waiting.
+            options: the keywords below.
+
+        Keyword Args:
+            max_new_tokens: most tokens to generate; None for 256 or what fits.
+            temperature: shorthand for ``params``, like ``top_k``, ``top_p`` and ``min_p``: 0 for greedy text, and
+                filters, in this order.
             seed: of the random numbers, which depend on seed, prompt and position, not on what runs beside it.
             stop: strings that end the text.
-            stream: return a :class:`Stream` instead of waiting.
             chat: each prompt is a user's message; the chat template is applied.
             template_variables: what the chat template reads beside the message, such as ``{"enable_thinking": False}``.
             ignore_eos: go on after an end-of-text token (for measurements).
-            draft_length: draft so many tokens in every round, whether it pays or not; None adapts.
-            draft_sampling: how trained drafters draft for requests with a temperature. ``coupled``: with the
-                target's own random numbers, the text stays that of plain decoding; ``greedy``: the likeliest tokens,
-                likewise; ``rejection``: independently, verified by rejection sampling. The text then has the same
+            draft_length: draft this many tokens in every round, even where it does not pay; None adapts.
+            draft_sampling: shorthand for ``drafting``, like ``confidence_threshold`` and ``draft_branches``: how
+                trained drafters draft for requests with a temperature. ``coupled``: with the target's own random
+                numbers, the text stays that of plain decoding; ``greedy``: the most likely tokens, likewise;
+                ``rejection``: independently, verified by rejection sampling. The text then has the same
                 distribution, but is another one than plain decoding's, and ``draft_length`` is not looked at.
             confidence_threshold: drop the rest of a draft from the first token whose confidence is below this, before
                 it is verified; for drafters with a confidence head.
@@ -239,67 +315,131 @@ class Bundle:
             batch_size: most prompts that run together; fewer where an engine takes fewer.
 
         Raises:
-            UsageError: an option or a prompt outside its range.
+            UsageError: an option or a prompt outside its range, more or fewer ``params`` than prompts, or a shorthand
+                keyword beside the setting it is short for.
             CapacityError: a prompt with its new tokens does not fit.
         """
-        refuse_unknown("generate()", unknown, _GENERATE_OPTIONS)
-        if template_variables is not None and not chat:
+        refuse_unknown("generate()", {n: v for n, v in options.items() if n not in _OPTIONS}, _OPTIONS)
+        asked: GenerateOptions = {**DEFAULTS, **options}
+        chat, variables = asked["chat"], asked["template_variables"]
+        if variables is not None and not chat:
             raise UsageError("template_variables are the chat template's; give chat=True, or messages to chat()")
         prompts, single = plain_prompts(prompt, self.manifest.model.pad_token_id)
-        requests = make_requests(
-            [self._encode(item, template_variables if chat else None, chat) for item in prompts],
-            self.limits,
-            max_new_tokens=max_new_tokens,
-            params=SamplingParams(temperature, top_k, top_p, min_p),
-            seed=seed,
-            stop=stop,
-            eos=() if ignore_eos else self.manifest.model.eos_token_ids,
-        )
-        if self._codec is None and any(request.stops for request in requests):
-            raise UsageError("stop strings need a tokenizer, and this bundle has none; leave out stop")
-        if draft_length is not None:
-            draft_length = whole("draft_length", draft_length, 0, 31)
-        batch_size = whole("batch_size", batch_size, 1, 1024)
-        batch_size = min(batch_size, self._backend.limits.batch or batch_size)
-        rows = min(len(requests), batch_size)
-        drafters = self._choice().make(
-            speculate, rows > 1, DraftOptions(draft_sampling, confidence_threshold, draft_branches)
-        )
-        schedule = self.schedule
-        if draft_length is not None:
-            schedule = self._new_schedule(schedule.costs, draft_length)
-        target = self.engine("target", rows > 1)
-        result = Stream(lambda: self._loop(target, requests, rows, schedule, drafters), requests)
+        encoded = [self._encode(item, variables if chat else None, chat) for item in prompts]
+        result = self._start(encoded, params, speculate, drafting, asked)
         if stream:
             return result
-        for _ in result:
-            pass
-        return result.generations[0] if single else result.generations
+        generations = _finished(result)
+        return generations[0] if single else generations
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: Params = None,
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
+        template_variables: Mapping[str, object] | None = None,
+        speculate: Speculate = None,
+        drafting: DraftOptions | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[CallOptions],
+    ) -> Generation: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: Params = None,
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
+        template_variables: Mapping[str, object] | None = None,
+        speculate: Speculate = None,
+        drafting: DraftOptions | None = None,
+        stream: Literal[True],
+        **options: Unpack[CallOptions],
+    ) -> Stream: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: Params = None,
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
+        template_variables: Mapping[str, object] | None = None,
+        speculate: Speculate = None,
+        drafting: DraftOptions | None = None,
+        stream: bool,
+        **options: Unpack[CallOptions],
+    ) -> Generation | Stream: ...
 
     def chat(
         self,
         messages: Sequence[Message],
+        params: Params = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        template_variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
+        template_variables: Mapping[str, object] | None = None,
+        speculate: Speculate = None,
+        drafting: DraftOptions | None = None,
         stream: bool = False,
-        **options: Any,
-    ) -> Any:
-        """Answer a conversation.
+        **options: Unpack[CallOptions],
+    ) -> Generation | Stream:
+        """Answer a conversation: a :class:`Generation`, or a :class:`Stream`.
 
         Args:
             messages: a list of ``{"role": ..., "content": ...}``.
-            tools: JSON schemas of functions the model may ask for. ``documents``: texts it may quote, each a mapping.
+            params: as for :meth:`generate`, like ``speculate``, ``drafting``, ``stream`` and all ``options``.
+            tools: JSON schemas of functions the model may ask for.
+            documents: texts it may quote, each a mapping.
             template_variables: what else the model's chat template reads, such as ``{"enable_thinking": False}``.
-            stream: as for :meth:`generate`, like all other ``options``.
         """
         for name in ("prompt", "chat"):
             if name in options:
                 raise UsageError(f"chat() has no option {name!r}: the conversation is its first argument")
-        refuse_unknown("chat()", {n: v for n, v in options.items() if n not in _GENERATE_OPTIONS}, _GENERATE_OPTIONS)
+        refuse_unknown("chat()", {n: v for n, v in options.items() if n not in _OPTIONS}, _OPTIONS)
         variables = {**_checked_variables(template_variables), "tools": tools, "documents": documents}
-        return self.generate(self.codec.encode_chat(messages, **variables), stream=stream, **options)
+        encoded = self.codec.encode_chat(messages, **variables)
+        result = self._start([encoded], params, speculate, drafting, {**DEFAULTS, **options})
+        return result if stream else _finished(result)[0]
+
+    def _start(
+        self,
+        prompts: Sequence[Ids],
+        params: Params,
+        speculate: Speculate,
+        drafting: DraftOptions | None,
+        options: GenerateOptions,
+    ) -> Stream:
+        """A stream over the encoded ``prompts``, with everything checked; ``options`` with their defaults."""
+        requests = make_requests(
+            prompts,
+            self.limits,
+            max_new_tokens=options["max_new_tokens"],
+            params=sampling_params(params, options),
+            seed=options["seed"],
+            stop=options["stop"],
+            eos=() if options["ignore_eos"] else self.manifest.model.eos_token_ids,
+        )
+        if self._codec is None and any(request.stops for request in requests):
+            raise UsageError("stop strings need a tokenizer, and this bundle has none; leave out stop")
+        draft_length = options["draft_length"]
+        if draft_length is not None:
+            draft_length = whole("draft_length", draft_length, 0, 31)
+        batch_size = whole("batch_size", options["batch_size"], 1, 1024)
+        batch_size = min(batch_size, self._backend.limits.batch or batch_size)
+        rows = min(len(requests), batch_size)
+        drafters = self._choice().make(speculate, rows > 1, draft_options(drafting, options))
+        schedule = self.schedule
+        if draft_length is not None:
+            schedule = self._new_schedule(schedule.costs, draft_length)
+        target = self.engine("target", rows > 1)
+        return Stream(lambda: self._loop(target, requests, rows, schedule, drafters), requests)
 
     def _loop(
         self, target: Engine, requests: Sequence[Request], rows: int, schedule: Schedule, drafters: Sequence[Drafter]
@@ -312,7 +452,7 @@ class Bundle:
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         return DecodingLoop(target, schedule, drafters, rows, longest, tokenizer, options, self._observer)
 
-    def _encode(self, prompt: str | bytes | bytearray | list[int], variables: Any, chat: bool) -> list[int]:
+    def _encode(self, prompt: Text | Ids, variables: Mapping[str, object] | None, chat: bool) -> Ids:
         if isinstance(prompt, list):
             if chat:
                 raise UsageError("with chat=True a prompt is a user's message, a text; token ids go without chat")
@@ -336,7 +476,13 @@ def _accuracy(manifest: Manifest, exact: bool) -> int:
     return FLOAT_PRODUCTS if exact and not precision.rows_agree else precision.accuracy_level or ROUNDED_ACTIVATIONS
 
 
-def _checked_variables(variables: object) -> dict[str, Any]:
+def _finished(stream: Stream) -> list[Generation]:
+    for _ in stream:
+        pass
+    return stream.generations
+
+
+def _checked_variables(variables: object) -> dict[str, object]:
     if variables is None:
         return {}
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
@@ -344,8 +490,4 @@ def _checked_variables(variables: object) -> dict[str, Any]:
     return dict(variables)
 
 
-_GENERATE_OPTIONS = tuple(
-    name
-    for name, parameter in inspect.signature(Bundle.generate).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-)
+_OPTIONS = ("params", "speculate", "drafting", "stream", *GenerateOptions.__annotations__)

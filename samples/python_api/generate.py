@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from dspark_runtime import Bundle
+from dspark_runtime import Bundle, SamplingParams
 
 
 def main(path: str) -> None:
@@ -23,9 +23,9 @@ def main(path: str) -> None:
     print()
 
     # The same seed gives the same text, speculative or not.
-    settings = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.95, "seed": 7}
-    fast = bundle.generate("The sea was", speculate="auto", **settings)
-    plain = bundle.generate("The sea was", speculate="off", **settings)
+    params = SamplingParams(temperature=0.8, top_p=0.95)
+    fast = bundle.generate("The sea was", params, max_new_tokens=30, seed=7)
+    plain = bundle.generate("The sea was", params, max_new_tokens=30, seed=7, speculate=False)
     print(fast.text, "| same as plain:", fast.tokens == plain.tokens)
 
     conversation = [{"role": "user", "content": "What is a glacier?"}]

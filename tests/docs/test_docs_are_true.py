@@ -20,8 +20,9 @@ import dspark_runtime
 from dspark_export.build.pipeline import Stage
 from dspark_export.cli import main as command_line
 from dspark_export.cli.validate import FAILED as VALIDATION_FAILED
-from dspark_runtime import Bundle, Chunk, Drafter, Generation, Statistics, errors
+from dspark_runtime import Bundle, Chunk, Drafter, DraftOptions, Generation, SamplingParams, Statistics, errors
 from dspark_runtime.bundle import contract, engine_entry, manifest
+from dspark_runtime.decoding.options import DEFAULTS, DRAFT_FIELDS, SAMPLING_FIELDS, GenerateOptions
 from dspark_runtime.decoding.statistics import DrafterCounts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,15 +182,22 @@ def test_every_pass_is_listed() -> None:
 
 @pytest.mark.parametrize("function", ["open", "generate"])
 def test_arguments_and_defaults_are_those_of_the_code(function: str) -> None:
-    heading = {"open": "`Bundle.open(path, ...)`", "generate": "`bundle.generate(prompt, ...)`"}[function]
+    heading = {"open": "`Bundle.open(path, ...)`", "generate": "`bundle.generate(prompt, params, ...)`"}[function]
     documented = {code(r[0])[0]: r[1].strip("`") for r in rows(DOCS["python-api.md"], heading) if len(r) == 3}
-    options = inspect.signature(getattr(Bundle, function)).parameters.values()
-    real = {p.name: p.default for p in options if p.kind is p.KEYWORD_ONLY}
+    parameters = inspect.signature(getattr(Bundle, function)).parameters.values()
+    real = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if function == "generate":
+        keywords: dict[str, Any] = {**DEFAULTS}
+        for settings, fields in ((SamplingParams(), SAMPLING_FIELDS), (DraftOptions(), DRAFT_FIELDS)):
+            assert {*fields.values()} == {field.name for field in dataclasses.fields(settings)}
+            keywords |= {name: getattr(settings, field) for name, field in fields.items()}
+        assert keywords.keys() == GenerateOptions.__annotations__.keys()
+        real |= keywords
     assert documented == {name: f'"{v}"' if isinstance(v, str) else str(v) for name, v in real.items()}
 
 
 def test_attributes_of_the_results_exist() -> None:
-    table = [row for row in rows(DOCS["python-api.md"], "`bundle.generate(prompt, ...)`") if len(row) == 2]
+    table = [row for row in rows(DOCS["python-api.md"], "`bundle.generate(prompt, params, ...)`") if len(row) == 2]
     assert [code(row[0])[0] for row in table] == [f.name for f in dataclasses.fields(Generation)]
     text = DOCS["python-api.md"].split("## Streaming")[1].split("\n## ")[0]
     assert all(f"`{field.name}`" in text for field in dataclasses.fields(Chunk))

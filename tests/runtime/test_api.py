@@ -13,7 +13,7 @@ import torch
 
 from dspark_export.build.options import BuildOptions
 from dspark_export.build.pipeline import build
-from dspark_runtime import Bundle, Chunk, Drafter, DraftRequest, Generation
+from dspark_runtime import Bundle, Chunk, Drafter, DraftOptions, DraftRequest, Generation, SamplingParams
 from dspark_runtime.errors import BundleError, CapacityError, ChatTemplateError, UsageError
 from dspark_runtime.text.codec import TextCodec
 from tests import tiny_models
@@ -84,6 +84,46 @@ def test_modes(bundle: Bundle, exact: bool, length: int | None) -> None:
             assert [g.tokens for g in got] == [g.tokens for g in plain], mode
             alone = opened.generate(PROMPTS[1], max_new_tokens=20, speculate=mode, draft_length=length, **options)
             assert alone.tokens == plain[1].tokens, mode
+
+
+def test_params_are_what_the_keywords_are_short_for(bundle: Bundle) -> None:
+    few: dict[str, Any] = {"max_new_tokens": 12, "seed": 3}
+    params = SamplingParams(0.9, top_k=40, top_p=0.95, min_p=0.01)
+    expected = bundle.generate(PROMPTS, temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, **few)
+    assert expected != bundle.generate(PROMPTS, **few)
+    assert bundle.generate(PROMPTS, params, **few) == expected
+    assert bundle.generate(PROMPTS, [params] * 4, **few) == expected
+    assert bundle.generate(PROMPTS, None, **few) == bundle.generate(PROMPTS, **few)
+    drafting = DraftOptions("greedy", threshold=0.1, branches=1)
+    assert bundle.generate(PROMPTS, params, drafting=drafting, **few) == expected
+    message = [{"role": "user", "content": PROMPTS[0]}]
+    answer = bundle.chat(message, params, drafting=drafting, speculate=False, **few)
+    assert answer == bundle.generate(PROMPTS[0], (params,), chat=True, speculate="off", **few)
+    with pytest.raises(UsageError, match="top_p was given beside params"):
+        bundle.chat(message, params, top_p=0.5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_each_prompt_has_its_own_params(bundle: Bundle, batch_size: int) -> None:
+    few: dict[str, Any] = {"max_new_tokens": 16, "seed": 3}
+    params = [SamplingParams(), SamplingParams(0.8, top_k=5), SamplingParams(1.4), SamplingParams(0.8, min_p=0.1)]
+    alone = [bundle.generate(p, own, speculate="off", **few).tokens for p, own in zip(PROMPTS, params, strict=True)]
+    for speculate in (False, None, "ngram+self-draft", Repeat()):
+        together = bundle.generate(PROMPTS, params, speculate=speculate, batch_size=batch_size, **few)
+        assert [generation.tokens for generation in together] == alone, speculate
+    assert alone != [generation.tokens for generation in bundle.generate(PROMPTS, params[0], **few)]
+    stream = bundle.generate(PROMPTS, params, stream=True, batch_size=batch_size, **few)
+    assert sorted({chunk.index for chunk in stream}) == [0, 1, 2, 3]
+    assert [generation.tokens for generation in stream.generations] == alone
+
+
+def test_true_and_none_speculate_and_false_does_not(bundle: Bundle) -> None:
+    def made(speculate: Any) -> list[str]:
+        return [drafter.name for drafter in bundle._choice().make(speculate, False, DraftOptions())]
+
+    assert made(False) == made("off") == []
+    assert made(True) == made(None) == made("auto") != []
+    assert bundle.generate(PROMPTS[0], max_new_tokens=8, speculate=False).stats.drafted == 0
 
 
 def test_streaming_and_cancelling(bundle: Bundle) -> None:
@@ -178,7 +218,17 @@ def test_special_tokens_in_user_text_are_text(bundle: Bundle) -> None:
         ([tiny_models.VOCAB], {}, UsageError, "outside the vocabulary"),
         ("a", {"speculate": "magic"}, UsageError, "speculate='magic' is unknown"),
         ("a", {"speculate": ["ngram"]}, UsageError, "Drafter objects only"),
-        ("a", {"speculate": None}, UsageError, "speculate=None"),
+        ("a", {"speculate": 0}, UsageError, "speculate=0 is unknown"),
+        ("a", {"params": 0.8}, UsageError, "params=0.8: give SamplingParams"),
+        ("a", {"params": [{"top_k": 1}]}, UsageError, "give SamplingParams, or a list of them"),
+        (["a", "b"], {"params": [SamplingParams()] * 3}, UsageError, "has 3 settings and the number of prompts is 2"),
+        ("a", {"params": []}, UsageError, "0 settings and the number of prompts is 1"),
+        (["a", "b"], {"params": [SamplingParams(), SamplingParams(top_k=10**6)]}, UsageError, "vocabulary has"),
+        ("a", {"params": SamplingParams(0.8), "temperature": 0.8}, UsageError, "temperature was given beside params"),
+        ("a", {"params": [SamplingParams()], "min_p": 0.0}, UsageError, "min_p was given beside params"),
+        ("a", {"drafting": "greedy"}, UsageError, "drafting='greedy': give DraftOptions"),
+        ("a", {"drafting": DraftOptions(), "draft_branches": 1}, UsageError, "draft_branches was .* set branches in"),
+        ("a", {"drafing": None}, UsageError, "did you mean drafting"),
         ("a", {"draft_length": 32}, UsageError, "draft_length=32"),
         ("a", {"draft_length": True}, UsageError, "draft_length=True"),
         ("a", {"batch_size": 0}, UsageError, "batch_size=0"),

@@ -41,18 +41,17 @@ def make_requests(
     limits: Limits,
     *,
     max_new_tokens: int | None = None,
-    params: SamplingParams | None = None,
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
     seed: int = 0,
     stop: str | Sequence[str] | None = (),
     eos: Sequence[int] = (),
 ) -> list[Request]:
     """Check the prompts and options of one call.
 
-    ``max_new_tokens`` None means 256 or what still fits. Raises UsageError, or CapacityError where a prompt with its
-    new tokens has no room.
+    ``max_new_tokens`` None means 256 or what still fits; a sequence of ``params`` has those of each prompt. Raises
+    UsageError, or CapacityError where a prompt with its new tokens has no room.
     """
-    params = params or SamplingParams()
-    params.check_vocabulary(limits.vocab_size)
+    settings = _checked_settings(params, len(prompts), limits)
     seed = _checked_seed(seed)
     if max_new_tokens is not None:
         max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
@@ -61,13 +60,13 @@ def make_requests(
         raise UsageError("there is no prompt; give at least one")
     requests = []
     seen: Counter[tuple[int, ...]] = Counter()
-    for prompt in prompts:
+    for prompt, own in zip(prompts, settings, strict=True):
         tokens = _checked_prompt(prompt, limits)
         requests.append(
             Request(
                 prompt=tokens,
                 max_new_tokens=_room(len(tokens), max_new_tokens, limits),
-                params=params,
+                params=own,
                 seed=seed,
                 key=request_key(tokens, seen[tokens]),
                 stops=stops,
@@ -76,6 +75,24 @@ def make_requests(
         )
         seen[tokens] += 1
     return requests
+
+
+def _checked_settings(params: object, prompts: int, limits: Limits) -> list[SamplingParams]:
+    """One setting for each prompt, of which there are ``prompts``."""
+    if params is None or isinstance(params, SamplingParams):
+        settings = [params or SamplingParams()] * prompts
+    elif isinstance(params, Sequence) and all(isinstance(item, SamplingParams) for item in params):
+        settings = list(params)
+    else:
+        raise UsageError(f"params={params!r:.60}: give SamplingParams, or a list of them with one for each prompt")
+    if len(settings) != prompts:
+        raise UsageError(
+            f"params has {len(settings)} settings and the number of prompts is {prompts}; "
+            "give one for each prompt, or a single SamplingParams for all"
+        )
+    for own in settings:
+        own.check_vocabulary(limits.vocab_size)
+    return settings
 
 
 def _checked_seed(seed: object) -> int:

@@ -53,7 +53,7 @@ class DrafterChoice:
         return [OFF, AUTO, NGRAM, *own, *trained, *(f"{NGRAM}+{name}" for name in trained)]
 
     def make(self, speculate: object, batched: bool, options: DraftOptions) -> list[Drafter]:
-        """The drafters of a call.
+        """The drafters of a call. ``speculate`` False is ``off``, True and None are ``auto``.
 
         Raises:
             UsageError: ``speculate`` names nothing this bundle has.
@@ -66,9 +66,9 @@ class DrafterChoice:
             if not all(isinstance(drafter, Drafter) for drafter in chosen):
                 raise UsageError("speculate: a list may hold Drafter objects only")
             return chosen
-        if speculate == OFF:
+        if speculate is False or speculate == OFF:
             return []
-        names = self._auto() if speculate == AUTO else self._parsed(speculate)
+        names = self._auto() if speculate is None or speculate is True or speculate == AUTO else self._parsed(speculate)
         return [self._one(name, batched, options) for name in names]
 
     def _entries(self) -> Sequence[DrafterEntry]:

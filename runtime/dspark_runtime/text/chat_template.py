@@ -27,7 +27,7 @@ from dspark_runtime.text.template_data import plain_messages, plain_variables
 from dspark_runtime.text.template_formats import bounded_format, check_percent, to_json
 from dspark_runtime.text.template_limits import Budget, TemplateLimits
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 
 
 class ChatTemplate:
