@@ -235,6 +235,8 @@ def _sequence_kernels() -> Finding:
     library = kernel_library()
     if library is None:
         return Finding(_KERNELS, False, f"no library: {LOSS}", HOW_TO_GET, "cpu")
+    if not library.operators:
+        return Finding(_KERNELS, False, f"{library.path} is too old to name its operators", HOW_TO_GET, "cpu")
     others = ", ".join(name for name in library.sets if name != library.instruction_set)
     return Finding(_KERNELS, True, f"{library.instruction_set} in use, {others} possible; {library.path}", "", "cpu")
 

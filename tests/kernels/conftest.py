@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dspark_export.passes import all_forms, optimize
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_runtime.backends import build_kernels
 from dspark_runtime.bundle.precisions import Weights
+from tests.plugins.cpu.library import compile_library, registered_otherwise
 from tests.traced import traced
 
 
@@ -26,6 +28,22 @@ def library() -> Path:
     build_kernels.cache().mkdir(parents=True, exist_ok=True)
     with FileLock(build_kernels.cache() / "tests.lock"):  # workers would all compile
         return build_kernels.build()
+
+
+@pytest.fixture(scope="session")
+def other_library(library: Path) -> Callable[[str], Path]:
+    """The library with an option of the compiler for what it registers. Quick to compile, slow to run; kept as long."""
+    folder = build_kernels.cache() / f"tests-{library.parent.name}"
+
+    def compiled(option: str) -> Path:
+        made = folder / f"{hashlib.sha256(option.encode()).hexdigest()[:16]}.so"
+        with FileLock(build_kernels.cache() / "tests.lock"):
+            folder.mkdir(exist_ok=True)
+            if not (whole := folder / "whole.so").is_file():
+                compile_library(whole, "-O0")
+            return made if made.is_file() else registered_otherwise(whole, made, option)
+
+    return compiled
 
 
 @dataclass(frozen=True)

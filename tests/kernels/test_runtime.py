@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,12 @@ import pytest
 
 from dspark_export.build.options import BuildOptions
 from dspark_export.build.pipeline import build
+from dspark_export.passes.kernel_functions import kernel_names
 from dspark_runtime import Bundle
 from dspark_runtime.backends import opening, ort_kernels
-from dspark_runtime.backends.ort_kernels import KernelLibrary, SlowerWithoutKernels
+from dspark_runtime.backends.ort_kernels import SlowerWithoutKernels
 from tests.drafts.writers import target_tables, write_deepspec, write_target
+from tests.plugins.cpu.library import operators_of
 
 PROMPTS = [[int(i) for i in np.random.default_rng(n).integers(3, 60, 5 + 9 * n)] for n in range(3)]
 MODES = ("off", "ngram", "auto")
@@ -23,9 +25,9 @@ MODES = ("off", "ngram", "auto")
 @pytest.fixture
 def registered(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(ort_kernels.LIBRARY_VARIABLE, str(library))
-    ort_kernels.say_what_is_lost.cache_clear()
+    ort_kernels._warn_once.cache_clear()
     yield library
-    ort_kernels.say_what_is_lost.cache_clear()
+    ort_kernels._warn_once.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +67,37 @@ def test_without_a_library_a_bundle_runs_on_other_operators(bundle: Path, monkey
     assert len(_texts(opened, "off", 3)) == len(PROMPTS)
 
 
-def test_a_missing_kernel_is_said_once(registered: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = KernelLibrary(registered, "portable", ("portable",), frozenset({"ProductInt4"}))
-    monkeypatch.setattr(ort_kernels, "kernel_library", lambda: lacking)
-    with pytest.warns(SlowerWithoutKernels, match="lacks ProductFloat32, RMSNorm, RotaryAttention"):
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ('-DDSPARK_WITHOUT="RMSNorm"', "lacks the sequence kernels RMSNorm: standard operators run"),
+        ('-DDSPARK_WITHOUT="ProductInt4"', "lacks the sequence kernels ProductInt4: standard operators run"),
+        ("-Ddspark_cpu_operators=dspark_cpu_later", "is too old to name its sequence kernels"),
+    ],
+)
+def test_a_bundle_runs_on_a_library_that_lacks_a_kernel_and_says_so_once(
+    option: str,
+    said: str,
+    registered: Path,
+    bundle: Path,
+    other_library: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = _texts(Bundle.open(bundle, threads=1), "off", 1)
+    monkeypatch.setenv(ort_kernels.LIBRARY_VARIABLE, str(other_library(option)))
+    with pytest.warns(SlowerWithoutKernels, match=said) as heard:
         opened = Bundle.open(bundle, threads=1)
-    assert not opened.rows_are_equal
+        found = _texts(opened, "ngram", 3)
+    assert len(heard) == 1
+    assert not opened.rows_are_equal and not opened.exact
+    assert opening.host_graph(opened.files, "target").variant == "sequence-kernels"
+    assert [tokens[:1] for tokens in found] == [tokens[:1] for tokens in wanted]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Bundle.open(bundle, threads=1).generate(PROMPTS[0], max_new_tokens=2).tokens
+
+
+def test_what_the_library_names_is_what_bundles_may_call(library: Path, other_library: Callable[[str], Path]) -> None:
+    names = operators_of(library)
+    assert list(names) == sorted(set(names)) and kernel_names() <= set(names)
+    assert set(names) - set(operators_of(other_library('-DDSPARK_WITHOUT="RMSNorm"'))) == {"RMSNorm"}

@@ -1,8 +1,13 @@
 // The library's C interface: RegisterCustomOps, and which instruction set runs.
+#include <algorithm>
 #include <cstring>
-#include <mutex>
 
 #include "operator.h"
+
+// The name of an operator to leave out: tests ask what a bundle does with a library that lacks one.
+#ifndef DSPARK_WITHOUT
+#define DSPARK_WITHOUT ""
+#endif
 
 #if defined(_WIN32)
 #define DSPARK_EXPORT extern "C" __declspec(dllexport)
@@ -78,8 +83,21 @@ const std::vector<std::unique_ptr<Registered>>& registered() {
     add_attention(operators);
     add_rows(operators);
     std::vector<std::unique_ptr<Registered>> all;
-    for (Operator& op : operators) all.push_back(std::make_unique<Registered>(std::move(op)));
+    for (Operator& op : operators)
+      if (std::strcmp(op.name, DSPARK_WITHOUT) != 0) all.push_back(std::make_unique<Registered>(std::move(op)));
     return all;
+  }();
+  return made;
+}
+
+const std::string& operator_names() {
+  static const auto made = [] {
+    std::vector<std::string> names;
+    for (const auto& each : registered()) names.push_back(each->op.name);
+    std::sort(names.begin(), names.end());
+    std::string text;
+    for (const std::string& name : names) text += (text.empty() ? "" : " ") + name;
+    return text;
   }();
   return made;
 }
@@ -110,3 +128,12 @@ DSPARK_EXPORT const char* dspark_cpu_set() {
 }
 DSPARK_EXPORT const char* dspark_cpu_error() { return dspark::chosen_set_error(); }
 DSPARK_EXPORT const char* dspark_cpu_sets() { return dspark::sets_that_run(); }
+
+// Names of all operators that RegisterCustomOps registers, sorted, separated by blanks; null without memory for them.
+DSPARK_EXPORT const char* dspark_cpu_operators() {
+  try {
+    return dspark::ort::operator_names().c_str();
+  } catch (...) {
+    return nullptr;
+  }
+}

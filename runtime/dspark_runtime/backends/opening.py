@@ -11,7 +11,7 @@ from dspark_runtime.backends.device import DeviceEngine, Plan
 from dspark_runtime.backends.device_graph import DeviceGraphEngine
 from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes
 from dspark_runtime.backends.device_verify import Kernels
-from dspark_runtime.backends.ort_kernels import missing_operators, say_what_is_lost
+from dspark_runtime.backends.ort_kernels import kernel_library, missing_operators, say_what_is_lost
 from dspark_runtime.backends.plugin_files import FATBIN, plugin_file
 from dspark_runtime.backends.plugin_kernels import PluginKernels
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, MOST_ROWS, Engine, EngineOptions, GraphEngine
@@ -68,27 +68,25 @@ class Backend(Protocol):
 def host_graph(
     files: BundleFiles, name: str, batched: bool = False, options: EngineOptions | None = None
 ) -> GraphEntry:
-    """The form of graph ``name`` that runs on this CPU: with sequence kernels, if the library has all that it wants.
+    """The form of graph ``name`` that runs on this CPU: with sequence kernels, if there is a library of them.
 
-    Else ONNX Runtime's own forms; where float32 products are wanted and those are of integers, the standard one.
+    Operators that the library lacks run as the bodies of their functions. Without a library, ONNX Runtime's own forms;
+    where float32 products are wanted and those are of integers, the standard one.
     """
     found = files.graph(name, prefer=(_KERNELS,))
     if found.variant == _KERNELS:
-        if not missing_operators(frozenset(found.kernels)):
+        say_what_is_lost(frozenset(kernel for graph in files.manifest.graphs for kernel in graph.kernels))
+        if kernel_library() is not None:
             return found
-        say_what_is_lost(_why_without_kernels(files))
     wide = (
         options is not None and options.accuracy_level == FLOAT_PRODUCTS and files.manifest.precision.integer_products
     )
     return files.graph(name, prefer=() if wide else _VARIANTS[batched])
 
 
-def _why_without_kernels(files: BundleFiles) -> str:
-    wanted = frozenset(name for graph in files.manifest.graphs for name in graph.kernels)
-    missing = missing_operators(wanted)
-    if missing == wanted:
-        return "this installation has no library of sequence kernels"
-    return f"the library of sequence kernels lacks {', '.join(sorted(missing))}"
+def _rows_are_equal(graph: GraphEntry) -> bool:
+    """Whether every node of ``graph`` that computes runs as a sequence kernel here."""
+    return graph.variant == _KERNELS and not graph.standard_nodes and not missing_operators(frozenset(graph.kernels))
 
 
 class HostBackend:
@@ -96,8 +94,7 @@ class HostBackend:
 
     def __init__(self, files: BundleFiles, options: EngineOptions) -> None:
         self.limits = BackendLimits()
-        target = host_graph(files, "target")
-        self.rows_are_equal = target.variant == _KERNELS and not target.standard_nodes
+        self.rows_are_equal = _rows_are_equal(host_graph(files, "target"))
         self._files, self._options = files, options
         self._engines: dict[str, Engine] = {}
         self._graphs: dict[str, GraphEngine] = {}

@@ -310,7 +310,7 @@ class _Shape:
 def load_session(path: Path, name: str, options: EngineOptions, graph: bytes | None = None) -> Any:
     """A session of the graph at ``path``; ``graph`` is run in its place, with the external data beside ``path``.
 
-    The sequence kernels are registered where there is a library of them; without it, ONNX Runtime inlines their bodies.
+    The sequence kernels are registered where there is a library of them; ONNX Runtime inlines the bodies of the others.
     """
     settings = ort.SessionOptions()
     library = kernel_library()

@@ -23,15 +23,19 @@ DOMAIN = "dspark"
 _PACKAGED = Path(__file__).resolve().parents[1] / "lib" / LIBRARY
 HOW_TO_GET = f"with a C++ compiler, or after `pip install ziglang`, run `{COMMAND}`"
 LOSS = "passes take about twice as long, several rows cost more, and exact text needs more of them"
+LOSS_OF_SOME = "standard operators run in their place, which are slower and round by the number of rows"
 
 
 class SlowerWithoutKernels(UserWarning):
-    """A bundle runs on ONNX Runtime's operators although it has graphs for the sequence kernels."""
+    """Some or all of a bundle runs on ONNX Runtime's operators although it has graphs for the sequence kernels."""
 
 
 @dataclass(frozen=True)
 class KernelLibrary:
-    """A library that loads here. ``instruction_set`` is the one in use, ``sets`` all that run here, best first."""
+    """A library that loads here. ``instruction_set`` is the one in use, ``sets`` all that run here, best first.
+
+    ``operators``: the names it registers; empty for a library that is too old to name them.
+    """
 
     path: Path
     instruction_set: str
@@ -84,19 +88,30 @@ def _text(library: ctypes.CDLL, name: str) -> str:
 
 
 def missing_operators(wanted: frozenset[str]) -> frozenset[str]:
-    """Those of ``wanted`` that cannot run here as kernels: all of them without a library."""
+    """Those of ``wanted`` that are not known to run here as kernels.
+
+    All of them without a library, or with one too old to name its operators.
+    """
     library = kernel_library()
-    if library is None:
-        return wanted
-    return wanted - library.operators if library.operators else frozenset()
+    return wanted if library is None else wanted - library.operators
 
 
-@functools.cache
-def say_what_is_lost(reason: str) -> None:
-    """Warn, once for each ``reason``, that a bundle runs without the kernels its graphs were made for.
+def say_what_is_lost(wanted: frozenset[str]) -> None:
+    """Warn, once, that the kernels ``wanted`` by a bundle do not all run here; silent if they do.
 
     Whoever asked for no library knows.
     """
-    if os.environ.get(LIBRARY_VARIABLE) == NO_LIBRARY:
+    missing, library = missing_operators(wanted), kernel_library()
+    if not missing or os.environ.get(LIBRARY_VARIABLE) == NO_LIBRARY:
         return
-    warnings.warn(f"{reason}: {LOSS}; {HOW_TO_GET}", SlowerWithoutKernels, stacklevel=2)
+    if library is None:
+        _warn_once(f"this installation has no library of sequence kernels: {LOSS}")
+    elif not library.operators:
+        _warn_once(f"{library.path} is too old to name its sequence kernels: for any it lacks, {LOSS_OF_SOME}")
+    else:
+        _warn_once(f"{library.path} lacks the sequence kernels {', '.join(sorted(missing))}: {LOSS_OF_SOME}")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(f"{text}; {HOW_TO_GET}", SlowerWithoutKernels, stacklevel=3)

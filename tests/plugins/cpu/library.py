@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -48,17 +49,27 @@ def compile_library(
     sources = [SOURCES / "choose.cpp", *sets, *(extra or sorted((SOURCES / "ort").glob("*.cpp")))]
     objects = [output.parent / f"{output.name}.{source.stem}.o" for source in sources]
 
-    def run(*command: str | Path) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-
     def one(source: Path, target: Path) -> None:
-        run(compiler, *FLAGS, f"-I{SOURCES}", *own_flags(source), *options, "-c", source, "-o", target)
+        _run(compiler, *FLAGS, f"-I{SOURCES}", *own_flags(source), *options, "-c", source, "-o", target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(one, sources, objects))
-    run(compiler, *options, *([] if extra else ["-shared"]), *objects, "-o", output)
+    _run(compiler, *options, *([] if extra else ["-shared"]), *objects, "-o", output)
     return output
+
+
+def registered_otherwise(library: Path, output: Path, *options: str) -> Path:
+    """Link ``output`` from the object files of ``library``, with register.cpp compiled again with ``options``."""
+    own = output.parent / f"{output.name}.register.o"
+    _run("g++", *FLAGS, f"-I{SOURCES}", *options, "-c", SOURCES / "ort" / "register.cpp", "-o", own)
+    others = (path for path in library.parent.glob(f"{library.name}.*.o") if path.name != f"{library.name}.register.o")
+    _run("g++", "-shared", *sorted(others), own, "-o", output)
+    return output
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class Kernels:
@@ -117,9 +128,16 @@ class Kernels:
 @functools.cache
 def sets_that_run(path: Path) -> tuple[str, ...]:
     """Names of the instruction sets that run on this machine, best first."""
-    import ctypes
+    return _names(path, "dspark_cpu_sets")
 
-    library = ctypes.CDLL(str(path))
-    library.dspark_cpu_sets.restype = ctypes.c_char_p
-    names: bytes = library.dspark_cpu_sets()
+
+def operators_of(path: Path) -> tuple[str, ...]:
+    """Names of the operators that the library says it registers, in its order."""
+    return _names(path, "dspark_cpu_operators")
+
+
+def _names(path: Path, function: str) -> tuple[str, ...]:
+    export = getattr(ctypes.CDLL(str(path)), function)
+    export.restype = ctypes.c_char_p
+    names: bytes = export()
     return tuple(names.decode().split())
