@@ -24,7 +24,7 @@ def inspect(
     verify: Annotated[bool, typer.Option(help="Check the SHA-256 of every file.")] = True,
     operators: Annotated[bool, typer.Option("--operators", help="Count the operators of every graph.")] = False,
 ) -> None:
-    """Show source, model, precision, graphs, drafters, costs and files of BUNDLE."""
+    """Show source, model, precision, graphs, nodes without a kernel, drafters, costs and files of BUNDLE."""
     # pydantic: only when a bundle is opened
     from dspark_runtime.bundle.files import BundleFiles
 
@@ -51,6 +51,8 @@ def _count_operators(files: BundleFiles, graph: GraphEntry) -> dict[str, int]:
 
 def _tables(manifest: Manifest, counts: dict[str, dict[str, int]], verified: bool, operators: bool) -> list[Table]:
     tables = [_overview(manifest), _graphs(manifest, counts), _drafters(manifest)]
+    if any(graph.variant == "sequence-kernels" for graph in manifest.graphs):
+        tables.insert(2, _standard_nodes(manifest))
     if operators:
         tables += [_operators(file, count) for file, count in counts.items()]
     if manifest.source.unread:
@@ -127,6 +129,15 @@ def _graphs(manifest: Manifest, counts: dict[str, dict[str, int]]) -> Table:
     for graph in manifest.graphs:
         layers = "" if graph.layers is None else describe_layers(graph.layers)
         table.add_row(graph.name, graph.variant, graph.dtype, layers, str(sum(counts[graph.file].values())), graph.file)
+    return table
+
+
+def _standard_nodes(manifest: Manifest) -> Table:
+    table = _table("nodes without a sequence kernel", "graph", "operator", "nodes", right=("nodes",))
+    for graph in manifest.graphs:
+        if graph.variant == "sequence-kernels":
+            for name, number in graph.standard_nodes.items() or (("none", 0),):
+                table.add_row(graph.name, name, str(number))
     return table
 
 

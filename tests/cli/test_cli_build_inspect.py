@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -81,6 +83,26 @@ def test_inspect_json_round_trips(built: Path) -> None:
     assert facts["digests_verified"] is False
     assert facts["operators"]["onnx/target.onnx"]["TensorScatter"] == 4
     assert Manifest.parse(json.dumps(facts["manifest"]).encode()) == BundleFiles.open(built).manifest
+
+
+def test_inspect_lists_the_nodes_without_a_kernel(built: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(built, tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert "without a sequence kernel" not in run("inspect", str(bundle)).stdout
+    nodes = {"target": {"Attention": 2, "MatMul": 31}, "self_draft": {}}
+    for graph in manifest["graphs"]:
+        if graph["variant"] == "onnxruntime-cpu":
+            graph |= {"variant": "sequence-kernels", "standard_nodes": nodes[graph["name"]]}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    shown = run("inspect", str(bundle)).stdout.split("nodes without a sequence kernel")[1].split("drafters")[0]
+    assert re.findall(r"(target|self_draft)\W+(\w+)\W+(\d+)", shown) == [
+        (name, operator, str(count))
+        for name, found in nodes.items()
+        for operator, count in (found or {"none": 0}).items()
+    ]
+    facts = json.loads(run("inspect", str(bundle), "--json").stdout)
+    listed = {g["name"]: g["standard_nodes"] for g in facts["manifest"]["graphs"] if g["variant"] == "sequence-kernels"}
+    assert listed == nodes
 
 
 def test_inspect_finds_damage(tmp_path: Path) -> None:
