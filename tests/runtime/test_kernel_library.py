@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from dspark_runtime.backends import build_kernels, ort_kernels
+from dspark_runtime.backends.ort import load_session
+from dspark_runtime.backends.protocol import EngineOptions
 from dspark_runtime.errors import BackendError
 
 ONE_FILE = """// flags: -DFROM_FIRST_LINE
@@ -44,6 +46,15 @@ def test_a_library_is_found_once_it_was_compiled(small: Path) -> None:
     (small / "more.h").write_text("// changed sources are another library\n")
     build_kernels._digest.cache_clear()
     assert build_kernels.cached_library(small) != made
+
+
+@pytest.mark.skipif(build_kernels.compiler() is None, reason="needs a C++ compiler")
+def test_a_library_that_does_not_register_is_an_error(small: Path, tmp_path: Path) -> None:
+    build_kernels.build()  # a library without RegisterCustomOps
+    with pytest.raises(
+        BackendError, match=r"refuses the sequence kernels .*RegisterCustomOps.*DSPARK_CPU_LIBRARY=none"
+    ):
+        load_session(tmp_path / "target.onnx", "target", EngineOptions())
 
 
 def test_what_the_compiler_says_is_shown(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,13 @@ const std::string& operator_names() {
 DSPARK_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   using namespace dspark::ort;
   const OrtApi* api = base->GetApi(kOrtApiVersion);
-  if (!api) return nullptr;  // older than 1.17: nothing is registered, and ONNX Runtime has printed why
+  if (!api) {
+    const OrtApi* first = base->GetApi(1);  // which every version has, with the entry for statuses
+    return guarded(first, "the sequence kernels", [&] {
+      refuse("ONNX Runtime " + std::string(base->GetVersionString()) + " is too old for them; install 1." +
+             std::to_string(kOrtApiVersion) + " or later");
+    });
+  }
   return guarded(api, "dspark", [&] {
     need(dspark::chosen_set() != nullptr, dspark::chosen_set_error());
     OrtCustomOpDomain* domain = nullptr;

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspark_runtime.backends.ort_kernels import kernel_library
+from dspark_runtime.backends.ort_kernels import LIBRARY_VARIABLE, NO_LIBRARY, kernel_library
 from dspark_runtime.backends.protocol import CacheMemory, EngineOptions, ResidentTaps, StepBuffers, TreeCheck
 from dspark_runtime.bundle.contract import (
     ATTENTION_MASK,
@@ -313,9 +313,7 @@ def load_session(path: Path, name: str, options: EngineOptions, graph: bytes | N
     The sequence kernels are registered where there is a library of them; ONNX Runtime inlines the bodies of the others.
     """
     settings = ort.SessionOptions()
-    library = kernel_library()
-    if library is not None:
-        settings.register_custom_ops_library(str(library.path))
+    _register_kernels(settings)
     settings.log_severity_level = 3
     settings.intra_op_num_threads = options.threads or default_threads()
     settings.inter_op_num_threads = 1
@@ -333,6 +331,19 @@ def load_session(path: Path, name: str, options: EngineOptions, graph: bytes | N
         return ort.InferenceSession(str(path) if graph is None else graph, settings, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise BackendError(f"ONNX Runtime {ort.__version__} cannot load the graph {name} ({path}): {error}") from error
+
+
+def _register_kernels(settings: Any) -> None:
+    library = kernel_library()
+    if library is None:
+        return
+    try:
+        settings.register_custom_ops_library(str(library.path))
+    except Exception as error:
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} refuses the sequence kernels {library.path}: {error}; "
+            f"install a newer one, or set {LIBRARY_VARIABLE}={NO_LIBRARY}"
+        ) from error
 
 
 def _check_names(session: Any, name: str, layers: Sequence[int]) -> None:
