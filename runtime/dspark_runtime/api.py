@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol, Unpack, overload
 
 from dspark_runtime.arguments import Ids, Text, plain_prompts, refuse_unknown, whole
-from dspark_runtime.backends.opening import Backend, open_backend
+from dspark_runtime.backends.opening import Backend, open_backend, rows_are_equal
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS, Engine, EngineOptions, GraphEngine
 from dspark_runtime.bundle.files import TOKENIZER_DIR, BundleFiles
 from dspark_runtime.bundle.manifest import Manifest
@@ -147,7 +147,7 @@ class Bundle:
         files = BundleFiles.open(path, verify_digests)
         precision = files.manifest.precision
         wanted = precision.exact if exact is None else exact
-        options = EngineOptions(threads, spinning, _accuracy(files.manifest, wanted))
+        options = EngineOptions(threads, spinning, _accuracy(files, wanted))
         return cls(files, options, wanted, capacity, open_backend(files, backend, options, device, capacity))
 
     def with_fresh_schedule(self) -> Bundle:
@@ -468,12 +468,17 @@ class Bundle:
         return PassCosts({int(rows): ms for rows, ms in known.items() if ms > 0})
 
 
-def _accuracy(manifest: Manifest, exact: bool) -> int:
-    """Arithmetic of quantized products: 8-bit activations, unless exact text was seen to need float32 ones."""
-    precision = manifest.precision
+def _accuracy(files: BundleFiles, exact: bool) -> int:
+    """Arithmetic of quantized products: 8-bit activations, unless exact text was seen to need float32 ones.
+
+    What a build measured on the sequence kernels says nothing about the operators that run where these are missing.
+    """
+    precision = files.manifest.precision
     if not precision.quantized:
         return 0
-    return FLOAT_PRODUCTS if exact and not precision.rows_agree else precision.accuracy_level or ROUNDED_ACTIVATIONS
+    elsewhere = any(graph.kernels for graph in files.manifest.graphs) and not rows_are_equal(files)
+    agree = precision.rows_agree and not elsewhere
+    return FLOAT_PRODUCTS if exact and not agree else precision.accuracy_level or ROUNDED_ACTIVATIONS
 
 
 def _finished(stream: Stream) -> list[Generation]:

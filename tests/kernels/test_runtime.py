@@ -15,6 +15,7 @@ from dspark_export.passes.kernel_functions import kernel_names
 from dspark_runtime import Bundle
 from dspark_runtime.backends import opening, ort_kernels
 from dspark_runtime.backends.ort_kernels import SlowerWithoutKernels
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS
 from tests.drafts.writers import target_tables, write_deepspec, write_target
 from tests.plugins.cpu.library import operators_of
 
@@ -63,6 +64,10 @@ def test_without_a_library_a_bundle_runs_on_other_operators(bundle: Path, monkey
     monkeypatch.setenv(ort_kernels.LIBRARY_VARIABLE, ort_kernels.NO_LIBRARY)
     opened = Bundle.open(bundle, threads=1)
     assert not opened.rows_are_equal and not opened.exact
+    assert opened.engine_options.accuracy_level == ROUNDED_ACTIVATIONS
+    # The build measured no noise, but on the kernels: exact text takes float32 products on these operators.
+    assert opened.manifest.precision.rows_agree
+    assert Bundle.open(bundle, threads=1, exact=True).engine_options.accuracy_level == FLOAT_PRODUCTS
     assert opening.host_graph(opened.files, "target").variant == "onnxruntime-cpu"
     assert len(_texts(opened, "off", 3)) == len(PROMPTS)
 
@@ -90,6 +95,10 @@ def test_a_bundle_runs_on_a_library_that_lacks_a_kernel_and_says_so_once(
         found = _texts(opened, "ngram", 3)
     assert len(heard) == 1
     assert not opened.rows_are_equal and not opened.exact
+    assert opened.engine_options.accuracy_level == ROUNDED_ACTIVATIONS
+    # The build measured no noise, but on the kernels: exact text takes float32 products on these operators.
+    assert opened.manifest.precision.rows_agree
+    assert Bundle.open(bundle, threads=1, exact=True).engine_options.accuracy_level == FLOAT_PRODUCTS
     assert opening.host_graph(opened.files, "target").variant == "sequence-kernels"
     assert [tokens[:1] for tokens in found] == [tokens[:1] for tokens in wanted]
     with warnings.catch_warnings():

@@ -84,8 +84,9 @@ def host_graph(
     return files.graph(name, prefer=() if wide else _VARIANTS[batched])
 
 
-def _rows_are_equal(graph: GraphEntry) -> bool:
-    """Whether every node of ``graph`` that computes runs as a sequence kernel here."""
+def rows_are_equal(files: BundleFiles) -> bool:
+    """Whether every node of the target that computes runs as a sequence kernel on this CPU."""
+    graph = host_graph(files, "target")
     return graph.variant == _KERNELS and not graph.standard_nodes and not missing_operators(frozenset(graph.kernels))
 
 
@@ -94,7 +95,7 @@ class HostBackend:
 
     def __init__(self, files: BundleFiles, options: EngineOptions) -> None:
         self.limits = BackendLimits()
-        self.rows_are_equal = _rows_are_equal(host_graph(files, "target"))
+        self.rows_are_equal = rows_are_equal(files)
         self._files, self._options = files, options
         self._engines: dict[str, Engine] = {}
         self._graphs: dict[str, GraphEngine] = {}
