@@ -105,9 +105,9 @@ def _activation(fields: Fields, key: str) -> str:
     if name is None:
         fields.problem(f"{key} is missing")
         return "silu"
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         fields.problem(f"activation {name!r} of the draft is unknown; known are {', '.join(ACTIVATIONS)}")
-    return str(name)
+    return name if isinstance(name, str) else "silu"
 
 
 def _windows(fields: Fields, count: int, possible: bool) -> tuple[int | None, ...]:
