@@ -143,7 +143,8 @@ def test_the_sweep_of_sizes_counts_what_training_counted(
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     lengths = {(row["vocabulary"], row["block"]): row["accepted_length"] for row in rows}
-    assert all(row["tree_length"] > row["accepted_length"] for row in rows if row["drafts"] > row["block"])
+    # A tree holds the whole main chain. Which size is best depends on measured times: one node more may gain nothing.
+    assert all(row["tree_length"] >= row["accepted_length"] for row in rows if row["drafts"] > row["block"]), rows
     assert all(row["tree_length"] <= row["block"] + 1 for row in rows)
     assert set(lengths) == {(40, 2), (40, 3), (300, 2), (300, 3)}
     assert lengths[300, 3] == pytest.approx(

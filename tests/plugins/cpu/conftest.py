@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from dspark_runtime.backends.ort_kernels import LIBRARY_VARIABLE, NO_LIBRARY
 from tests.plugins.cpu.library import Kernels, compile_library, sets_that_run
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if given := os.environ.get("DSPARK_CPU_LIBRARY"):
+    given = os.environ.get(LIBRARY_VARIABLE, NO_LIBRARY)
+    if given != NO_LIBRARY:
         return Path(given)  # built otherwise, see test_sanitizers
     return compile_library(tmp_path_factory.mktemp("cpu") / "libdspark_cpu.so")
 
