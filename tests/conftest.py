@@ -52,9 +52,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def _is_quick(item: pytest.Item) -> bool:
-    """Whether ``--quick`` runs a test: it traces no graph and does not draw a hundred thousand samples."""
-    traced = TRACED.intersection(getattr(item, "fixturenames", ())) or "test_traces" in item.nodeid
-    return not traced and item.get_closest_marker("statistics") is None
+    """Whether ``--quick`` runs a test: it traces no graph."""
+    return not (TRACED.intersection(getattr(item, "fixturenames", ())) or "test_traces" in item.nodeid)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,40 +8,58 @@ import numpy as np
 import pytest
 import torch
 
-from dspark_runtime.speculation.sampling import Sampler, SamplingParams
-from dspark_runtime.speculation.verify import verify_chain
-from tests.parity.test_block_drafter import export, run
+from dspark_runtime.speculation.sampling import SamplingParams, distribution, inverse_cdf
+from tests.parity.test_block_drafter import Exported, export, run
 from tests.references.draft_samples import HIDDEN, TAPS, VOCAB
+from tests.references.laws import ChainLaw
 
-DRAWS, BATCH = 200_000, 2000
+ROWS = 1000
+EDGE = 1e-5
+"""Uniforms this close to where the next token begins may draw it or not: sums round differently."""
+
+
+def drafted(exported: Exported, temperature: float, uniforms: np.ndarray) -> dict[str, np.ndarray]:
+    """What the graph drafts for one context and each row of ``uniforms`` [rows, 2]."""
+    rows = len(uniforms)
+    features = torch.randn(6, TAPS * HIDDEN, generator=torch.Generator().manual_seed(3))
+    numbers = torch.from_numpy(uniforms.astype(np.float32))
+    runner = exported.open(rows)
+    return run(exported, runner, [features] * rows, [0] * rows, [21] * rows, [temperature] * rows, numbers)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_emitted_tokens_have_the_targets_distribution(temperature: float, tmp_path: Path) -> None:
+    """The graph draws by the probabilities it reports, and verification turns these into the target's: no samples."""
     exported = export(tmp_path, "vanilla", "qwen3", block=2)
     random = np.random.default_rng(int(10 * temperature))
-    features = torch.randn(6, TAPS * HIDDEN, generator=torch.Generator().manual_seed(3))
     logits = random.normal(size=(3, VOCAB)).astype(np.float32) * 2
-    runner = exported.open(BATCH)
-    counts = np.zeros((2, VOCAB))
-    drafted = np.zeros(VOCAB)
     params = SamplingParams(temperature)
-    for start in range(0, DRAWS, BATCH):
-        samplers = [Sampler(params, start + i, 7) for i in range(BATCH)]
-        uniforms = torch.from_numpy(np.stack([sampler.draft_uniforms(10, 2, False) for sampler in samplers]))
-        found = run(exported, runner, [features] * BATCH, [0] * BATCH, [21] * BATCH, [temperature] * BATCH, uniforms)
-        for i, sampler in enumerate(samplers):
-            chain = found["draft_tokens"][i].tolist()
-            drafted[chain[0]] += 1
-            emitted = verify_chain(chain, found["draft_probs"][i], logits, sampler, 9).tokens
-            for place, token in enumerate(emitted[:2]):
-                counts[place, token] += 1
-    for place in range(2):
-        wide = np.exp((logits[place] - logits[place].max()).astype(np.float64) / temperature)
-        seen = counts[place].sum()
-        expected = wide / wide.sum()
-        error = np.abs(counts[place] / seen - expected)
-        assert (error < 5 * np.sqrt(expected * (1 - expected) / seen) + 1e-6).all()
-    # the draft's own distribution is another one, so that agreement is not for free
-    first = np.exp((logits[0] - logits[0].max()) / temperature)
-    assert np.abs(drafted / DRAWS - first / first.sum()).sum() > 0.3
+    target = [distribution(row, params) for row in logits]
+    even = (np.arange(ROWS) + 0.5) / ROWS
+    numbers = np.stack([even, random.permutation(even)], 1)
+    found = drafted(exported, temperature, numbers)
+    first = found["draft_probs"][0, 0]
+    assert np.ptp(found["draft_probs"][:, 0], axis=0).max() == 0  # the first draft's does not depend on any uniform
+    settled = 0
+    for tokens, probs, uniforms in zip(found["draft_tokens"], found["draft_probs"], numbers, strict=True):
+        for token, weights, uniform in zip(tokens, probs, uniforms, strict=True):
+            edges = [inverse_cdf(weights, uniform + shift) for shift in (-EDGE, EDGE)]
+            settled += edges[0] == edges[1]
+            assert token in edges
+    assert settled > 1.9 * ROWS
+    assert np.abs(first - target[0]).sum() > 0.3  # so that agreement is not for free
+
+    chains = ChainLaw(logits, params)
+    emitted, behind = np.zeros(VOCAB), np.zeros(VOCAB)
+    for token in np.flatnonzero(first):
+        rejected, accepted = chains.of([int(token)], first[None])
+        emitted += first[token] * rejected
+        emitted[token] += first[token] * accepted.sum()
+    assert np.abs(emitted - target[0]).max() < 1e-6
+    row = np.argmax(target[0][found["draft_tokens"][:, 0]] / first[found["draft_tokens"][:, 0]])  # surely accepted
+    chain, probs = found["draft_tokens"][row], found["draft_probs"][row]
+    for token in np.flatnonzero(probs[1]):
+        _, rejected, accepted = chains.of([int(chain[0]), int(token)], probs)
+        behind += probs[1, token] * rejected
+        behind[token] += probs[1, token] * accepted.sum()
+    assert abs(behind.sum() - 1) < 1e-6 and np.abs(behind - target[1]).max() < 1e-6

@@ -17,6 +17,7 @@ from dspark_runtime.errors import BackendError
 from dspark_runtime.speculation.sampling import (
     ACCEPT,
     DRAW,
+    Sampler,
     SamplingParams,
     UniformStream,
     distribution,
@@ -100,6 +101,21 @@ def test_uniforms_are_uniform_independent_and_repeatable() -> None:
     order = [700, 3, 0, 255, 256, 3]
     assert [stream.at(p) for p in order] == uniforms(5, 6, DRAW, order).tolist()
     assert len({float(uniforms(s, 0, DRAW, [7])[0]) for s in (0, 1, 2**32, 2**63, 2**64 - 1)}) == 5
+
+
+def test_drafting_accepting_and_drawing_are_independent() -> None:
+    """Rejection sampling needs it, of a position and of its neighbour; drafts that are coupled share the draws."""
+    positions, bins = 50_000, 6
+    sampler = Sampler(SamplingParams(1.0), 4, 9)
+    drafts = sampler.draft_uniforms(0, positions, False)
+    accepts = np.array([sampler.accept_at(position) for position in range(positions)])
+    draws = np.array([sampler.uniform_at(position) for position in range(positions)])
+    for later in (0, 1):
+        joint = np.stack([drafts[: positions - later], accepts[: positions - later], draws[later:]], 1)
+        expected = len(joint) / bins**3
+        counts = np.histogramdd(joint, bins, [(0, 1)] * 3)[0]
+        assert ((counts - expected) ** 2 / expected).sum() < 295  # chi-square, 215 degrees of freedom, p about 0.0003
+    assert sampler.draft_uniforms(0, positions, True).tolist() == draws.tolist()
 
 
 def test_random_numbers_stay_what_they_are() -> None:

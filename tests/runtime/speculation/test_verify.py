@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,12 @@ import pytest
 
 from dspark_export.graphs.verify import build_verify_chain_model, build_verify_model
 from dspark_runtime.errors import InvalidTree
-from dspark_runtime.speculation.sampling import (
-    ACCEPT,
-    DRAW,
-    SamplingParams,
-    distribution,
-    draw_token,
-    inverse_cdf,
-    uniforms,
-)
+from dspark_runtime.speculation.sampling import SamplingParams, distribution, draw_token, inverse_cdf
 from dspark_runtime.speculation.tree import TokenTree
 from dspark_runtime.speculation.verify import verify_chain, verify_tree
+from tests.references.laws import ChainLaw, token_law
 
 VOCAB = 24
-DRAWS = 200_000
 ROWS = np.arange(64, dtype=np.float32)[:, None]  # stand-in logits: each row holds its own number
 Array = np.ndarray[Any, Any]
 
@@ -161,13 +154,9 @@ def test_chain_function_equals_reference(seed: int) -> None:
     assert compared > 250
 
 
-def frequencies(tokens: list[int], vocab: int) -> Array:
-    return np.bincount(tokens, minlength=vocab) / len(tokens)
-
-
 @pytest.mark.parametrize("params", [SamplingParams(1.0), SamplingParams(0.8, 5, 0.9, 0.02)], ids=["plain", "filtered"])
 def test_tree_emits_the_target_distribution(params: SamplingParams) -> None:
-    """The first token, and the second one behind an accepted draft, over 200,000 draws."""
+    """The first token, and the second one behind an accepted draft: every pair of draws, by its probability."""
     vocab = 8
     rng = np.random.default_rng(5)
     after = rng.normal(0, 1.5, (vocab + 1, vocab)).astype(np.float32)  # logits after each token; the last: the anchor's
@@ -175,38 +164,35 @@ def test_tree_emits_the_target_distribution(params: SamplingParams) -> None:
     tree = TokenTree.from_paths(0, [[never, 3], [top, 2], [top, 4]])
     row_of = [vocab, *tree.tokens[1:]]
     targets = [distribution(row, params) for row in after]
-    numbers = uniforms(7, 11, DRAW, np.arange(3 * DRAWS)).reshape(DRAWS, 3)
-    drawn = [
-        np.minimum(np.searchsorted(np.cumsum(t, dtype=np.float64), numbers, side="right"), vocab - 1) for t in targets
-    ]
-    first, second = [], []
-    for k in range(DRAWS):
-        verdict = verify_tree(tree, ROWS, lambda row, at, k=k: int(drawn[row_of[int(row[0])]][k, at - 1]), 0)
-        first.append(verdict.tokens[0])
-        if verdict.tokens[0] == top:
-            second.append(verdict.tokens[1])
-    assert np.abs(frequencies(first, vocab) - targets[vocab]).max() < 0.01
-    assert len(second) > 5000
-    assert np.abs(frequencies(second, vocab) - targets[top]).max() < 0.02
+    first, second = np.zeros(vocab), np.zeros((vocab, vocab))
+    for drawn in product(range(vocab), repeat=2):  # what the anchor's row draws, and the row of an accepted draft
+        tokens = verify_tree(tree, ROWS, lambda _, at, drawn=(*drawn, 0): drawn[at - 1], 0).tokens
+        behind = targets[row_of[tree.child(0, drawn[0])]] if len(tokens) > 1 else np.full(vocab, 1 / vocab)
+        probability = targets[vocab][drawn[0]] * behind[drawn[1]]
+        first[tokens[0]] += probability
+        if len(tokens) > 1:
+            second[tokens[0], tokens[1]] += probability
+    assert np.abs(first - targets[vocab]).max() < 1e-6
+    assert {*np.flatnonzero(second.any(1)).tolist()} == {token for token in (never, top) if targets[vocab][token] > 0}
+    for token in np.flatnonzero(second.any(1)):
+        assert np.abs(second[token] / targets[vocab][token] - targets[token]).max() < 1e-6
 
 
-@pytest.mark.statistics
 @pytest.mark.parametrize(
     "params", [SamplingParams(1.0), SamplingParams(0.7, top_k=6), SamplingParams(1.3, top_p=0.7, min_p=0.05)]
 )
 def test_draws_follow_the_distribution(params: SamplingParams) -> None:
+    """Over all uniform numbers there are."""
     logits = np.random.default_rng(1).normal(0, 2, 12).astype(np.float32)
-    drawn = [draw_token(logits, params, float(u)) for u in uniforms(3, 9, DRAW, np.arange(DRAWS))]
+    drawn = token_law(lambda uniform: draw_token(logits, params, uniform), 12)
     target = distribution(logits, params)
-    assert np.abs(frequencies(drawn, 12) - target).max() < 0.01
-    assert set(drawn) <= set(np.flatnonzero(target).tolist())
+    assert np.abs(drawn - target).max() < 1e-6
+    assert drawn[target == 0].sum() == 0
 
 
-@pytest.mark.statistics
 @pytest.mark.parametrize("case", ["equal", "close", "reversed", "misses mass", "zero target mass"])
 def test_chain_emits_the_target_distribution(case: str) -> None:
-    """Speculative sampling over 200,000 draws, and never a token the target gives no mass."""
-    vocab = 6
+    """Speculative sampling over all drafts and uniform numbers, and never a token the target gives no mass."""
     p = np.array([[0.4, 0.25, 0.15, 0.1, 0.1, 0.0], [0.1, 0.2, 0.3, 0.2, 0.2, 0.0]], np.float32)
     with np.errstate(divide="ignore"):
         logits = np.log(p)
@@ -217,16 +203,15 @@ def test_chain_emits_the_target_distribution(case: str) -> None:
         "misses mass": np.array([0, 0.5, 0.5, 0, 0, 0]),
         "zero target mass": np.array([0.1, 0.1, 0, 0, 0, 0.8]),
     }[case].astype(np.float32)
-    accept, draw = (uniforms(1, 2, stream, np.arange(2 * DRAWS)).reshape(DRAWS, 2) for stream in (ACCEPT, DRAW))
-    drafts = np.searchsorted(np.cumsum(q, dtype=np.float64), uniforms(1, 2, 5, np.arange(DRAWS)), side="right")
-    drafts = np.minimum(drafts, int(np.flatnonzero(q)[-1])).tolist()
-    first, second = [], []
-    for k in range(DRAWS):
-        sampler: Any = Scripted(SamplingParams(1.0), accept[k], draw[k])
-        verdict = verify_chain([drafts[k]], q[None], logits, sampler, 0)
-        first.append(verdict.tokens[0])
-        second += verdict.tokens[1:]
-    assert np.abs(frequencies(first, vocab) - p[0]).max() < 0.01
-    assert 5 not in first
-    assert case == "zero target mass" or np.abs(frequencies(second, vocab) - p[1]).max() < 0.01
-    assert case != "equal" or len(second) == DRAWS
+    chains = ChainLaw(logits, SamplingParams(1.0))
+    first, second = np.zeros(6), np.zeros(6)
+    for draft in np.flatnonzero(q):
+        rejected, *accepted = chains.of([int(draft)], q[None])
+        first += q[draft] * rejected
+        for behind in accepted:
+            first[draft] += q[draft] * behind.sum()
+            second += q[draft] * behind
+    assert np.abs(first - p[0]).max() < 1e-6
+    assert first[5] == 0
+    assert np.abs(second / second.sum() - p[1]).max() < 1e-6
+    assert np.abs(second.sum() - np.minimum(p[0], q).sum()) < 1e-6  # the most that any rule can accept
