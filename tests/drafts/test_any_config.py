@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,6 +36,7 @@ WRITERS: dict[str, Callable[[Path], Written]] = {
     "speculators eagle3": partial(write_speculators, kind="eagle3", draft_vocab=96),
     "classic": write_classic_eagle3,
 }
+KINDS = (None, True, -3, 0, 1, 2**33, 0.5, 1e9, "", "qwen3", "4", [], [1, 0], {}, {"rope_type": "x", "factor": 2.0})
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 2**33) | st.floats(-2, 1e9) | st.sampled_from(["", "qwen3", "4"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["rope_type", "factor", "x"]), inner),
@@ -51,39 +53,64 @@ def places(config: dict[str, Any]) -> list[tuple[str, ...]]:
     return found
 
 
+class Format(NamedTuple):
+    """A folder of a format, and its config.json as it was written."""
+
+    folder: Path
+    config: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One folder of each format."""
+def formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Format]:
+    """One of each."""
     root = tmp_path_factory.mktemp("formats")
-    return {name: write(root / name.replace(" ", "-")).folder for name, write in WRITERS.items()}
+    folders = {name: write(root / name.replace(" ", "-")).folder for name, write in WRITERS.items()}
+    return {name: Format(folder, json.loads((folder / "config.json").read_text())) for name, folder in folders.items()}
+
+
+def check(folder: Path, target: Target, config: dict[str, Any]) -> None:
+    """Read the folder with this config.json."""
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        draft = recognise(str(folder))
+    except DsparkError as error:
+        assert str(error)
+        return
+    report = check_pair(target.checkpoint, draft)
+    assert report.ok == (report.fitted is not None)
+    assert isinstance(draft, DraftCheckpoint), "a drafter is never taken for a language model"
+
+
+def changed(config: dict[str, Any], values: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """A copy with these values at their places, unless an earlier one took the place away."""
+    config = copy.deepcopy(config)
+    for place, value in values.items():
+        section: Any = config
+        for key in place[:-1]:
+            section = section.get(key, {}) if isinstance(section, dict) else {}
+        if isinstance(section, dict):
+            section[place[-1]] = value
+    return config
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_field_with_each_kind_of_value(formats: dict[str, Format], target: Target, name: str) -> None:
+    folder, config = formats[name]
+    for place in places(config):
+        for value in KINDS:
+            try:
+                check(folder, target, changed(config, {place: value}))
+            except Exception as error:
+                error.add_note(f"{place} = {value!r}")
+                raise
 
 
 @settings(
-    max_examples=800, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 @pytest.mark.parametrize("name", WRITERS)
 @given(data=st.data())
-def test_one_or_two_fields_with_any_value(
-    folders: dict[str, Path], target: Target, name: str, data: st.DataObject
-) -> None:
-    path = folders[name] / "config.json"
-    before = path.read_text()
-    config = json.loads(before)
-    try:
-        for place in data.draw(st.lists(st.sampled_from(places(config)), min_size=1, max_size=2)):
-            section = config
-            for key in place[:-1]:
-                section = section.get(key, {}) if isinstance(section, dict) else {}
-            if isinstance(section, dict):
-                section[place[-1]] = data.draw(VALUES)
-        path.write_text(json.dumps(config))
-        try:
-            draft = recognise(str(folders[name]))
-        except DsparkError as error:
-            assert str(error)
-            return
-        report = check_pair(target.checkpoint, draft)
-        assert report.ok == (report.fitted is not None)
-        assert isinstance(draft, DraftCheckpoint), "a drafter is never taken for a language model"
-    finally:
-        path.write_text(before)
+def test_two_fields_with_any_value(formats: dict[str, Format], target: Target, name: str, data: st.DataObject) -> None:
+    folder, config = formats[name]
+    two = data.draw(st.lists(st.sampled_from(places(config)), min_size=2, max_size=2, unique=True))
+    check(folder, target, changed(config, {place: data.draw(VALUES) for place in two}))
