@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dspark_export.checkpoints.config import declared_end_ids
+from dspark_export.checkpoints.fit import explain_report, load_from
 from dspark_export.checkpoints.gguf_file import GgufFile
-from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_export.checkpoints.tokenizer import TokenizerFiles, eos_token_ids
 from dspark_export.checkpoints.trust import Trust
-from dspark_export.checkpoints.weights import WeightFiles, check_finite, explain_report
+from dspark_export.checkpoints.weights import WeightFiles, check_finite, open_tensors, read_headers, read_pickles
 from dspark_runtime.bundle.files import sha256_of
 from dspark_runtime.bundle.manifest import Source
-from dspark_runtime.errors import InvalidWeights
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +28,8 @@ _DIGESTED = (".json", ".jinja", ".txt", ".model", ".py")
 class Checkpoint:
     """``id`` is what the user named, ``revision`` a hub commit; exactly one of ``weights`` and ``gguf`` is set.
 
-    ``unread``: tensors and settings that rightly stay unused, numbers in names replaced by ``*``, with the reason.
+    ``taken``: the tensors of ``weights`` that the model is made of. ``unread``: tensors and settings that rightly stay
+    unused, numbers in names replaced by ``*``, with the reason.
     """
 
     kind: Kind
@@ -40,6 +40,7 @@ class Checkpoint:
     trust: Trust
     weights: WeightFiles | None = None
     gguf: GgufFile | None = None
+    taken: tuple[str, ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -98,29 +99,23 @@ class Checkpoint:
 
         Raises InvalidWeights for weights that are missing, do not fit, or hold NaN or infinity.
         """
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
         # torch: only when a model is loaded
         from dspark_export.tracing.rotary import make_rope_static
 
-        options = {"config": self.config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
-        try:
-            with quiet():
-                if self.gguf:
-                    weights = self.gguf.state_dict(self.config, dtype)
-                    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
-                    model, report = kind.from_pretrained(None, state_dict=weights, **options)
-                else:
-                    assert self.weights is not None
-                    options |= self.trust.weight_options(self.weights.pickled)
-                    model, report = AutoModelForCausalLM.from_pretrained(self.weights.folder, **options)
-        except (MemoryError, KeyboardInterrupt):
-            raise
-        except Exception as cause:  # transformers raises anything here
-            raise InvalidWeights(f"the weights of {self.id} cannot be loaded: {first_line(cause)}") from cause
+        model, report = load_from(self._state(dtype), self.config, self.id, self.trust, dtype=dtype)
         explain_report(report, self.id)
         check_finite(model, self.id)
         return make_rope_static(model).eval().requires_grad_(False)
+
+    def _state(self, dtype: torch.dtype) -> Mapping[str, Any]:
+        """The weights by name, read when transformers asks for them where the file allows it."""
+        if self.gguf:
+            return self.gguf.state_dict(self.config, dtype)
+        assert self.weights is not None
+        if self.weights.pickled:
+            tensors = read_pickles(self.weights, self.id, self.trust)
+            return {name: tensors[name] for name in self.taken}
+        return open_tensors(read_headers(self.weights, self.id), self.taken)
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer, if there is one, so that the runtime can use it without transformers."""

@@ -101,7 +101,8 @@ def _why_harmless(name: str, shape: tuple[int, ...], prediction_layers: set[str]
     if name.endswith("position_ids"):
         return "a counter of positions"
     if name.endswith((".attn.bias", ".attention.bias", ".attn.masked_bias", ".attention.masked_bias")):
-        return "a causal mask, not a bias" if len(shape) == 4 or shape in ((), (1,)) else None
+        square = len(shape) > 1 and shape[-1] == shape[-2]
+        return "a causal mask, not a bias" if square or shape in ((), (1,)) else None
     if _TOWERS.search(name):
         return "reads images or sound; the bundle takes text only"
     if name.startswith(("v_head.", "value_head.")):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dspark_export.checkpoints.checkpoint import Checkpoint, Kind
 from dspark_export.checkpoints.config import load_config
+from dspark_export.checkpoints.fit import fit
 from dspark_export.checkpoints.gguf_file import GgufFile
 from dspark_export.checkpoints.gguf_tokenizer import load_gguf_tokenizer
 from dspark_export.checkpoints.hub import HubSnapshot, is_hub_id
@@ -19,10 +20,11 @@ from dspark_export.checkpoints.weights import (
     INDEX,
     SINGLE,
     WeightFiles,
-    check_against_config,
+    check_dtypes,
     check_tying,
     find_weights,
     read_headers,
+    read_pickles,
     shard_names,
 )
 from dspark_runtime.errors import ModelNotFound, UsageError
@@ -99,10 +101,15 @@ def _from_hub(model: str, revision: str | None, trust: Trust, trial: Trial | Non
 def _with_weights(
     kind: Kind, weights: WeightFiles, config: PretrainedConfig, name: str, revision: str | None, trust: Trust
 ) -> Checkpoint:
-    if not weights.pickled:
-        tensors = read_headers(weights, name)
-        check_against_config(weights, config, name, trust)
-        check_tying(tensors, config, name)
+    if weights.pickled:
+        empty = read_pickles(weights, name, trust, "meta")
+        fitted = fit({tensor: tuple(value.shape) for tensor, value in empty.items()}, config, name, trust)
+    else:
+        found = read_headers(weights, name)
+        fitted = fit({tensor: stored.shape for tensor, (_, stored) in found.items()}, config, name, trust)
+        taken = {tensor: found[tensor] for tensor in fitted.taken}
+        check_dtypes(taken, name)
+        check_tying(taken, config, name)
     tokenizer = None
     if kind == "local" and not has_tokenizer(weights.folder):
         warnings.warn(
@@ -114,7 +121,9 @@ def _with_weights(
     else:
         tokenizer = load_tokenizer(weights.folder, config, name, trust)
     source = weights.folder.name if kind == "local" else name
-    return Checkpoint(kind, source, revision, config, tokenizer, trust, weights=weights)
+    return Checkpoint(
+        kind, source, revision, config, tokenizer, trust, weights=weights, taken=fitted.taken, unread=fitted.unread
+    )
 
 
 def _check_supported(config: PretrainedConfig, trial: Trial | None) -> None:

@@ -56,20 +56,13 @@ class Trust:
         """Keyword arguments for transformers' ``from_pretrained`` of configs and tokenizers."""
         return {"trust_remote_code": self.allow_unsafe}
 
-    def weight_options(self, pickled: bool) -> dict[str, Any]:
-        """Keyword arguments for ``from_pretrained`` of models; pickles are read by torch's restricted unpickler."""
-        if not pickled:
-            return {**self.code_options(), "use_safetensors": True}
-        self.require_for_pickle("the checkpoint", ["pickled weights"])
-        return {**self.code_options(), "use_safetensors": False, "weights_only": True}
-
-    def unpickle(self, path: Path, model: str) -> dict[str, torch.Tensor]:
+    def unpickle(self, path: Path, model: str, device: str = "cpu") -> dict[str, torch.Tensor]:
         """The tensors of a pickled state dict by name, read by torch's restricted unpickler, the gate being open."""
         import torch
 
         self.require_for_pickle(model, [path.name])
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location=device, weights_only=True)
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as cause:  # torch and pickle raise anything here

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dspark_export.checkpoints.config import read_json
 from dspark_export.checkpoints.files import checked_file
-from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_export.checkpoints.safetensors_file import FLOAT_DTYPES, StoredTensor, read_header
 from dspark_export.checkpoints.trust import PICKLE_SUFFIXES, Trust
 from dspark_runtime.errors import InvalidConfig, InvalidWeights
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAIN_PICKLE = "pytorch_model"
+"""How the names of pickled weights begin, where a folder has other pickles too."""
+
 INDEX_MAX_BYTES = 64 * 2**20
 _COMPARE_ROWS = 4096
 
@@ -55,9 +58,16 @@ def find_weights(folder: Path, name: str, trust: Trust, listing: Callable[[], li
 
     Raises InvalidWeights if there are none and UntrustedCheckpoint if there are only pickles and the gate is closed.
     """
+    shards = shard_names(folder, name)
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
-        return WeightFiles(folder, (SINGLE,))
-    if shards := shard_names(folder, name):
+        if shards and SINGLE not in shards:
+            raise InvalidWeights(
+                f"{name} has {SINGLE} beside the shards of {INDEX}, and they may be two models; remove {SINGLE} to use "
+                f"the {len(shards)} shards, or {INDEX} to use the single file"
+            )
+        if not shards:
+            return WeightFiles(folder, (SINGLE,))
+    if shards:
         return WeightFiles(folder, tuple(shards))
     present = listing() if listing is not None else sorted(path.name for path in folder.iterdir())
     if pickles := [file for file in present if file.endswith(PICKLE_SUFFIXES) and "/" not in file]:
@@ -68,12 +78,9 @@ def find_weights(folder: Path, name: str, trust: Trust, listing: Callable[[], li
     raise InvalidWeights(f"{name} has neither {SINGLE} nor {INDEX}{hint}; get a full checkpoint in safetensors")
 
 
-def read_headers(files: WeightFiles, name: str, integers: Container[str] = ()) -> dict[str, tuple[Path, StoredTensor]]:
-    """Every stored tensor with its file, from the headers alone; InvalidWeights for damage and contradictions.
-
-    ``integers`` are tensors that may hold whole numbers or truth values.
-    """
-    mapping = _weight_map(files.folder, name) if files.names != (SINGLE,) else {}
+def read_headers(files: WeightFiles, name: str) -> dict[str, tuple[Path, StoredTensor]]:
+    """Every stored tensor with its file, from the headers alone; InvalidWeights for damage and contradictions."""
+    mapping = _weight_map(files.folder, name)
     found: dict[str, tuple[Path, StoredTensor]] = {}
     for file in files.names:
         path = checked_file(files.folder, file, InvalidWeights)
@@ -84,54 +91,44 @@ def read_headers(files: WeightFiles, name: str, integers: Container[str] = ()) -
     for tensor, file in mapping.items():
         if tensor not in found or found[tensor][0].name != file:
             raise InvalidWeights(f"{name}: {INDEX} expects {tensor!r} in {file}, it is not there; download it again")
-    quantized = [tensor for tensor, (_, stored) in found.items() if _is_quantized(tensor, stored)]
-    if refused := [tensor for tensor in quantized if tensor not in integers]:
-        dtype = found[refused[0]][1].dtype
-        raise InvalidWeights(
-            f"{name} stores {refused[0]!r} as {dtype}, weights must be one of {', '.join(FLOAT_DTYPES)}; "
-            "build from the full-precision checkpoint and choose the precision with --precision"
-        )
     return found
 
 
-def _is_quantized(tensor: str, stored: StoredTensor) -> bool:
-    buffers = (".bias", ".masked_bias", "position_ids")  # causal masks and counters of old gpt2 checkpoints
-    return stored.dtype not in FLOAT_DTYPES and not tensor.endswith(buffers)
-
-
-def check_against_config(files: WeightFiles, config: PretrainedConfig, name: str, trust: Trust) -> None:
-    """Let transformers map the stored tensors to a model on the meta device: names and shapes, no payload is read."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet():
-            _, report = AutoModelForCausalLM.from_pretrained(
-                files.folder,
-                config=config,
-                device_map="meta",
-                dtype="auto",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                local_files_only=True,
-                **trust.weight_options(files.pickled),
+def check_dtypes(found: Mapping[str, tuple[Path, StoredTensor]], name: str, integers: Container[str] = ()) -> None:
+    """InvalidWeights for a tensor that is not made of floats; ``integers`` may hold whole numbers or truth values."""
+    for tensor, (_, stored) in found.items():
+        if stored.dtype not in FLOAT_DTYPES and tensor not in integers:
+            raise InvalidWeights(
+                f"{name} stores {tensor!r} as {stored.dtype}, weights must be one of {', '.join(FLOAT_DTYPES)}; "
+                "build from the full-precision checkpoint and choose the precision with --precision"
             )
-    except Exception as cause:  # whatever transformers raises while it maps the tensors
-        raise InvalidWeights(f"{name}: its weights do not fit its config: {first_line(cause)}") from cause
-    explain_report(report, name)
 
 
-def explain_report(report: dict[str, Any], name: str) -> None:
-    if mismatched := sorted(report["mismatched_keys"], key=str):
-        key, stored, wanted = (*mismatched[0], None, None)[:3]
-        shapes = f" (stored {list(stored)}, config {list(wanted)})" if stored and wanted else ""
-        raise InvalidWeights(
-            f"{name}: {key!r} has another shape than the config asks for{shapes}; they do not belong together"
-        )
-    if missing := sorted(report["missing_keys"]):
-        tied = "; or is tie_word_embeddings missing in the config?" if any("lm_head" in key for key in missing) else ""
-        raise InvalidWeights(f"{name} lacks {len(missing)} weights the config asks for, e.g. {missing[0]!r}{tied}")
-    if errors := report["error_msgs"]:
-        raise InvalidWeights(f"{name}: its weights do not fit its config: {' '.join(str(errors[0]).split())[:300]}")
+def open_tensors(found: Mapping[str, tuple[Path, StoredTensor]], names: Iterable[str]) -> dict[str, Any]:
+    """``names`` as slices of their files: ``[...]`` reads one."""
+    from safetensors import safe_open
+
+    files: dict[Path, Any] = {}
+    for name in names:
+        path = found[name][0]
+        if path not in files:
+            files[path] = safe_open(path, "pt")
+    return {name: files[found[name][0]].get_slice(name) for name in names}
+
+
+def read_pickles(files: WeightFiles, name: str, trust: Trust, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """All pickled tensors by name, the gate being open; InvalidWeights for one that is stored twice.
+
+    ``device`` "meta" gives shapes without payload.
+    """
+    main = [file for file in files.names if file.startswith(MAIN_PICKLE)] or list(files.names)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in main:
+        loaded = trust.unpickle(checked_file(files.folder, file, InvalidWeights), name, device)
+        if twice := sorted(set(tensors) & set(loaded)):
+            raise InvalidWeights(f"{name} stores {twice[0]!r} twice, the second time in {file}")
+        tensors |= loaded
+    return tensors
 
 
 def check_tying(tensors: dict[str, tuple[Path, StoredTensor]], config: PretrainedConfig, name: str) -> None:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dspark_export.checkpoints.files import checked_file
 from dspark_export.checkpoints.safetensors_file import FLOAT_DTYPES
 from dspark_export.checkpoints.trust import Trust
-from dspark_export.checkpoints.weights import WeightFiles, read_headers
+from dspark_export.checkpoints.weights import WeightFiles, check_dtypes, read_headers, read_pickles
 from dspark_export.drafts.formats.description import (
     D2T,
     EMBEDDING,
@@ -26,7 +25,6 @@ from dspark_runtime.errors import InvalidVocabMap, InvalidWeights
 if TYPE_CHECKING:
     import torch
 
-_MAIN_PICKLE = "pytorch_model"
 _LISTED = 12
 
 
@@ -90,7 +88,8 @@ def read_stored(files: WeightFiles, name: str, trust: Trust) -> Header:
     """What the weight files of a draft hold, by stored name; InvalidWeights for damaged files."""
     if files.pickled:
         return _unpickled(files, name, trust)
-    found = read_headers(files, name, MAPS)
+    found = read_headers(files, name)
+    check_dtypes(found, name, MAPS)
     return Header(
         {key: stored.shape for key, (_, stored) in found.items()},
         {key: stored.dtype for key, (_, stored) in found.items()},
@@ -99,13 +98,7 @@ def read_stored(files: WeightFiles, name: str, trust: Trust) -> Header:
 
 
 def _unpickled(files: WeightFiles, name: str, trust: Trust) -> Header:
-    main = [file for file in files.names if file.startswith(_MAIN_PICKLE)] or list(files.names)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in main:
-        loaded = trust.unpickle(checked_file(files.folder, file, InvalidWeights), name)
-        if twice := sorted(set(tensors) & set(loaded)):
-            raise InvalidWeights(f"{name} stores {twice[0]!r} twice, the second time in {file}")
-        tensors |= loaded
+    tensors = read_pickles(files, name, trust)
     words = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float64": "F64"}
     return Header(
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},
