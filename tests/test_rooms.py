@@ -21,6 +21,7 @@ FLOORS = {
     "dspark_runtime": (
         ("names",),
         ("api",),
+        ("serving",),
         ("decoding",),
         ("drafters",),
         ("speculation",),

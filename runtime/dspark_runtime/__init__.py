@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dspark_runtime.drafters.choice import SPECULATION_MODES
     from dspark_runtime.drafters.parts import DraftOptions
     from dspark_runtime.errors import DsparkError
+    from dspark_runtime.serving.options import ServiceOptions
+    from dspark_runtime.serving.service import Handle, Service
     from dspark_runtime.speculation.sampling import SamplingParams
     from dspark_runtime.speculation.tree import TokenTree
 
@@ -29,7 +31,10 @@ _PLACES = {
     "Drafter": "drafters.base",
     "DsparkError": "errors",
     "Generation": "decoding.sequence",
+    "Handle": "serving.service",
     "SamplingParams": "speculation.sampling",
+    "Service": "serving.service",
+    "ServiceOptions": "serving.options",
     "Statistics": "decoding.statistics",
     "Stream": "api",
     "TokenTree": "speculation.tree",
@@ -45,7 +50,10 @@ __all__ = [
     "Drafter",
     "DsparkError",
     "Generation",
+    "Handle",
     "SamplingParams",
+    "Service",
+    "ServiceOptions",
     "Statistics",
     "Stream",
     "TokenTree",

@@ -12,11 +12,19 @@ import copy
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol, Unpack, overload
 
 from dspark_runtime.arguments import Ids, Text, plain_prompts, refuse_unknown, whole
 from dspark_runtime.backends.opening import Backend, open_backend, rows_are_equal
-from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS, Engine, EngineOptions, GraphEngine
+from dspark_runtime.backends.protocol import (
+    FLOAT_PRODUCTS,
+    MOST_ROWS,
+    ROUNDED_ACTIVATIONS,
+    Engine,
+    EngineOptions,
+    GraphEngine,
+)
 from dspark_runtime.bundle.files import TOKENIZER_DIR, BundleFiles
 from dspark_runtime.bundle.manifest import Manifest
 from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
@@ -29,6 +37,10 @@ from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.choice import DrafterChoice
 from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.errors import UsageError
+from dspark_runtime.serving.memory import check_memory
+from dspark_runtime.serving.observer import ServiceObserver
+from dspark_runtime.serving.options import DEFAULT_CAPACITY, ServiceOptions
+from dspark_runtime.serving.service import Service
 from dspark_runtime.speculation.costs import PassCosts
 from dspark_runtime.speculation.sampling import SamplingParams
 from dspark_runtime.text.chat_template import Message
@@ -451,6 +463,43 @@ class Bundle:
         tokenizer = None if self._codec is None else self._codec.tokenizer
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         return DecodingLoop(target, schedule, drafters, rows, longest, tokenizer, options, self._observer)
+
+    def serve(self, options: ServiceOptions | None = None, observer: ServiceObserver | None = None) -> Service:
+        """Start a service: requests of any number of threads, which join and leave while others run.
+
+        Args:
+            options: sizes and rules; None for the defaults.
+            observer: hears what the service and its loop do.
+
+        Raises:
+            UsageError: ``options.speculate`` names nothing this bundle has.
+            CapacityError: the caches do not fit the memory; the message says how many rows would.
+        """
+        options = options or ServiceOptions()
+        limits = self._backend.limits
+        rows = min(options.rows, limits.batch or options.rows)
+        options = replace(options, rows=rows)
+        capacity = min(options.capacity or DEFAULT_CAPACITY, self.limits.positions)
+        target = self.engine("target", rows > 1)
+        schedule = self._new_schedule()
+        check_memory(self.manifest, rows, capacity, options.memory)
+        most_drafts = min(LoopOptions.most_drafts, limits.rows - 1)
+        loop_options = LoopOptions(limits.chunk, self._min_rows, most_drafts, first_slots=capacity + MOST_ROWS)
+        tokenizer = None if self._codec is None else self._codec.tokenizer
+        observer = observer or ServiceObserver()
+
+        def open_loop() -> DecodingLoop:
+            drafters = self._choice().make(options.speculate, rows > 1, options.drafting)
+            return DecodingLoop(target, schedule, drafters, rows, capacity, tokenizer, loop_options, observer)
+
+        return Service(
+            open_loop,
+            options,
+            Limits(self.limits.vocab_size, capacity),
+            eos=self.manifest.model.eos_token_ids,
+            fixed_chunks=not self._backend.rows_are_equal,
+            observer=observer,
+        )
 
     def _encode(self, prompt: Text | Ids, variables: Mapping[str, object] | None, chat: bool) -> Ids:
         if isinstance(prompt, list):

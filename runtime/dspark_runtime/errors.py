@@ -87,6 +87,28 @@ class InvalidTree(UsageError):
     """A token tree breaks its invariants (order, parents, depth, duplicate siblings, size)."""
 
 
+class ServiceError(DsparkError):
+    """A service could not finish a request. Derived types say why."""
+
+    exit_code = 8
+
+
+class Overloaded(ServiceError):
+    """The queue is full; try again later."""
+
+
+class DeadlineExceeded(ServiceError):
+    """The time the sender gave has passed, in the queue or while the text was made."""
+
+
+class ServiceStopped(ServiceError):
+    """The service is draining or closed and takes no requests, or it was closed before the text ended."""
+
+
+class ServiceUnhealthy(ServiceError):
+    """The service's engine failed twice in a row, or its thread ended; it takes no more requests."""
+
+
 class ChatTemplateError(UsageError):
     """The chat template is missing, malformed, or exceeded its sandbox limits."""
 

@@ -123,7 +123,10 @@ class DecodingLoop:
         self._readers = [TapReader.of(engine, drafter) for drafter in self.drafters if drafter.taps]
         self._flight: Flight | None = None
         self._unsettled: list[Accepted] = []
-        self._failure: Exception | None = None
+        self._failure: tuple[Exception, list[SequenceState], bool] | None = None
+        self.failing: list[SequenceState] = []
+        self.sound = True
+        self.prompt_tokens = 0
         self._left = 0.0  # when the caller was given the loop back
         for drafter in self.drafters:
             drafter.attach(self.cache)
@@ -141,6 +144,11 @@ class DecodingLoop:
         """Whether a step would do anything."""
         return len(self.batch) > 0 or self._flight is not None or self._failure is not None
 
+    @property
+    def running(self) -> int:
+        """Sequences that take part in the next round."""
+        return len(self.batch.running)
+
     def admit(self, request: Request) -> SequenceState:
         """Let a request in, between any two steps. Its prompt waits for its turn; indices count the requests from 0.
 
@@ -155,6 +163,12 @@ class DecodingLoop:
             )
         sequence = SequenceState(next(self._numbers), request, self._tokenizer)
         self.batch.admit(sequence)
+        return sequence
+
+    def not_admitted(self, request: Request) -> SequenceState:
+        """The sequence of a request that is given up before it was admitted; it has ended."""
+        sequence = SequenceState(next(self._numbers), request, None)
+        sequence.cancel()
         return sequence
 
     def cancel(self, sequence: SequenceState) -> Chunk:
@@ -180,39 +194,43 @@ class DecodingLoop:
 
     # Steps ---------------------------------------------------------------------------------------------------------
 
-    def step(self, rounds_first: bool = False) -> list[Chunk]:
+    def step(self, rounds_first: bool = False, chunk: int | None = None) -> list[Chunk]:
         """Run one chunk of one prompt, or one round of all running sequences; the new text.
 
         Prompts come first, in the order they were admitted, so that as many sequences as possible share a round. With
         ``rounds_first`` prompts wait as long as anything runs: alternate it with the other to bound what a prompt
-        adds to the others' time.
+        adds to the others' time, and give the most tokens of such a chunk. ``prompt_tokens`` is how many it had
+        afterwards, 0 for a round.
 
         Raises:
             BackendError: a pass failed. Sequences are as they were before: go on, cancel them or close the loop. What
-                was committed before is given out first; the step after it raises.
+                was committed before is given out first; the step after it raises. ``failing`` has the sequences
+                concerned; ``sound`` is whether the pass went through and only their logits were no numbers, so that
+                all others were served.
         """
         if self._failure is not None:
-            failure, self._failure = self._failure, None
+            (failure, self.failing, self.sound), self._failure = self._failure, None
             raise failure
         if self._flight is not None:
             self._flight.away += _clock() - self._left
         try:
-            chunks = self._advance(rounds_first)
+            self.failing, self.sound, self.prompt_tokens = [], True, 0
+            chunks = self._advance(rounds_first, chunk or self.options.prefill_chunk)
         except Exception as error:
             chunks = self._settle()
             if not chunks:
                 raise
-            self._failure = error
+            self._failure = (error, self.failing, self.sound)
         self._left = _clock()
         return chunks
 
-    def _advance(self, rounds_first: bool) -> list[Chunk]:
+    def _advance(self, rounds_first: bool, chunk: int) -> list[Chunk]:
         if self._flight is not None:
             self._land()
         prompts = self.batch.filling is not None or self.batch.waiting
         first: list[Chunk] = []
         if prompts and not (rounds_first and self.batch.running):
-            first = self._prompt()
+            first = self._prompt(min(chunk, self.options.prefill_chunk))
         elif self.batch.running:
             self._begin()
             if not self.runner.overlaps:
@@ -225,16 +243,18 @@ class DecodingLoop:
         """Propose, fill and start the pass."""
         began = _clock()
         running = list(self.batch.running)
+        self.failing, self.sound = running, False
         proposals = self._propose(running)
         trees = self.schedule.choose(proposals, len(running))
         drafted = _clock()
         buffers = fill_trees(self.runner, self.cache, trees, self.options.min_rows)
-        verified_there = self.runner.verifies and all(map(_drawn_from_nothing, running, proposals))
+        verified_there = self.runner.verifies and all(map(_needs_no_logits, running, proposals))
         check = tree_check(trees, running) if verified_there else None
         flight = Flight(running, proposals, trees, buffers, began, drafted, filled=_clock())
         self.runner.start(check)
         flight.started = _clock()
         self._flight = flight
+        self.failing, self.sound = [], True
         self.observer.started(flight)
 
     def _land(self) -> list[Chunk]:
@@ -242,7 +262,9 @@ class DecodingLoop:
         flight, self._flight = self._flight, None
         assert flight is not None
         flight.waited = _clock()
+        self.failing, self.sound = list(flight.sequences), False
         found = self.runner.finish()
+        self.failing, self.sound = [], True
         flight.verified = _clock()
         if not all(sequence.finished for sequence in flight.sequences):  # cancelled since the pass began
             self._commit_all(flight, found)
@@ -267,31 +289,41 @@ class DecodingLoop:
 
     # Prompts -------------------------------------------------------------------------------------------------------
 
-    def _prompt(self) -> list[Chunk]:
-        """One chunk of a prompt; the first token behind its last one."""
+    def _prompt(self, most: int) -> list[Chunk]:
+        """One chunk of a prompt, of at most ``most`` tokens; the first token behind its last one."""
         began = _clock()
         sequence = self.batch.next_prompt()
         assert sequence is not None
+        self.failing, self.sound = [sequence], False
         prompt, row = sequence.request.prompt, sequence.row
         start = self.cache.lengths[row]
         if start == 0 and len(prompt) + self.options.min_rows > self.cache.memory.capacity:
             self.cache.reserve(min(self.cache.limit, round_up(len(prompt) + self.options.first_slots)))
-        part = prompt[start : start + self.options.prefill_chunk]
+        part = prompt[start : start + most]
         rows = range(len(part))
+        self.prompt_tokens = len(part)
         buffers = fill_prompt(self.runner, self.cache, row, start, part, self.options.min_rows)
         self.runner.start()
         self.cache.commit(row, rows)
-        self._collect(sequence, 0, rows)
-        self.runner.finish()
+        try:
+            self._collect(sequence, 0, rows)
+            self.runner.finish()
+        except Exception:
+            self.cache.rollback(row, start)
+            raise
         self._show(sequence, buffers.taps, 0, rows)
+        self.sound = True
         chunks = []
         if start + len(part) == len(prompt):
-            first = sequence.sampler.draw(buffers.logits[0, 0], len(prompt))
-            chunks.append(sequence.chunk(sequence.append([first])))
+            first = sequence.choice.draw(buffers.logits[0, 0], len(prompt))
+            kept = sequence.append([first])
+            sequence.report(Verdict([0], kept), buffers.logits[0], 1)
+            chunks.append(sequence.chunk(kept))
             for drafter in self.drafters:
                 drafter.commit(sequence.index, chunks[0].tokens)
             self.batch.filled()
         sequence.stats.seconds.prefill += _clock() - began
+        self.failing = []
         self._retire()
         return chunks
 
@@ -344,10 +376,17 @@ class DecodingLoop:
     # Commit --------------------------------------------------------------------------------------------------------
 
     def _commit_all(self, flight: Flight, found: TreeVerdicts | None) -> None:
+        """Commit every sequence's part; one whose logits are no numbers does not keep the others from theirs."""
         verdicts = [None] * len(flight.trees) if found is None else read_verdicts(found)
+        failing: list[SequenceState] = []
         for parts in zip(flight.sequences, flight.proposals, flight.trees, verdicts, strict=True):
-            if not parts[0].finished:
+            if parts[0].finished:
+                continue
+            try:
                 self._unsettled.append(self._commit(*parts, flight))
+            except BackendError as error:
+                failing.append(parts[0])
+                self._failure = (error, failing, True)
 
     def _commit(
         self,
@@ -364,6 +403,8 @@ class DecodingLoop:
         self._collect(sequence, row, verdict.path)
         self._show(sequence, buffers.taps, row, verdict.path)
         tokens = sequence.append(verdict.tokens)
+        if sequence.reads_logits:
+            sequence.report(verdict, buffers.logits[row], len(tokens))
         for part in proposal.parts:  # what is verified next depends on it
             self.schedule.acceptance.learn(part.drafter, part.draft, tokens, sequence.index)
         for drafter in self.drafters:
@@ -377,7 +418,7 @@ class DecodingLoop:
         probs = drawn_from(sequence, proposal)
         if probs is not None:
             return verify_chain(tree.tokens[1:], probs, logits, sequence.sampler, start)
-        return verify_tree(tree, logits, sequence.sampler.draw, start)
+        return verify_tree(tree, logits, sequence.choice.draw, start)
 
     def _account(self, flight: Flight, emitted: int) -> None:
         done = _clock()
@@ -400,10 +441,14 @@ class DecodingLoop:
 
 
 def drawn_from(sequence: SequenceState, proposal: Proposal) -> FloatArray | None:
-    """What a draft that rejection sampling verifies was drawn from; None for all others."""
+    """What a draft that rejection sampling verifies was drawn from; None for all others.
+
+    Where logits depend on the text before them, the target's own draws are followed whatever was drafted.
+    """
     sampled = proposal.sampled
-    return None if sampled is None or sequence.request.params.greedy else sampled.probs
+    follows = sequence.request.params.greedy or sequence.choice.adjusted
+    return None if sampled is None or follows else sampled.probs
 
 
-def _drawn_from_nothing(sequence: SequenceState, proposal: Proposal) -> bool:
-    return drawn_from(sequence, proposal) is None
+def _needs_no_logits(sequence: SequenceState, proposal: Proposal) -> bool:
+    return drawn_from(sequence, proposal) is None and not sequence.reads_logits

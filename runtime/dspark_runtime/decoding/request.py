@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dspark_runtime.arguments import whole
@@ -46,35 +46,76 @@ def make_requests(
     stop: str | Sequence[str] | None = (),
     eos: Sequence[int] = (),
 ) -> list[Request]:
-    """Check the prompts and options of one call.
+    """Check the prompts and options of one call; equal prompts get different random numbers.
 
-    ``max_new_tokens`` None means 256 or what still fits; a sequence of ``params`` has those of each prompt. Raises
-    UsageError, or CapacityError where a prompt with its new tokens has no room.
+    A sequence of ``params`` has those of each prompt; for other arguments and errors see :func:`make_request`.
     """
     settings = _checked_settings(params, len(prompts), limits)
-    seed = _checked_seed(seed)
-    if max_new_tokens is not None:
-        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
-    stops = _checked_stops(stop)
     if not prompts:
         raise UsageError("there is no prompt; give at least one")
     requests = []
     seen: Counter[tuple[int, ...]] = Counter()
     for prompt, own in zip(prompts, settings, strict=True):
-        tokens = _checked_prompt(prompt, limits)
-        requests.append(
-            Request(
-                prompt=tokens,
-                max_new_tokens=_room(len(tokens), max_new_tokens, limits),
-                params=own,
-                seed=seed,
-                key=request_key(tokens, seen[tokens]),
-                stops=stops,
-                eos=frozenset(eos),
-            )
+        request = make_request(
+            prompt,
+            limits,
+            max_new_tokens=max_new_tokens,
+            params=own,
+            seed=seed,
+            stop=stop,
+            eos=eos,
+            occurrence=lambda tokens: seen[tokens],
         )
-        seen[tokens] += 1
+        requests.append(request)
+        seen[request.prompt] += 1
     return requests
+
+
+def make_request(
+    prompt: Sequence[int],
+    limits: Limits,
+    *,
+    max_new_tokens: int | None = None,
+    params: SamplingParams | None = None,
+    seed: int = 0,
+    stop: str | Sequence[str] | None = (),
+    eos: Sequence[int] = (),
+    occurrence: int | Callable[[tuple[int, ...]], int] = 0,
+) -> Request:
+    """Check one prompt and its options.
+
+    Args:
+        prompt: token ids.
+        limits: what must be fit.
+        max_new_tokens: most tokens of the text; None for 256 or what still fits.
+        params: how tokens are drawn; its own ``max_new_tokens``, ``seed`` and ``stop`` come before these arguments.
+        seed: of the random numbers.
+        stop: strings that end the text.
+        eos: token ids that end it.
+        occurrence: a number that tells equal prompts apart, or what gives it for the checked prompt.
+
+    Raises:
+        UsageError: an option or the prompt outside its range.
+        CapacityError: the prompt with its new tokens has no room.
+    """
+    own = _checked_settings(params, 1, limits)[0]
+    seed = _checked_seed(seed if own.seed is None else own.seed)
+    if own.max_new_tokens is not None:
+        max_new_tokens = own.max_new_tokens
+    if max_new_tokens is not None:
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    stops = _checked_stops(stop if own.stop is None else own.stop)
+    tokens = _checked_prompt(prompt, limits)
+    number = occurrence(tokens) if callable(occurrence) else occurrence
+    return Request(
+        prompt=tokens,
+        max_new_tokens=_room(len(tokens), max_new_tokens, limits),
+        params=own,
+        seed=seed,
+        key=request_key(tokens, number),
+        stops=stops,
+        eos=frozenset(eos),
+    )
 
 
 def _checked_settings(params: object, prompts: int, limits: Limits) -> list[SamplingParams]:

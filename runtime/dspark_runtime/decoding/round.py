@@ -51,7 +51,19 @@ class Accepted:
     def settle(self) -> Chunk:
         """Text and statistics. No pass depends on them: only the tokens had to be known for the next one."""
         self._count()
-        return self.sequence.chunk(self.tokens)
+        return self.sequence.chunk(self.tokens, self.drafters())
+
+    def drafters(self) -> tuple[tuple[str, ...], ...]:
+        """For each of ``tokens`` the names of the drafters that proposed it, empty for the target's own."""
+        names: list[list[str]] = [[] for _ in self.tokens]
+        for part in self.proposal.parts:
+            own, row = part.draft.tree, 0
+            for place in range(min(len(self.verdict.path) - 1, len(self.tokens))):
+                row = own.child(row, self.tokens[place])
+                if row < 0:
+                    break
+                names[place].append(part.drafter.name)
+        return tuple(map(tuple, names))
 
     def _count(self) -> None:
         stats, tree, proposal = self.sequence.stats, self.tree, self.proposal

@@ -8,9 +8,12 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.decoding.choice import TokenChoice, TokenLogprob
 from dspark_runtime.decoding.request import Request
 from dspark_runtime.decoding.statistics import Statistics
 from dspark_runtime.speculation.sampling import Sampler
+from dspark_runtime.speculation.verify import Verdict
 from dspark_runtime.text.stream import TextStream
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
@@ -18,24 +21,33 @@ FinishReason = Literal["eos", "stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New text of sequence ``index`` (its place in the call). ``finish_reason`` is set on its last chunk only."""
+    """New text of sequence ``index`` (its place in the call). ``finish_reason`` is set on its last chunk only.
+
+    ``drafters``: for each token the names of the drafters that proposed it; empty for a token of the target's own.
+    ``logprobs``: for each token, where the request wants them.
+    """
 
     index: int
     text: str
     tokens: list[int]
     finish_reason: FinishReason | None = None
+    drafters: tuple[tuple[str, ...], ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Generation:
     """A finished text. ``tokens`` holds the token that ended it (EOS, or the one that completed a stop string);
-    ``text`` does not. ``prompt_tokens`` counts the prompt."""
+    ``text`` does not. ``prompt_tokens`` counts the prompt; the context of the first ``cached_tokens`` of it was there
+    already. ``logprobs``: for each token, where they were wanted."""
 
     text: str
     tokens: list[int]
     finish_reason: FinishReason
     prompt_tokens: int
     stats: Statistics = field(compare=False)
+    cached_tokens: int = field(default=0, compare=False)
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class SequenceState:
@@ -47,7 +59,8 @@ class SequenceState:
     """
 
     __slots__ = (
-        "_finish", "_ready", "_stops", "_stream", "_text", "index", "request", "row", "sampler", "stats", "tokens",
+        "_finish", "_logprobs", "_ready", "_stops", "_stream", "_text", "cached", "choice", "index", "request", "row",
+        "stats", "tokens",
     )  # fmt: skip
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None) -> None:
@@ -55,13 +68,25 @@ class SequenceState:
         self.request = request
         self.row = -1  # of the cache, once the prompt begins
         self.tokens = list(request.prompt)
-        self.sampler = Sampler(request.params, request.seed, request.key)
+        self.choice = TokenChoice(request)
+        self.cached = 0  # tokens of the prompt whose context was there already
         self.stats = Statistics()
         self._stream = TextStream(tokenizer, request.prompt, request.stops) if tokenizer is not None else None
         self._stops = self._stream if request.stops else None
         self._ready = ""
         self._text: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
         self._finish: FinishReason | None = None
+
+    @property
+    def sampler(self) -> Sampler:
+        """Draws its tokens."""
+        return self.choice.sampler
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether its tokens need the logits of every pass in host memory."""
+        return self.choice.adjusted or self.request.params.logprobs is not None
 
     @property
     def emitted(self) -> int:
@@ -93,6 +118,8 @@ class SequenceState:
                 self._ready += self._stops.push(token)
                 if self._stops.stopped:
                     self._finish = "stop"
+            if self._finish is None and self.emitted == self.choice.guide_end:
+                self._finish = "stop"
             if self._finish is None and self.remaining == 0:
                 self._finish = "length"
             if self._finish is not None:
@@ -104,14 +131,22 @@ class SequenceState:
         self.stats.emitted = self.emitted
         return kept
 
-    def chunk(self, kept: list[int]) -> Chunk:
+    def report(self, verdict: Verdict, logits: FloatArray, kept: int) -> None:
+        """Note log probabilities of the first ``kept`` tokens of ``verdict``, whose rows ``logits`` has, if wanted."""
+        if self.request.params.logprobs is not None:
+            rows = zip(verdict.path[:kept], verdict.tokens[:kept], strict=True)
+            self._logprobs.extend(self.choice.logprob(logits[row], token) for row, token in rows)
+
+    def chunk(self, kept: list[int], drafters: tuple[tuple[str, ...], ...] = ()) -> Chunk:
         """What :meth:`append` committed last, with its text; once for every call of it, before the next one."""
         if self._stops is not None:
             text, self._ready = self._ready, ""
         else:
             text = self._decoded(kept)
         self._text.append(text)
-        return Chunk(self.index, text, kept, self._finish)
+        count = len(kept)
+        logprobs = tuple(self._logprobs[-count:]) if self._logprobs and count else ()
+        return Chunk(self.index, text, kept, self._finish, drafters, logprobs)
 
     def cancel(self) -> Chunk:
         """End the text where it is now."""
@@ -132,4 +167,12 @@ class SequenceState:
         if self._finish is None:
             raise RuntimeError("the sequence is still running")
         prompt = len(self.request.prompt)
-        return Generation("".join(self._text), self.tokens[prompt:], self._finish, prompt, self.stats)
+        return Generation(
+            "".join(self._text),
+            self.tokens[prompt:],
+            self._finish,
+            prompt,
+            self.stats,
+            self.cached,
+            tuple(self._logprobs),
+        )

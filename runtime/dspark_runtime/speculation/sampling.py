@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +22,14 @@ import numpy.typing as npt
 from dspark_runtime.arguments import real, whole
 from dspark_runtime.backends.protocol import FloatArray
 from dspark_runtime.errors import BackendError, UsageError
+from dspark_runtime.speculation.guides import Guide
 
+MOST_LOGPROBS = 20
+MOST_BIASES = 300
 GREEDY_BELOW = 1e-5  # lower temperatures are taken as 0
 DRAW, ACCEPT, DRAFT = 0, 1, 2  # streams: drawing a token, accepting a sampled draft, drawing one
 
+_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 256
@@ -32,7 +37,21 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 switch a filter off.
+    """What a request wants of its text. None of it depends on how the text is drafted.
+
+    ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 switch a filter off.
+
+    Args:
+        presence_penalty: taken off the logits of tokens that are in the text already, -2 to 2.
+        frequency_penalty: the same for each time they are, -2 to 2.
+        repetition_penalty: divides positive logits of tokens in prompt and text, multiplies negative ones; above 0.
+        logit_bias: added to the logits of these token ids, -100 to 100, for at most 300 of them.
+        logprobs: report the log probability of every token, and of this many of the most likely ones, at most 20;
+            None for none.
+        guide: the text has to follow this grammar.
+        max_new_tokens: most tokens of the text; None for that of the call.
+        seed: of the random numbers; None for that of the call.
+        stop: strings that end the text; None for those of the call.
 
     Raises:
         UsageError: a value outside its range.
@@ -42,9 +61,18 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = ()
+    logprobs: int | None = None
+    guide: Guide | None = None
+    max_new_tokens: int | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
+        for name in _NUMBERS:
             value = getattr(self, name)
             number = real(value)
             if number is None or not math.isfinite(number):
@@ -60,6 +88,36 @@ class SamplingParams:
             raise UsageError(f"top_p={self.top_p}: give a number above 0 and at most 1 (1 switches the filter off)")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min_p={self.min_p}: give a number from 0 (which switches the filter off) to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UsageError(f"{name}={getattr(self, name)}: give a number from -2 to 2 (0 switches it off)")
+        if not 0 < self.repetition_penalty <= 100:
+            raise UsageError(
+                f"repetition_penalty={self.repetition_penalty}: give a number above 0 (1 switches it off) to 100"
+            )
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        if self.logprobs is not None:
+            object.__setattr__(self, "logprobs", whole("logprobs", self.logprobs, 0, MOST_LOGPROBS))
+        if self.stop is not None and not isinstance(self.stop, str) and hasattr(self.stop, "__iter__"):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        if self.guide is not None and not hasattr(self.guide, "start"):
+            raise UsageError(f"guide={self.guide!r:.60}: give a compiled grammar, or None")
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """``logit_bias`` as pairs of token and number, ascending."""
+        return cast(tuple[tuple[int, float], ...], self.logit_bias)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed, by what the text holds so far, before a token is drawn from them."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1
+            or self.logit_bias
+            or self.guide is not None
+        )
 
     @property
     def greedy(self) -> bool:
@@ -72,9 +130,28 @@ class SamplingParams:
         return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """UsageError if ``top_k`` asks for more tokens than there are."""
+        """UsageError if ``top_k`` asks for more tokens than there are, or ``logit_bias`` for one there is not."""
         if self.top_k > vocab_size:
             raise UsageError(f"top_k={self.top_k}, but the vocabulary has {vocab_size} tokens; 0 means no filter")
+        if unknown := [token for token, _ in self.biases if token >= vocab_size]:
+            raise UsageError(f"logit_bias for token {unknown[0]}, but the vocabulary has {vocab_size} tokens")
+
+
+def _checked_bias(bias: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs of token and bias, ascending; UsageError for anything else."""
+    try:
+        pairs = [(key, value) for key, value in (bias.items() if isinstance(bias, Mapping) else bias)]
+    except (TypeError, ValueError):
+        raise UsageError(f"logit_bias={bias!r:.60}: give a mapping from token ids to numbers") from None
+    if len(pairs) > MOST_BIASES:
+        raise UsageError(f"logit_bias for {len(pairs)} tokens; at most {MOST_BIASES} are possible")
+    checked = {}
+    for token, value in pairs:
+        number = real(value)
+        if number is None or not -100 <= number <= 100:
+            raise UsageError(f"logit_bias {value!r} for token {token!r}: give a number from -100 to 100")
+        checked[whole("a token of logit_bias", token, 0, None, "a token id")] = number
+    return tuple(sorted(checked.items()))
 
 
 def request_key(prompt: Sequence[int], occurrence: int = 0) -> int:
