@@ -146,6 +146,7 @@ class Service:
         eos: token ids that end a text.
         fixed_chunks: prompts are cut alike whatever else runs, for texts to depend on nothing else.
         observer: hears what happens.
+        threaded: start the engine's thread; otherwise the caller calls :meth:`turn`, on a thread of its own.
 
     Raises:
         CapacityError: no memory for the caches.
@@ -159,6 +160,7 @@ class Service:
         eos: Sequence[int] = (),
         fixed_chunks: bool = False,
         observer: ServiceObserver | None = None,
+        threaded: bool = True,
     ) -> None:
         self.options, self.limits = options, limits
         self.observer = observer or ServiceObserver()
@@ -179,8 +181,10 @@ class Service:
         self._round_next = False
         self._failures = 0
         self._beat = _clock()
-        self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if threaded:
+            self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
+            self._thread.start()
 
     # Of any thread -------------------------------------------------------------------------------------------------
 
@@ -295,7 +299,8 @@ class Service:
             if self._health == "ready":
                 self._health = "draining"
             self._changed.notify_all()
-            return self._changed.wait_for(lambda: self._idle() or not self._thread.is_alive(), timeout)
+            self._changed.wait_for(lambda: self._idle() or self._health in ("stopped", "unhealthy"), timeout)
+            return self._idle()
 
     def close(self, timeout: float = 0.0) -> None:
         """:meth:`drain`, then cancel what is left after ``timeout`` seconds, and stop."""
@@ -303,7 +308,7 @@ class Service:
         with self._changed:
             self._closing = ServiceStopped("the service was closed before the text ended")
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
+        if self._thread is not None and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def __enter__(self) -> Service:
@@ -340,7 +345,7 @@ class Service:
 
     def _run(self) -> None:
         try:
-            while self._turn():
+            while self.turn(HEARTBEAT_SECONDS):
                 pass
         except BaseException as error:
             _log.exception("the engine's thread ends")
@@ -349,12 +354,15 @@ class Service:
             with suppress(Exception):
                 self._loop.close()
 
-    def _turn(self) -> bool:
-        """Take what other threads want, then run one step; whether there will be another turn."""
+    def turn(self, patience: float = 0.0) -> bool:
+        """Take what other threads want, then run one step; whether there will be another turn.
+
+        Where there is nothing to do it waits for something, at most ``patience`` seconds.
+        """
         with self._changed:
             self._beat = _clock()
-            if not self._urgent():
-                self._changed.wait(self._patience())
+            if patience and not self._urgent():
+                self._changed.wait(min(patience, self._until_deadline()))
             closing = self._closing
             cancelled, self._cancelled = self._cancelled, deque()
             late = self._too_late()
@@ -376,9 +384,8 @@ class Service:
         """Whether there is something to do now."""
         return bool(self._loop.busy or self._cancelled or self._closing or (len(self._queue) and self._loop.free))
 
-    def _patience(self) -> float:
-        until_deadline = self._deadlines[0][0] - _clock() if self._deadlines else HEARTBEAT_SECONDS
-        return min(max(until_deadline, 0.0), HEARTBEAT_SECONDS)
+    def _until_deadline(self) -> float:
+        return max(self._deadlines[0][0] - _clock(), 0.0) if self._deadlines else HEARTBEAT_SECONDS
 
     def _too_late(self) -> list[Handle]:
         late, now = [], _clock()
