@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from dspark_runtime.drafters.choice import SPECULATION_MODES
     from dspark_runtime.drafters.parts import DraftOptions
     from dspark_runtime.errors import DsparkError
+    from dspark_runtime.serving.handle import Handle
     from dspark_runtime.serving.options import ServiceOptions
-    from dspark_runtime.serving.service import Handle, Service
+    from dspark_runtime.serving.service import Service
     from dspark_runtime.speculation.sampling import SamplingParams
     from dspark_runtime.speculation.tree import TokenTree
 
@@ -31,7 +32,7 @@ _PLACES = {
     "Drafter": "drafters.base",
     "DsparkError": "errors",
     "Generation": "decoding.sequence",
-    "Handle": "serving.service",
+    "Handle": "serving.handle",
     "SamplingParams": "speculation.sampling",
     "Service": "serving.service",
     "ServiceOptions": "serving.options",

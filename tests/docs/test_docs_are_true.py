@@ -20,7 +20,17 @@ import dspark_runtime
 from dspark_export.build.pipeline import Stage
 from dspark_export.cli import main as command_line
 from dspark_export.cli.validate import FAILED as VALIDATION_FAILED
-from dspark_runtime import Bundle, Chunk, Drafter, DraftOptions, Generation, SamplingParams, Statistics, errors
+from dspark_runtime import (
+    Bundle,
+    Chunk,
+    Drafter,
+    DraftOptions,
+    Generation,
+    SamplingParams,
+    ServiceOptions,
+    Statistics,
+    errors,
+)
 from dspark_runtime.bundle import contract, engine_entry, manifest
 from dspark_runtime.decoding.options import DEFAULTS, DRAFT_FIELDS, SAMPLING_FIELDS, GenerateOptions
 from dspark_runtime.decoding.statistics import DrafterCounts
@@ -189,11 +199,22 @@ def test_arguments_and_defaults_are_those_of_the_code(function: str) -> None:
     if function == "generate":
         keywords: dict[str, Any] = {**DEFAULTS}
         for settings, fields in ((SamplingParams(), SAMPLING_FIELDS), (DraftOptions(), DRAFT_FIELDS)):
-            assert {*fields.values()} == {field.name for field in dataclasses.fields(settings)}
+            assert {*fields.values()} <= {field.name for field in dataclasses.fields(settings)}
             keywords |= {name: getattr(settings, field) for name, field in fields.items()}
         assert keywords.keys() == GenerateOptions.__annotations__.keys()
         real |= keywords
     assert documented == {name: f'"{v}"' if isinstance(v, str) else str(v) for name, v in real.items()}
+
+
+def test_the_settings_are_those_of_the_code() -> None:
+    for heading, settings, elsewhere in (
+        ("`SamplingParams`", SamplingParams(), SAMPLING_FIELDS),
+        ("`bundle.serve(options, observer)`", ServiceOptions(), {}),
+    ):
+        documented = {code(r[0])[0]: r[1].strip("`") for r in rows(DOCS["python-api.md"], heading)}
+        real = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in elsewhere}
+        shown = {n: f'"{v}"' if isinstance(v, str) else re.sub(r"\(.+\)", "()", str(v)) for n, v in real.items()}
+        assert documented == shown
 
 
 def test_attributes_of_the_results_exist() -> None:

@@ -8,7 +8,7 @@ from dspark_runtime.decoding.observer import Observer
 from dspark_runtime.serving.events import Failed, Finished
 
 if TYPE_CHECKING:
-    from dspark_runtime.serving.service import Handle
+    from dspark_runtime.serving.handle import Handle
 
 
 class ServiceObserver(Observer):

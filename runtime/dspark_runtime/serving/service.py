@@ -26,13 +26,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
 
 from dspark_runtime.arguments import real, whole
 from dspark_runtime.decoding.loop import DecodingLoop
 from dspark_runtime.decoding.request import Limits, Request, make_request
-from dspark_runtime.decoding.sequence import Generation, SequenceState
 from dspark_runtime.errors import (
     DeadlineExceeded,
     DsparkError,
@@ -43,97 +40,18 @@ from dspark_runtime.errors import (
     UsageError,
 )
 from dspark_runtime.serving.chunks import ChunkSize
-from dspark_runtime.serving.events import Event, Failed, Finished, Listener, Started, Tokens
+from dspark_runtime.serving.events import Failed, Finished, Listener, Started, Tokens
+from dspark_runtime.serving.handle import Counts, Handle, Health, ServiceStats
 from dspark_runtime.serving.observer import ServiceObserver
 from dspark_runtime.serving.options import MOST_PRIORITY, ServiceOptions
 from dspark_runtime.serving.waiting import WaitingQueue
 from dspark_runtime.speculation.sampling import SamplingParams
 
-Health = Literal["ready", "draining", "unhealthy", "stopped"]
 HEARTBEAT_SECONDS = 1.0
 """The engine's thread shows that it lives at least this often while nothing is to be done."""
 
 _log = logging.getLogger(__name__)
 _clock = time.monotonic
-
-
-class Handle:
-    """One request of a service, in the hands of its sender. All methods may be called from any thread.
-
-    ``submitted``, ``admitted``, ``first_token`` and ``ended`` are times of ``time.monotonic()``, 0 until they come.
-    """
-
-    def __init__(self, service: Service, request: Request, listener: Listener | None, number: int) -> None:
-        self.request = request
-        self.number = number
-        self.priority = 0
-        self.deadline: float | None = None
-        self.submitted = self.admitted = self.first_token = self.ended = 0.0
-        self.sequence: SequenceState | None = None
-        self.outcome: Finished | Failed | None = None
-        self._service, self._listener = service, listener
-        self._over = threading.Event()
-
-    def cancel(self) -> None:
-        """End the request before the next step; returns at once, and does nothing if it has ended."""
-        self._service._cancel(self)
-
-    def result(self, timeout: float | None = None) -> Generation:
-        """Wait for the text.
-
-        Raises:
-            TimeoutError: it has not ended after ``timeout`` seconds.
-            DsparkError: the request failed.
-        """
-        if not self._over.wait(timeout):
-            raise TimeoutError(f"request {self.number} has not ended after {timeout} seconds")
-        if isinstance(self.outcome, Failed):
-            raise self.outcome.error
-        assert self.outcome is not None
-        return self.outcome.generation
-
-    def _tell(self, event: Event) -> None:
-        """Give an event to the sender; one who fails is not asked again, and the request is cancelled."""
-        if self._listener is not None:
-            try:
-                self._listener(event)
-            except Exception:
-                _log.exception("the listener of request %d failed; the request is cancelled", self.number)
-                self._listener = None
-                self.cancel()
-        if isinstance(event, Finished | Failed):
-            self._over.set()
-
-
-@dataclass
-class Counts:
-    """Requests, tokens and steps since the service began."""
-
-    accepted: int = 0
-    refused: int = 0
-    ended: dict[str, int] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    rounds: int = 0
-    chunks: int = 0
-
-
-@dataclass(frozen=True)
-class ServiceStats:
-    """What a service is doing now, and what it has done."""
-
-    health: Health
-    rows: int
-    capacity: int
-    running: int
-    waiting: int
-    heartbeat: float
-    counts: Counts
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
 
 
 class Service:
@@ -245,7 +163,7 @@ class Service:
         seconds = None if deadline is None else real(deadline)
         if deadline is not None and (seconds is None or not 0 < seconds < 1e9):
             raise UsageError(f"deadline={deadline!r}: give seconds above 0, or None")
-        handle = Handle(self, request, listener, next(self._numbers))
+        handle = Handle(request, listener, next(self._numbers), self._cancel)
         handle.priority, handle.submitted = priority, _clock()
         with self._changed:
             self._refuse_if_not_ready()
@@ -414,7 +332,7 @@ class Service:
             else:
                 chunk = self._loop.cancel(sequence)
                 if chunk.text:
-                    handle._tell(Tokens(chunk))
+                    handle.tell(Tokens(chunk))
             generation = sequence.generation()
             self._end(handle, Finished(generation) if error is None else Failed(error, generation))
 
@@ -429,7 +347,7 @@ class Service:
             with self._changed:
                 self._running[handle.sequence.index] = handle
             self.observer.admitted(handle)
-            handle._tell(Started(handle.admitted - handle.submitted))
+            handle.tell(Started(handle.admitted - handle.submitted))
 
     def _step(self) -> None:
         loop, began = self._loop, _clock()
@@ -456,7 +374,7 @@ class Service:
                 handle.first_token = _clock()
                 self.observer.first_token(handle)
             if chunk.tokens or chunk.text:
-                handle._tell(Tokens(chunk))
+                handle.tell(Tokens(chunk))
             if chunk.finish_reason is not None:
                 assert handle.sequence is not None
                 self._end(handle, Finished(handle.sequence.generation()))
@@ -477,7 +395,7 @@ class Service:
                 self.counts.generated_tokens += sequence.emitted
             self._changed.notify_all()
         self.observer.ended(handle, event)
-        handle._tell(event)
+        handle.tell(event)
 
     def _flush(self) -> None:
         for flush in list(self._flushes):

@@ -28,9 +28,10 @@ from dspark_runtime.errors import (
     UsageError,
 )
 from dspark_runtime.serving.events import Event, Failed, Finished, Started, Tokens
+from dspark_runtime.serving.handle import Handle
 from dspark_runtime.serving.observer import ServiceObserver
 from dspark_runtime.serving.options import ServiceOptions
-from dspark_runtime.serving.service import Handle, Service
+from dspark_runtime.serving.service import Service
 from dspark_runtime.speculation.sampling import SamplingParams
 from tests.runtime.conftest import Tiny
 from tests.runtime.decoding.test_loop import PROMPTS, SAMPLED
