@@ -8,6 +8,7 @@ from pathlib import Path
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.drafts.opened import DraftSettings
 from dspark_export.engines.options import PluginsOption
+from dspark_runtime.backends.ort_kernels import kernel_library
 from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.precisions import (
     BLOCKED,
@@ -37,7 +38,7 @@ class BuildOptions:
     compile engines of that flavour, with default ranges, and verification by ``plugins``.
     ``quantize_embedding`` None: unless the graph computes in half precision. ``activations``: what int8 and int4 graphs
     compute in, None for fp32, or fp16 where engines are compiled. ``kernels``: a form for the sequence kernels, whose
-    packed weights all forms read then.
+    packed weights all forms read then; None: where graphs compute in float32 and this installation has the kernels.
 
     Raises UsageError for combinations that make no sense.
     """
@@ -62,7 +63,7 @@ class BuildOptions:
     backend: Flavour | None = None
     plugins: PluginsOption = "auto"
     activations: Activations | None = None
-    kernels: bool = False
+    kernels: bool | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -124,9 +125,22 @@ class BuildOptions:
         return self.kind.exact_by_default or bool(self.drafts)
 
     @property
+    def with_kernels(self) -> bool:
+        """Whether graphs get a form for the sequence kernels.
+
+        What a build measures is measured on the operators it ships for. So by default this follows the installation.
+
+        Raises:
+            BackendError: the library of kernels cannot be loaded.
+        """
+        if self.kernels is not None:
+            return self.kernels
+        return self.dtype == "float32" and kernel_library() is not None
+
+    @property
     def chains_only(self) -> bool:
         """Whether drafts must be chains, because branches of a tree would not be exact: see docs/exactness.md."""
-        rounded = self.quantized and self.dtype == "float32" and not self.kernels
+        rounded = self.quantized and self.dtype == "float32" and not self.with_kernels
         return rounded and (self.kind.integer_products or self.exact_text)
 
     @property

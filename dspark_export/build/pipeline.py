@@ -218,7 +218,7 @@ def _save(
 
     caches = {name: draft.cache for draft in drafts for name in draft.graphs}
     made = {**graphs, **{name: g for draft in drafts for name, g in draft.graphs.items()}}
-    forms = all_forms(made, positions, kernels=options.kernels)
+    forms = all_forms(made, positions, kernels=options.with_kernels)
     for name, _, graph in forms:
         if name in caches:
             hide_inner_values(graph)

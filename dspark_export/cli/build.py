@@ -23,11 +23,13 @@ from dspark_export.cli.arguments import (
 from dspark_export.cli.compile import describe
 from dspark_export.cli.progress import ProgressForm, bars, terminable, write_step
 from dspark_export.engines.options import PluginsOption
+from dspark_runtime.backends.ort_kernels import HOW_TO_GET, kernel_library
 from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.precisions import BLOCKED, PRECISIONS, QUANTIZED, Activations, Weights, listed
 
 if TYPE_CHECKING:
     from dspark_export.build.pipeline import BuildResult, Stage
+    from dspark_runtime.bundle.manifest import Manifest
 
 _QUANTIZED, _BLOCKED = ", ".join(QUANTIZED), ", ".join(BLOCKED)
 _BLOCKS = ", ".join(str(PRECISIONS[name].block) for name in BLOCKED)
@@ -74,9 +76,14 @@ def build(
         typer.Option(help=f"{_BLOCKED}: compute in this type (default: fp32; fp16 with --backend)."),
     ] = None,
     kernels: Annotated[
-        bool,
-        typer.Option("--kernels", help="Add a form of each graph for the sequence kernels (CPU); weights are packed."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--kernels/--no-kernels",
+            help="Add a form of each graph for the sequence kernels (CPU), and store weights in their layout (default: "
+            "where graphs compute in fp32 and this installation has the kernels).",
+            show_default=False,
+        ),
+    ] = None,
     exact: Annotated[
         bool | None,
         typer.Option(
@@ -196,6 +203,14 @@ def _shown(progress: ProgressForm) -> Iterator[Callable[[Stage], None]]:
         finish()
 
 
+def _kernels(manifest: Manifest) -> str:
+    """Whether CPU graphs run on the sequence kernels, and how they would."""
+    library = kernel_library()
+    if any(graph.kernels for graph in manifest.graphs):
+        return "none here" if library is None else f"{library.instruction_set}, sequence kernels"
+    return f"none; {HOW_TO_GET}, and build again" if library is None else "none"
+
+
 def _print_summary(result: BuildResult) -> None:
     manifest = result.manifest
     size = sum(entry.size for entry in manifest.files.values())
@@ -206,6 +221,7 @@ def _print_summary(result: BuildResult) -> None:
     )
     typer.echo(f"  precision {manifest.precision.weights}")
     typer.echo(f"  drafters  {drafters}")
+    typer.echo(f"  kernels   {_kernels(manifest)}")
     typer.echo(f"  size      {size / 1e6:.1f} MB in {len(manifest.files)} files")
     for engine in manifest.engines:
         typer.echo(f"  engine    {describe(engine)}")

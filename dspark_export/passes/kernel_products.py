@@ -165,21 +165,23 @@ class KernelProducts(ir.passes.InPlacePass):
         table, cast = _stripped(gather.inputs[0])
         if axis or table is None or match.rank(table) != 2 or table.dtype not in _FLOATS:
             return False
-        for weight, packed in self._heads:
-            head, layout = weight.parts[0]
-            if _same_numbers(table.const_value, head.const_value):
-                self._weights.share(table.const_value, packed, _turned(layout))
-                attributes = {"N": weight.width, **({"K": weight.depth} if weight.kind == "BFloat16" else {})}
-                made = ir.node(
-                    f"Lookup{weight.kind}",
-                    [gather.inputs[1], packed_value(self._graph, packed)],
-                    attributes=attributes,
-                    domain=DOMAIN,
-                    num_outputs=1,
-                    name=gather.name,
-                )
-                self._replace(gather, made, gather.outputs[0])
-                return True
+        for weight, head in self._heads:
+            part, layout = weight.parts[0]
+            if _same_numbers(table.const_value, part.const_value):
+                self._weights.share(table.const_value, head, _turned(layout))
+        packed = self._weights.find(table.const_value)  # of this graph's head, or of one before it
+        if packed is not None and packed.layout.transposed:
+            kind, layout = _FLOATS[table.dtype], packed.layout
+            made = ir.node(
+                f"Lookup{kind}",
+                [gather.inputs[1], packed_value(self._graph, packed)],
+                attributes={"N": layout.width, **({"K": layout.depth} if kind == "BFloat16" else {})},
+                domain=DOMAIN,
+                num_outputs=1,
+                name=gather.name,
+            )
+            self._replace(gather, made, gather.outputs[0])
+            return True
         if cast is None:
             return False
         found = ir.node("Gather", [table, gather.inputs[1]], attributes={"axis": 0}, num_outputs=1, name=gather.name)

@@ -8,8 +8,10 @@ ONNX Runtime folds them when it loads the graph. :class:`UnpackWeights` undoes t
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -36,6 +38,7 @@ class PackedWeights:
 
     def __init__(self) -> None:
         self._made: dict[object, tuple[Packed, ir.TensorProtocol]] = {}
+        self._names: set[str] = set()
 
     def pack(self, weight: ir.Value, layout: Layout) -> Packed | None:
         """The constant ``weight`` in ``layout``; None if it is packed in another one already."""
@@ -43,9 +46,18 @@ class PackedWeights:
         found = self.find(source)
         if found is None:
             lead = tuple(int(d) for d in source.shape)[:-2]
-            found = Packed(layout, _lazily(source, f"{weight.name}.tiles", layout, lead), lead)
+            found = Packed(layout, _lazily(source, self._new_name(str(weight.name)), layout, lead), lead)
             self._made[match.tensor_identity(source)] = (found, source)
         return found if found.layout == layout else None
+
+    def _new_name(self, weight: str) -> str:
+        """A name of its own: a draft's graph may read its own head, and the target's of the same name as a table."""
+        name, count = f"{weight}.tiles", 1
+        while name in self._names:
+            count += 1
+            name = f"{weight}.tiles.{count}"
+        self._names.add(name)
+        return name
 
     def share(self, source: ir.TensorProtocol, packed: Packed, layout: Layout) -> None:
         """Let ``source``, the same numbers in another shape, be read from ``packed`` through ``layout``."""
@@ -119,8 +131,8 @@ class UnpackWeights(ir.passes.InPlacePass):
         for node in list(graph):
             if LAYOUT in node.metadata_props:
                 facts = json.loads(node.metadata_props[LAYOUT])
-                name, source = facts.pop("weight"), graph.initializers[facts.pop("source")].const_value
-                plain = _plain(name, source, _layout(facts))
+                name, source = facts["weight"], graph.initializers[facts["source"]].const_value
+                plain = _plain(name, source, layout_of(facts))
                 value = match.add_initializer(graph, name, plain)
                 match.replace_value(node.outputs[0], value)
                 count += 1
@@ -129,9 +141,11 @@ class UnpackWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=count > 0)
 
 
-def _layout(facts: dict[str, object]) -> Layout:
-    tuples = {key: tuple(value) for key, value in facts.items() if isinstance(value, list)}
-    return Layout(**{**facts, **tuples, "dtype": ir.DataType[str(facts["dtype"])]})
+def layout_of(facts: Mapping[str, Any]) -> Layout:
+    """The layout that metadata under :data:`LAYOUT` describes."""
+    given = {field.name: facts[field.name] for field in fields(Layout)}
+    tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
+    return Layout(**{**given, **tuples, "dtype": ir.DataType[facts["dtype"]]})
 
 
 def _plain(name: str, packed: ir.TensorProtocol, layout: Layout) -> ir.LazyTensor:

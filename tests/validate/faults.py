@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from dspark_export.passes.packed_weights import LAYOUT, layout_of
 from dspark_runtime.bundle.files import sha256_of
 from dspark_runtime.bundle.manifest import MANIFEST, FileEntry, Manifest
 
@@ -40,9 +42,12 @@ def edit(bundle: Path, graph: str, change: Callable[[onnx.GraphProto], int]) -> 
 
 
 def scale_weight(bundle: Path, graph: str, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Replace the stored bytes of an initializer, in place, by those of ``change`` of its numbers."""
+    """Replace the stored bytes of a weight, in place, by those of ``change`` of its numbers; packed or not."""
     model = onnx.load(bundle / "onnx" / f"{graph}.onnx", load_external_data=False)
-    tensor = next(t for t in model.graph.initializer if t.name == name)
+    layouts = [json.loads(p.value) for n in model.graph.node for p in n.metadata_props if p.key == LAYOUT]
+    facts = next((facts for facts in layouts if facts["weight"] == name), None)
+    stored = name if facts is None else facts["source"]
+    tensor = next(t for t in model.graph.initializer if t.name == stored)
     place = {entry.key: entry.value for entry in tensor.external_data}
     kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     path = bundle / "onnx" / place["location"]
@@ -51,6 +56,12 @@ def scale_weight(bundle: Path, graph: str, name: str, change: Callable[[np.ndarr
     old = np.frombuffer(
         bytes(data[start : start + length]), kind if kind.itemsize * np.prod(tensor.dims) == length else np.uint8
     )
-    data[start : start + length] = change(old.copy()).astype(old.dtype).tobytes()
+    if facts is None:
+        new = change(old.copy()).astype(old.dtype)
+    else:
+        layout = layout_of(facts)
+        plain = layout.unpack(old.reshape(tensor.dims))
+        new = layout.pack(change(plain.copy()).astype(plain.dtype))
+    data[start : start + length] = new.tobytes()
     path.write_bytes(data)
     sign(bundle)
