@@ -28,15 +28,25 @@ os.environ.setdefault("DSPARK_CPU_LIBRARY", "none")
 
 def group(nodeid: str) -> str:
     """Name of the tests that run in the worker of this one: a folder, an architecture or a file."""
-    from tests.tiny_models import ARCHITECTURES
+    from tests.tiny_models import ARCHITECTURES, MORE_ARCHITECTURES
 
     file = nodeid.partition("::")[0]
     folder = file.removeprefix("tests/").partition("/")[0]
     if folder in SHARING:
         return folder
     arguments = re.split(r"[\[\]-]", nodeid.partition("[")[2])
-    named = [arch for arch in ARCHITECTURES if arch in arguments]
+    named = [arch for arch in (*ARCHITECTURES, *MORE_ARCHITECTURES) if arch in arguments]
     return named[0] if folder in BY_ARCHITECTURE and named else file
+
+
+def _place(nodeid: str) -> int:
+    """When a test runs: long groups first and those of one architecture last, the shortest, so that the end is even."""
+    from tests.tiny_models import ARCHITECTURES, MORE_ARCHITECTURES
+
+    order = (SHARING, (), ARCHITECTURES, MORE_ARCHITECTURES)  # files, which are in none of them, come second
+    name = group(nodeid)
+    at = next((number for number, names in enumerate(order) if name in names), 1)
+    return 100 * at + (SHARING.index(name) if at == 0 else 0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,8 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if not _is_quick(item)]
         items[:] = [item for item in items if _is_quick(item)]
         config.hook.pytest_deselected(items=left)
-    places = {name: place for place, name in enumerate(SHARING)}
-    items.sort(key=lambda item: places.get(group(item.nodeid), len(SHARING)))
+    items.sort(key=lambda item: _place(item.nodeid))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
