@@ -125,7 +125,7 @@ def test_python_versions_agree() -> None:
     assert SETTINGS["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
 
 
-@pytest.mark.parametrize("extra", ["cpu", "dev"])
+@pytest.mark.parametrize("extra", ["cpu", "serve", "dev"])
 def test_constraints_pin_every_dependency_to_an_allowed_version(extra: str) -> None:
     optional = [*PROJECT["optional-dependencies"][extra], *RUNTIME["optional-dependencies"].get(extra, ())]
     wanted = [Requirement(r) for r in [*DEPENDENCIES, *RUNTIME["dependencies"], *optional]]
@@ -140,7 +140,8 @@ def test_constraints_pin_every_dependency_to_an_allowed_version(extra: str) -> N
 
 def test_the_extras_the_readme_and_doctor_name_exist() -> None:
     extras = {project["name"]: set(project["optional-dependencies"]) for project in (PROJECT, RUNTIME)}
-    assert extras == {"dspark-export": {"cpu", "gpu", "rtx", "dev"}, "dspark-runtime": {"cpu", "gpu", "rtx"}}
+    both = {"cpu", "gpu", "rtx", "serve"}
+    assert extras == {"dspark-export": both | {"dev"}, "dspark-runtime": both}
     found = {m for text in texts().values() for m in re.findall(r"(dspark-(?:export|runtime))\[([\w,]+)\]", text)}
     assert len(found) > 3
     assert not [(name, extra) for name, group in found for extra in group.split(",") if extra not in extras[name]]
@@ -187,17 +188,20 @@ def names_the_runtime(found: list[Requirement]) -> str:
     return wanted.url or str(wanted.specifier)
 
 
-@pytest.mark.parametrize(("folder", "package"), [("", "dspark_export"), ("runtime", "dspark_runtime")])
-def test_a_wheel_holds_its_package_and_nothing_else(
-    distribution: Callable[[Path], Built], folder: str, package: str
+@pytest.mark.parametrize(
+    ("folder", "packages"), [("", ["dspark_export"]), ("runtime", ["dspark_runtime", "dspark_serve"])]
+)
+def test_a_wheel_holds_its_packages_and_nothing_else(
+    distribution: Callable[[Path], Built], folder: str, packages: list[str]
 ) -> None:
     built = distribution(ROOT / folder)
     start = f"{folder}/" if folder else ""
-    wanted = {name.removeprefix(start) for name in texts() if name.startswith(f"{start}{package}/")}
-    assert wanted and wanted <= set(built.wheel)
-    assert {name.split("/")[0] for name in built.wheel} == {package, f"{package}-{VERSION}.dist-info"}
+    for package in packages:
+        wanted = {name.removeprefix(start) for name in texts() if name.startswith(f"{start}{package}/")}
+        assert wanted and wanted <= set(built.wheel)
+    assert {name.split("/")[0] for name in built.wheel} == {*packages, f"{packages[0]}-{VERSION}.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in built.wheel)
-    assert any(name.endswith("entry_points.txt") for name in built.wheel) == (package == "dspark_export")
+    assert any(name.endswith("entry_points.txt") for name in built.wheel) == (not folder)
     assert ("dspark_runtime/py.typed" if folder else "dspark_export/prompts/repeat.jsonl") in built.wheel
 
 

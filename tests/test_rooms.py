@@ -16,7 +16,11 @@ import pytest
 import dspark_runtime
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = {"dspark_runtime": ROOT / "runtime" / "dspark_runtime", "dspark_export": ROOT / "dspark_export"}
+PLACES = {
+    "dspark_runtime": ROOT / "runtime" / "dspark_runtime",
+    "dspark_serve": ROOT / "runtime" / "dspark_serve",
+    "dspark_export": ROOT / "dspark_export",
+}
 FLOORS = {
     "dspark_runtime": (
         ("names",),
@@ -29,6 +33,16 @@ FLOORS = {
         ("bundle", "text"),
         ("arguments", "processors"),
         ("errors",),
+    ),
+    "dspark_serve": (
+        ("app",),
+        ("chat", "completions", "models", "tokenize"),
+        ("asking", "conversations", "journal", "sse"),
+        ("routes",),
+        ("serving",),
+        ("access", "metrics", "streams"),
+        ("errors", "schemas"),
+        ("names",),
     ),
     "dspark_export": (
         ("cli",),
@@ -48,6 +62,7 @@ FLOORS = {
 }
 """Rooms from the top floor down. A room is a folder, or a module that lies apart from its folder."""
 BROUGHT_ALONG = {
+    "fastapi": {"pydantic", "starlette"},
     "matplotlib": {"numpy"},
     "numpy": set[str](),
     "onnx": {"numpy"},
@@ -56,6 +71,7 @@ BROUGHT_ALONG = {
     "onnxscript": {"numpy", "onnx", "onnx_ir"},
     "polygraphy": set[str](),
     "pydantic": set[str](),
+    "starlette": set[str](),
     "torch": {"numpy"},
     "transformers": {"numpy"},
 }

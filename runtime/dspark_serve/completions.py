@@ -1,0 +1,87 @@
+"""``POST /v1/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic_core import to_json
+from starlette.responses import Response
+
+from dspark_runtime.decoding.sequence import Generation
+from dspark_runtime.errors import DsparkError
+from dspark_runtime.serving.events import Finished, Tokens
+from dspark_serve.asking import FINISH_REASONS, Ask, sampling_params, submit, usage, whole_texts
+from dspark_serve.errors import ApiError, from_runtime
+from dspark_serve.routes import ANSWERS, StrictRoute, served_by
+from dspark_serve.schemas import Completion, CompletionRequest
+from dspark_serve.serving import Served
+from dspark_serve.sse import EventStream, event
+
+router = APIRouter(route_class=StrictRoute, responses=ANSWERS)
+
+DEFAULT_TOKENS = 16
+_KIND = "text_completion"
+
+
+@router.post("/v1/completions", response_model=Completion)
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue texts."""
+    served = served_by(request)
+    served.check_model(body.model)
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options are for streams; set stream to true", param="stream_options")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise ApiError(400, "best_of differs from n; texts are not ranked, ask for n of them", param="best_of")
+    prompts = await _encoded(served, body)
+    ask = submit(request, body, prompts, sampling_params(body), body.max_tokens or DEFAULT_TOKENS, "cmpl")
+    if body.stream:
+        await ask.channel.begun()
+        return EventStream(ask.channel, _events(ask, body), ask.headers)
+    generations = await whole_texts(ask.channel, request.receive)
+    answer = ask.frame(_KIND) | {
+        "choices": [
+            _choice(index, generation.text, FINISH_REASONS[generation.finish_reason])
+            for index, generation in enumerate(generations)
+        ],
+        "usage": usage(generations, body.n or 1),
+    }
+    return Response(to_json(answer), media_type="application/json", headers=ask.headers)
+
+
+async def _events(ask: Ask, body: CompletionRequest) -> AsyncIterator[bytes]:
+    options = body.stream_options
+    with_usage = bool(options and options.include_usage)
+    frame = ask.frame(_KIND) | ({"usage": None} if with_usage else {})
+    ended: dict[int, Generation] = {}
+    while items := await ask.channel.read():
+        parts = []
+        for index, heard in items:
+            if isinstance(heard, Tokens) and heard.chunk.text:
+                parts.append(event(frame | {"choices": [_choice(index, heard.chunk.text)]}))
+            elif isinstance(heard, Finished):
+                ended[index] = heard.generation
+                reason = FINISH_REASONS[heard.generation.finish_reason]
+                parts.append(event(frame | {"choices": [_choice(index, "", reason)]}))
+        if parts:
+            yield b"".join(parts)
+    if with_usage:
+        generations = [ended[index] for index in sorted(ended)]
+        yield event(frame | {"choices": [], "usage": usage(generations, body.n or 1)})
+
+
+def _choice(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+async def _encoded(served: Served, body: CompletionRequest) -> list[list[int]]:
+    """Token ids of every prompt."""
+
+    def encode() -> list[list[int]]:
+        return [served.codec.encode(item) if isinstance(item, str) else item for item in body.prompts()]
+
+    try:
+        return await served.on_text_thread(encode)
+    except DsparkError as error:
+        raise from_runtime(error, default_param="prompt") from error
