@@ -46,6 +46,7 @@ TESTED = frozenset(
         "gpt_neox",
         "granite",
         "granitemoe",
+        "granitemoehybrid",
         "granitemoeshared",
         "helium",
         "hunyuan_v1_dense",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspark_export.checkpoints.files import checked_file
 from dspark_export.checkpoints.library_calls import first_line, quiet
+from dspark_export.checkpoints.rotary import rope_sets
 from dspark_export.checkpoints.trust import Trust
 from dspark_runtime.errors import CheckpointError, InvalidConfig, ModelNotFound, UnsupportedArchitecture
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+INDEX = "model.safetensors.index.json"
 MAX_BYTES = 8 * 2**20
 MAX_DEPTH = 24
 MAX_DIM = 2**31 - 1
@@ -38,6 +40,10 @@ _NULLABLE = (
     *("num_key_value_heads", "head_dim", "intermediate_size", "n_inner", "moe_intermediate_size", "sliding_window"),
     *("max_position_embeddings", "n_positions", "n_ctx", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"),
     *("qk_nope_head_dim", "v_head_dim", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
+)
+_MAY_BE_ZERO = (  # written for "none" by published dense checkpoints of expert families, and by transformers
+    *("sliding_window", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
 )
 _POSITIVE_FLOATS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "query_pre_attn_scalar")
 _FINITE_FLOATS = ("attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor", "rope_local_base_freq")
@@ -87,14 +93,48 @@ def load_config(folder: Path, name: str, trust: Trust) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, **trust.code_options())
     except Exception as cause:  # transformers raises whatever its config classes raise
         raise InvalidConfig(f"transformers refuses the {CONFIG} of {name}: {first_line(cause)}") from cause
+    _settle(config, name)
     declared_end_ids(folder, config, name)
     return config
 
 
-def positions_of(config: PretrainedConfig) -> int | None:
-    """Longest text a model was made for, in tokens; None if its config does not say."""
+def _settle(config: PretrainedConfig, name: str) -> None:
+    """Undo what config files say about the machine of whoever wrote them, and what means "none" or "as usual"."""
+    config._attn_implementation = None
+    config._experts_implementation = None
+    if not getattr(config, "quantization_config", True):
+        del config.quantization_config
+    if (file := getattr(config, "transformers_weights", None)) not in (None, "model.safetensors", INDEX):
+        raise InvalidConfig(
+            f"{name}: {CONFIG} names {file!r} as its weights (transformers_weights); rename that file to "
+            "model.safetensors and remove the setting"
+        )
     text = config.get_text_config()
-    return next((int(value) for name in POSITIONS if (value := getattr(text, name, None))), None)
+    if getattr(text, "sliding_window", None) == 0:
+        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+            raise InvalidConfig(f"{name}: {CONFIG} has layers with sliding_attention and a sliding_window of 0")
+        if not getattr(text, "layer_types", None):  # those that have kinds of layers do without
+            text.sliding_window = None
+    for settings in rope_sets(text):
+        if settings.get("rope_type") == "mrope":  # its three positions are one in a text
+            settings["rope_type"] = "default"
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Longest text a model was made for, in tokens; None if its config does not say.
+
+    YaRN stretches the original length by its factor; many configs leave max_position_embeddings as it was.
+    """
+    text = config.get_text_config()
+    declared = next((int(value) for name in POSITIONS if (value := getattr(text, name, None))), None)
+    stretched = [
+        int(original * factor)
+        for settings in rope_sets(text)
+        if settings.get("rope_type") == "yarn"
+        and (original := settings.get("original_max_position_embeddings"))
+        and (factor := settings.get("factor"))
+    ]
+    return max([declared, *stretched]) if declared else max(stretched, default=None)
 
 
 def _what_is_there(folder: Path) -> str:
@@ -163,8 +203,9 @@ def _check_dims(section: dict[str, Any], where: str) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise InvalidConfig(f"{where}: {key} must be a whole number, it is {value!r}")
         limit = MAX_LAYERS if key in _LAYERS else MAX_DIM
-        if not 1 <= value <= limit:
-            raise InvalidConfig(f"{where}: {key} must lie between 1 and {limit}, it is {value}")
+        least = 0 if key in _MAY_BE_ZERO else 1
+        if not least <= value <= limit:
+            raise InvalidConfig(f"{where}: {key} must lie between {least} and {limit}, it is {value}")
     for key in (*_POSITIVE_FLOATS, *_FINITE_FLOATS):
         value = section.get(key)
         if value is not None and not _finite(value):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dspark_export.checkpoints.checkpoint import Checkpoint, Kind
-from dspark_export.checkpoints.config import load_config
+from dspark_export.checkpoints.config import INDEX, load_config
 from dspark_export.checkpoints.fit import fit
 from dspark_export.checkpoints.gguf_file import GgufFile
 from dspark_export.checkpoints.gguf_tokenizer import load_gguf_tokenizer
@@ -17,7 +17,6 @@ from dspark_export.checkpoints.tokenizer import FILES as TOKENIZER_FILES
 from dspark_export.checkpoints.tokenizer import MissingTokenizer, has_tokenizer, load_tokenizer
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.checkpoints.weights import (
-    INDEX,
     SINGLE,
     WeightFiles,
     check_dtypes,

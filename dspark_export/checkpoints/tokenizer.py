@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ PROBES = (
     "cafe\u0301 \u00c5ngstro\u0308m \ufb01n \u2460",
     "def f(x):\n    return x['k'] != 0x1F  # it's",
 )
+_MODEL = "tokenizer.model"
 _MARK = "Qzx7marker"
 
 
@@ -121,7 +123,8 @@ def load_tokenizer(folder: Path, config: PretrainedConfig, name: str, trust: Tru
                 wrapper = AutoTokenizer.from_pretrained(folder, fix_mistral_regex=True, **options)
                 said.append("it splits digits in threes, which is a known mistake of its file; corrected in the bundle")
     except Exception as cause:  # transformers and tokenizers raise anything here
-        raise InvalidTokenizer(f"the tokenizer of {name} cannot be loaded: {first_line(cause)}") from cause
+        why = _what_the_model_file_needs(folder, name) if present == [_MODEL] else None
+        raise InvalidTokenizer(why or f"the tokenizer of {name} cannot be loaded: {first_line(cause)}") from cause
     for text in said:
         if _WRONG_DIGITS not in text:
             warnings.warn(f"the tokenizer of {name}: {' '.join(text.split())[:600]}", TokenizerWarning, stacklevel=2)
@@ -136,6 +139,8 @@ def load_tokenizer(folder: Path, config: PretrainedConfig, name: str, trust: Tru
             raise InvalidTokenizer(
                 f"the tokenizer of {name} needs Python code beside its tokenizer.json to split {probe!r}"
             )
+    if present == [_MODEL]:
+        _check_conversion(folder, backend, name)
     templates = wrapper.chat_template
     if not isinstance(templates, dict):
         templates = {"default": templates}
@@ -144,6 +149,35 @@ def load_tokenizer(folder: Path, config: PretrainedConfig, name: str, trust: Tru
     files = TokenizerFiles(backend, templates.get("default"), templates.get("tool_use"), special, ends)
     files.check(config.get_text_config().vocab_size, name)
     return files
+
+
+def _what_the_model_file_needs(folder: Path, name: str) -> str:
+    """Advice for a folder with a tokenizer.model alone, which is one of two formats."""
+    with (folder / _MODEL).open("rb") as file:
+        sentencepiece = file.read(1) == b"\n"  # the first field of a protobuf message; tiktoken's lines are base64
+    kind, packages = ("SentencePiece", "sentencepiece protobuf") if sentencepiece else ("tiktoken", "tiktoken")
+    return (
+        f"{name} has only a {_MODEL} ({kind}) and no tokenizer.json; put the tokenizer.json and tokenizer_config.json "
+        f"of its family into the folder, or `pip install {packages}` to convert it"
+    )
+
+
+def _check_conversion(folder: Path, backend: Tokenizer, name: str) -> None:
+    """InvalidTokenizer if what was made of a tokenizer.model splits plain words unlike SentencePiece itself.
+
+    It does where no tokenizer_config.json names a class; odd texts (runs of spaces) differ in good conversions too.
+    """
+    if importlib.util.find_spec("sentencepiece") is None:
+        return
+    try:
+        original = importlib.import_module("sentencepiece").SentencePieceProcessor(model_file=str(folder / _MODEL))
+    except (RuntimeError, OSError):
+        return  # tiktoken's format
+    if backend.encode(PROBES[0], add_special_tokens=False).ids != original.encode(PROBES[0]):
+        raise InvalidTokenizer(
+            f"the {_MODEL} of {name} is converted to a tokenizer that splits {PROBES[0]!r} differently; add the "
+            "tokenizer_config.json of its family, which names its class, or its tokenizer.json"
+        )
 
 
 def _splits_digits_in_threes(wrapper: Any) -> bool:

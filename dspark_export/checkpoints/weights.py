@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark_export.checkpoints.config import read_json
+from dspark_export.checkpoints.config import INDEX, read_json
 from dspark_export.checkpoints.files import checked_file
 from dspark_export.checkpoints.safetensors_file import FLOAT_DTYPES, StoredTensor, read_header
 from dspark_export.checkpoints.trust import PICKLE_SUFFIXES, Trust
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAIN_PICKLE = "pytorch_model"
 """How the names of pickled weights begin, where a folder has other pickles too."""
 

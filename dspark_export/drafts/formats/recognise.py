@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark_export.checkpoints.config import CONFIG, read_json
+from dspark_export.checkpoints.config import CONFIG, INDEX, read_json
 from dspark_export.checkpoints.files import checked_file
 from dspark_export.checkpoints.hub import HubSnapshot, is_hub_id
 from dspark_export.checkpoints.resolve import resolve
 from dspark_export.checkpoints.tokenizer import has_tokenizer
 from dspark_export.checkpoints.trust import Trust
-from dspark_export.checkpoints.weights import INDEX, SINGLE, WeightFiles, find_weights, shard_names
+from dspark_export.checkpoints.weights import SINGLE, WeightFiles, find_weights, shard_names
 from dspark_export.drafts.formats import classic_eagle3, deepspec, speculators, zlab
 from dspark_export.drafts.formats.description import Description
 from dspark_export.drafts.formats.draft import DraftCheckpoint
