@@ -484,7 +484,9 @@ class Bundle:
         schedule = self._new_schedule()
         check_memory(self.manifest, rows, capacity, options.memory)
         most_drafts = min(LoopOptions.most_drafts, limits.rows - 1)
-        loop_options = LoopOptions(limits.chunk, self._min_rows, most_drafts, first_slots=capacity + MOST_ROWS)
+        # Where a row's bits depend on its pass, context that was computed otherwise could change an exact text.
+        reuse = options.reuse_prefixes and (self._backend.rows_are_equal or not self.exact)
+        loop_options = LoopOptions(limits.chunk, self._min_rows, most_drafts, capacity + MOST_ROWS, reuse)
         tokenizer = None if self._codec is None else self._codec.tokenizer
         observer = observer or ServiceObserver()
 

@@ -65,12 +65,14 @@ class LoopOptions:
     ``prefill_chunk``: prompt tokens per pass. ``min_rows``: never run fewer rows of a sequence (2 avoids kernels made
     for a single row, whose rounding may differ). ``most_drafts``: draft tokens of one sequence in one pass.
     ``first_slots``: cache slots beyond a prompt to begin with; memory is only committed once it is written to.
+    ``reuse_prefixes``: keep the context of texts that have ended for prompts that begin alike.
     """
 
     prefill_chunk: int = 512
     min_rows: int = 1
     most_drafts: int = 31
     first_slots: int = 2048
+    reuse_prefixes: bool = False
 
 
 class DecodingLoop:
@@ -116,7 +118,7 @@ class DecodingLoop:
         most = round_up(limit + MOST_ROWS)  # rows of a pass that are not accepted need slots too
         self.cache = KvCache(engine.allocate(rows, min(most, round_up(self.options.first_slots))), most)
         self.runner = engine.open(self.cache.memory)
-        self.batch = Batch(self.cache, self.drafters)
+        self.batch = Batch(self.cache, self.drafters, self.options.reuse_prefixes)
         self._vocab_size = engine.vocab_size
         self._tokenizer = tokenizer
         self._numbers = itertools.count()

@@ -25,7 +25,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request. ``key`` is its identity for random numbers; ``eos`` are the token ids that end a text."""
+    """A checked request. ``key`` is its identity for random numbers; ``eos`` are the token ids that end a text.
+
+    Context is reused only between requests of one ``scope``.
+    """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -34,6 +37,7 @@ class Request:
     key: int
     stops: tuple[str, ...]
     eos: frozenset[int]
+    scope: str = ""
 
 
 def make_requests(
@@ -81,6 +85,7 @@ def make_request(
     stop: str | Sequence[str] | None = (),
     eos: Sequence[int] = (),
     occurrence: int | Callable[[tuple[int, ...]], int] = 0,
+    scope: str = "",
 ) -> Request:
     """Check one prompt and its options.
 
@@ -93,6 +98,7 @@ def make_request(
         stop: strings that end the text.
         eos: token ids that end it.
         occurrence: a number that tells equal prompts apart, or what gives it for the checked prompt.
+        scope: whose context may be reused.
 
     Raises:
         UsageError: an option or the prompt outside its range.
@@ -115,6 +121,7 @@ def make_request(
         key=request_key(tokens, number),
         stops=stops,
         eos=frozenset(eos),
+        scope=scope,
     )
 
 

@@ -116,10 +116,12 @@ class Service:
         stop: str | Sequence[str] | None = (),
         ignore_eos: bool = False,
         choice: int = 0,
+        scope: str = "",
     ) -> Request:
         """A checked request; arguments as for :meth:`Bundle.generate`.
 
-        ``choice`` numbers several texts for one prompt and seed. The text depends on nothing but these arguments.
+        ``choice`` numbers several texts for one prompt and seed. Context is reused between requests of one ``scope``
+        only. The text depends on nothing but these arguments.
 
         Raises:
             UsageError: an argument outside its range.
@@ -134,6 +136,7 @@ class Service:
             stop=stop,
             eos=() if ignore_eos else self._eos,
             occurrence=choice,
+            scope=scope,
         )
 
     def submit(
