@@ -172,8 +172,8 @@ class Statistics:
         return asdict(self) | {name: getattr(self, name) for name in derived} | {"per_drafter": drafters}
 
     @classmethod
-    def total(cls, parts: Sequence[Statistics], together: bool = False) -> Statistics:
-        """Sum of several; ``together``: they ran in one batch, so that the longest time of each phase is the time."""
+    def total(cls, parts: Sequence[Statistics]) -> Statistics:
+        """Sum of several. Times are added too: of sequences that shared a pass, each counts it whole."""
         result = cls(sequences=sum(part.sequences for part in parts))
         for part in parts:
             for name in ("rounds", "drafted", "verified", "accepted", "emitted"):
@@ -181,6 +181,5 @@ class Statistics:
             for drafter, counts in part.per_drafter.items():
                 result.per_drafter.setdefault(drafter, DrafterCounts()).add(counts)
             for name in ("prefill", "draft", "verify", "host"):
-                mine_s, theirs = getattr(result.seconds, name), getattr(part.seconds, name)
-                setattr(result.seconds, name, max(mine_s, theirs) if together else mine_s + theirs)
+                setattr(result.seconds, name, getattr(result.seconds, name) + getattr(part.seconds, name))
         return result
