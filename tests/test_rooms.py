@@ -122,6 +122,18 @@ def test_every_module_is_in_a_room(package: str) -> None:
     assert {room_of(name, FLOORS[package]) for name in modules(package)} == set(rooms)
 
 
+def test_the_documentation_shows_these_floors() -> None:
+    """A row for each floor, top down; a package's own names need no line."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    heading, rows = r"\|".join(f" `{package}` " for package in FLOORS), r"(?:\|.*\|\n)+"
+    (table,) = re.findall(rf"\|{heading}\|\n\|---\|---\|\n({rows})", text)
+    columns = zip(*(line.strip("|").split("|") for line in table.splitlines()), strict=True)
+    shown = [[tuple(re.findall(r"`([\w.]+)`", cell)) for cell in column] for column in columns]
+    for floors, cells in zip(FLOORS.values(), shown, strict=True):
+        expected = [floor for floor in floors if floor != ("names",)]
+        assert cells == expected + [()] * (len(cells) - len(expected))
+
+
 @pytest.mark.parametrize("package", FLOORS)
 def test_imports_lead_to_floors_below(package: str) -> None:
     known = modules(package)
