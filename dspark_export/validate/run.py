@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from dspark_export.prompts.sets import SHIPPED, load_sets
 from dspark_export.prompts.texts import PLAIN, encode
 from dspark_export.validate import acceptance, draft_acceptance, lossless, sampling, speed
 from dspark_export.validate import drafts as trained
-from dspark_export.validate.checks import Check, Report
+from dspark_export.validate.checks import Check, Family, Report
 from dspark_export.validate.engines import check_engines, engines_of
 from dspark_export.validate.extent import EXTENTS
 from dspark_export.validate.numerics import GraphCheck, check_quantization
@@ -39,6 +40,13 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[str, int, int], None]
 """What begins, how many steps are done, of how many."""
+
+
+class Step(NamedTuple):
+    """A part of a validation; its checks run as they are read, and may need what earlier steps left."""
+
+    name: str
+    checks: Callable[[], Iterable[Check]]
 
 
 def validate(options: ValidateOptions, on_step: OnStep = lambda *_: None) -> Report:
@@ -72,16 +80,25 @@ class _Validation:
         self.references: dict[str, trained.Reference] = {}
         self.keep = options.keep or Path(f"{self.files.root}.validation")
         self.texts = lossless.Texts(self.ids, {})
-        self.steps = ("model", "plain", "numerics", "drafters", "robustness", "losslessness", "plumbing", "speed")
+        self.steps = (
+            Step("model", self._load),
+            Step("plain", self._plain),
+            Step("numerics", self._numerics),
+            Step("drafters", self._drafters),
+            Step("robustness", self._robustness),
+            Step("losslessness", self._losslessness),
+            Step("plumbing", self._plumbing),
+            Step("speed", self._speed),
+        )
 
     def run(self) -> Report:
         checks: list[Check] = []
         try:
             for number, step in enumerate(self.steps):
-                self._on_step(step, number, len(self.steps))
-                for check in getattr(self, f"_{step}")():
+                self._on_step(step.name, number, len(self.steps))
+                for check in step.checks():
                     checks.append(check)
-                    self._on_step(f"{step}: {check.id}", number, len(self.steps))
+                    self._on_step(f"{step.name}: {check.id}", number, len(self.steps))
         finally:
             if self.rebuilt is not None:
                 self.rebuilt.close()
@@ -140,7 +157,7 @@ class _Validation:
 
     # Steps ---------------------------------------------------------------------------------------------------------
 
-    def _model(self) -> Iterator[Check]:
+    def _load(self) -> Iterator[Check]:
         if self.checkpoint is None:
             yield Check(
                 id="numerics.pytorch",
@@ -155,26 +172,26 @@ class _Validation:
         dtype = getattr(torch, self.files.graph("target").dtype)
         self.model = self.checkpoint.load_model(dtype)
         self.rebuilt = Rebuilt(self.files, self.model)
-        yield from self._guarded("numerics.weights", "numerics", lambda: [check_weights(self.files, self.rebuilt)])  # type: ignore[arg-type]
+        yield from self._guarded("numerics.weights", "numerics", partial(check_weights, self.files, self.rebuilt))
         torch.nn.Module.float(self.model)  # transformers' own refuses models from GGUF files
 
     def _plain(self) -> Iterator[Check]:
         self.texts.alone[PLAIN] = self._generate(PLAIN)
         yield from self._guarded(
-            "losslessness.plain", "losslessness", lambda: [lossless.check_plain(self.bundle, self.model, self.texts)]
+            "losslessness.plain", "losslessness", partial(lossless.check_plain, self.bundle, self.model, self.texts)
         )
 
     def _numerics(self) -> Iterator[Check]:
         texts = self._forced()[: self.extent.texts]
         if self.model is not None and self.files.manifest.precision.quantized:
-            model, standard = self.model, self.files.path(self.files.graph("target").file)
+            standard = self.files.path(self.files.graph("target").file)
             yield from self._guarded(
                 "numerics.quantization",
                 "numerics",
-                lambda: [check_quantization(self.files, model, texts, self.options.threads)],
+                partial(check_quantization, self.files, self.model, texts, self.options.threads),
             )
             # From here on PyTorch has the weights the bundle holds.
-            if unknown := put_into(model, load_plain(standard)):
+            if unknown := put_into(self.model, load_plain(standard)):
                 raise BackendError(f"the model has no weight {unknown[0]}, which the bundle quantizes")
         checker = GraphCheck(self.files, texts, self.options.threads, self.model, self.rebuilt, self.keep)
         yield from self._guarded("numerics", "numerics", checker.run)
@@ -182,7 +199,7 @@ class _Validation:
             yield from self._guarded(
                 "numerics.engines",
                 "numerics",
-                lambda: check_engines(self.files, self.engines, texts, self.options.threads, self.keep),
+                partial(check_engines, self.files, self.engines, texts, self.options.threads, self.keep),
             )
 
     def _drafters(self) -> Iterator[Check]:
@@ -207,13 +224,13 @@ class _Validation:
                 yield from self._guarded(
                     f"numerics.{entry.name}",
                     "numerics",
-                    lambda r=reference, c=one: [trained.check_draft_model(self.bundle, r, c)],  # type: ignore[misc]
+                    partial(trained.check_draft_model, self.bundle, reference, one),
                 )
             else:
                 yield from self._guarded(
                     f"numerics.{entry.name}",
                     "numerics",
-                    lambda r=reference: [trained.check_drafter(self.bundle, r, prompts, tokens)],  # type: ignore[misc]
+                    partial(trained.check_drafter, self.bundle, reference, prompts, tokens),
                 )
 
     def _robustness(self) -> Iterator[Check]:
@@ -221,18 +238,18 @@ class _Validation:
         if len(texts) == 1:
             texts.append(texts[0][: max(16, len(texts[0]) - 7)])
         yield from self._guarded(
-            "robustness", "robustness", lambda: check_robustness(self.bundle, texts, self.options.level)
+            "robustness", "robustness", partial(check_robustness, self.bundle, texts, self.options.level)
         )
 
     def _losslessness(self) -> Iterator[Check]:
         for mode in self.modes:
-            yield from self._guarded(f"losslessness.{mode}", "losslessness", lambda m=mode: [self._one_mode(m)])  # type: ignore[misc]
+            yield from self._guarded(f"losslessness.{mode}", "losslessness", partial(self._one_mode, mode))
         texts = self._forced()
         yield from self._guarded(
-            "losslessness.rules", "losslessness", lambda: [sampling.check_rules(self.bundle, texts[:3])]
+            "losslessness.rules", "losslessness", partial(sampling.check_rules, self.bundle, texts[:3])
         )
         yield from self._guarded(
-            "losslessness.rejection", "losslessness", lambda: [sampling.check_rejection(self.bundle, texts)]
+            "losslessness.rejection", "losslessness", partial(sampling.check_rejection, self.bundle, texts)
         )
         sampled = self.modes if self.options.level == "full" else self.modes[:1]
         few = self.ids if self.options.level == "full" else self.ids[:2]
@@ -240,10 +257,10 @@ class _Validation:
             yield from self._guarded(
                 f"losslessness.sampled.{mode}",
                 "losslessness",
-                lambda m=mode: [sampling.check_sampled(self.bundle, few, m, self.extent.new)],  # type: ignore[misc]
+                partial(sampling.check_sampled, self.bundle, few, mode, self.extent.new),
             )
         yield from self._guarded(
-            "losslessness.noise", "losslessness", lambda: [lossless.check_noise(self.bundle, self._longest(texts))]
+            "losslessness.noise", "losslessness", partial(lossless.check_noise, self.bundle, max(texts, key=len))
         )
         if self.extent.batch:
             yield from self._guarded("losslessness.batch", "losslessness", self._batches)
@@ -290,7 +307,7 @@ class _Validation:
             yield from self._guarded(
                 f"plumbing.features.{entry.name}",
                 "plumbing",
-                lambda: [draft_acceptance.check_features(self.bundle, reference, model, self.ids[:2], new)],
+                partial(draft_acceptance.check_features, self.bundle, reference, model, self.ids[:2], new),
             )
         if entry.block is None:
             return
@@ -298,13 +315,13 @@ class _Validation:
             yield from self._guarded(
                 f"plumbing.reference.{entry.name}",
                 "plumbing",
-                lambda: [draft_acceptance.check_acceptance(self.bundle, reference, model, self.ids, new)],
+                partial(draft_acceptance.check_acceptance, self.bundle, reference, model, self.ids, new),
             )
         if entry.block.confidence:
             yield from self._guarded(
                 f"plumbing.confidences.{entry.name}",
                 "plumbing",
-                lambda: [draft_acceptance.check_confidences(self.bundle, entry, self.ids[:2], new)],
+                partial(draft_acceptance.check_confidences, self.bundle, entry, self.ids[:2], new),
             )
 
     def _speed(self) -> Iterator[Check]:
@@ -323,14 +340,12 @@ class _Validation:
         named: dict[str, Any] = {} if length is None else {"draft_length": length, "draft_branches": 1}
         return [runs.generate(ids, speculate=mode, max_new_tokens=self.extent.new, **named) for ids in self.ids]
 
-    def _longest(self, texts: Sequence[Sequence[int]]) -> Sequence[int]:
-        return max(texts, key=len)
-
-    def _guarded(self, name: str, family: Any, checks: Callable[[], Any]) -> Iterator[Check]:
-        """What ``checks`` gives; an error of the runtime in the middle of one is its failure."""
+    def _guarded(self, name: str, family: Family, check: Callable[[], Check | Iterable[Check]]) -> Iterator[Check]:
+        """What ``check`` returns, one or several; an error of the runtime in the middle of one is its failure."""
         began = time.perf_counter()
         try:
-            yield from checks()
+            found = check()
+            yield from [found] if isinstance(found, Check) else found
         except UsageError:
             raise
         except (DsparkError, ValueError, IndexError, KeyError, RuntimeError) as error:
