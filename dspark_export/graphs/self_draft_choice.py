@@ -23,7 +23,7 @@ VERIFY_ROW_COST = 0.04
 """What one more row adds to a verify pass, in passes over one row: about what fp32 costs on two CPU cores."""
 
 MAX_RELATIVE_COST = 0.8
-"""Drafts dearer than this are not candidates: even with perfect agreement they could hardly gain a sixth."""
+"""Drafts that cost more than this are not candidates: even with perfect agreement they could hardly gain a sixth."""
 
 _KEPT_IN_PREFIX = (0.4, 0.55, 0.7, 0.8, 0.9, 0.95)
 _GAPS = (0.1, 0.17, 0.25, 0.33)

@@ -78,7 +78,7 @@ def TargetWeights(logits, temperature, top_k, top_p, min_p):
     t = op.Unsqueeze(temperature, op.Constant(value_ints=[1, 2]))
     greedy = t < GREEDY_BELOW
     weights = op.Exp((logits - op.ReduceMax(logits, last, keepdims=1)) / op.Where(greedy, 1.0, t))
-    # Sorting a vocabulary is the dearest step, so it is done only where some sequence filters.
+    # Sorting a vocabulary is the most expensive step, so it is done only where some sequence filters.
     wanted = op.Or(op.Or(top_k > 0, top_p < 1.0), min_p > 0.0)
     if op.ReduceMax(op.Cast(wanted, to=7), keepdims=0) > 0:
         kept = dspark.FilterWeights(weights, top_k, top_p, min_p)
