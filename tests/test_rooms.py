@@ -40,7 +40,7 @@ FLOORS = {
         ("asking", "conversations", "journal", "sse"),
         ("routes",),
         ("serving",),
-        ("access", "metrics", "streams"),
+        ("access", "guides", "logprobs", "metrics", "streams"),
         ("errors", "schemas"),
         ("names",),
     ),

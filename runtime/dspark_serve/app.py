@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -39,7 +40,9 @@ def make_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         served.connect(limits or StreamLimits())
+        vocabulary = asyncio.create_task(served.grammars.vocabulary())  # so that the first grammar need not wait
         yield
+        vocabulary.cancel()
 
     app = FastAPI(title="dspark-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.served = served

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from starlette.requests import Request
 from starlette.types import Receive
 
-from dspark_runtime.decoding.sequence import FinishReason, Generation
+from dspark_runtime.decoding.sequence import Chunk, FinishReason, Generation
 from dspark_runtime.errors import DsparkError
 from dspark_runtime.serving.events import Finished
 from dspark_runtime.speculation.sampling import SamplingParams
-from dspark_serve.errors import from_runtime
+from dspark_runtime.text.stream import TextStream
+from dspark_serve.errors import ApiError, from_runtime
+from dspark_serve.guides import Grammar, Kind
 from dspark_serve.routes import served_by
-from dspark_serve.schemas import Sampling
+from dspark_serve.schemas import JsonObjectFormat, JsonSchemaFormat, ResponseFormat, Sampling
 from dspark_serve.serving import Served
 from dspark_serve.streams import Channel
 
@@ -46,6 +49,20 @@ class Ask:
         """Numbers of the texts."""
         return range(len(self.channel.handles))
 
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        options = self.body.stream_options
+        return bool(options and options.include_usage)
+
+    def draft_reports(self) -> list[DraftReport]:
+        """One for each choice of a stream that is to tell who drafted what; else none."""
+        options = self.body.stream_options
+        if not (options and options.include_drafters):
+            return []
+        tokenizer = self.served.codec.tokenizer
+        return [DraftReport(TextStream(tokenizer, handle.request.prompt)) for handle in self.channel.handles]
+
     def frame(self, kind: str) -> dict[str, Any]:
         """What an answer and every chunk of a stream begin with."""
         return {
@@ -55,6 +72,18 @@ class Ask:
             "model": self.served.name,
             "system_fingerprint": self.served.fingerprint,
         }
+
+
+class DraftReport:
+    """Tells who drafted the tokens of one text."""
+
+    def __init__(self, texts: TextStream) -> None:
+        self._texts = texts
+
+    def of(self, chunk: Chunk) -> dict[str, Any]:
+        """For each token its text and the names of the drafters that proposed it; none for the target's own."""
+        drafters = [list(names) for names in chunk.drafters] or [[] for _ in chunk.tokens]
+        return {"token_texts": [self._texts.push(token) for token in chunk.tokens], "drafters": drafters}
 
 
 def submit(
@@ -94,8 +123,45 @@ def submit(
     return Ask(served, body, channel, f"{kind}-{secrets.token_hex(12)}", int(time.time()))
 
 
-def sampling_params(body: Sampling) -> SamplingParams:
-    """How tokens are drawn; OpenAI's defaults, which are not greedy."""
+def grammar_of(body: Sampling) -> Grammar | None:
+    """What the text has to follow.
+
+    Raises:
+        ApiError: more than one field says so, or one that contradicts it.
+    """
+    wanted = {
+        "response_format": _format_schema(body.response_format),
+        "guided_json": body.guided_json if isinstance(body.guided_json, str | None) else json.dumps(body.guided_json),
+        "guided_regex": body.guided_regex,
+        "guided_choice": None if body.guided_choice is None else json.dumps(body.guided_choice),
+        "guided_grammar": body.guided_grammar,
+    }
+    given = {name: text for name, text in wanted.items() if text is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ApiError(400, f"{' and '.join(given)} were given; a text follows one of them", param=list(given)[1])
+    ((name, text),) = given.items()
+    if body.ignore_eos:
+        raise ApiError(400, f"ignore_eos goes on where {name} ends the text; leave one out", param="ignore_eos")
+    kind: Kind = "json" if name == "response_format" else cast(Kind, name.removeprefix("guided_"))
+    return Grammar(kind, text, name)
+
+
+def _format_schema(wanted: ResponseFormat | None) -> str | None:
+    if isinstance(wanted, JsonSchemaFormat):
+        return json.dumps(wanted.json_schema.schema_)
+    return '{"type": "object"}' if isinstance(wanted, JsonObjectFormat) else None
+
+
+async def sampling_params(served: Served, body: Sampling, logprobs: int | None) -> SamplingParams:
+    """How tokens are drawn; OpenAI's defaults, which are not greedy.
+
+    Raises:
+        ApiError: the grammar cannot be used.
+    """
+    grammar = grammar_of(body)
+    guide = None if grammar is None else await served.grammars.compile(grammar)
 
     def given(name: str, default: Any) -> Any:
         value = getattr(body, name)
@@ -110,6 +176,8 @@ def sampling_params(body: Sampling) -> SamplingParams:
         frequency_penalty=given("frequency_penalty", 0.0),
         repetition_penalty=given("repetition_penalty", 1.0),
         logit_bias=body.biases(),
+        logprobs=logprobs,
+        guide=guide,
     )
 
 

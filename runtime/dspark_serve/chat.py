@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,6 +14,7 @@ from dspark_runtime.serving.events import Finished, Tokens
 from dspark_serve.asking import FINISH_REASONS, Ask, sampling_params, submit, usage, whole_texts
 from dspark_serve.conversations import encoded
 from dspark_serve.errors import ApiError
+from dspark_serve.logprobs import TokenBytes, chat_logprobs, spoken_logprobs
 from dspark_serve.routes import ANSWERS, StrictRoute, served_by
 from dspark_serve.schemas import ChatCompletion, ChatRequest
 from dspark_serve.sse import EventStream, event
@@ -29,15 +30,20 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     served = served_by(request)
     served.check_model(body.model)
     _check(body)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs need logprobs; set it to true", param="top_logprobs")
+    logprobs = body.top_logprobs or 0 if body.logprobs else None
+    params = await sampling_params(served, body, logprobs)
     prompt = await encoded(served, body.messages, body.chat_template_kwargs)
     most = body.max_completion_tokens or body.max_tokens or max(served.capacity - len(prompt), 1)
-    ask = submit(request, body, [prompt], sampling_params(body), most, "chatcmpl")
+    token_bytes = None if logprobs is None else await served.grammars.token_bytes()
+    ask = submit(request, body, [prompt], params, most, "chatcmpl")
     if body.stream:
         await ask.channel.begun()
-        return EventStream(ask.channel, _Stream(ask, body).events(), ask.headers)
+        return EventStream(ask.channel, _Stream(ask, token_bytes).events(), ask.headers)
     generations = await whole_texts(ask.channel, request.receive)
     answer = ask.frame("chat.completion") | {
-        "choices": [_choice(index, generation) for index, generation in enumerate(generations)],
+        "choices": [_choice(index, generation, token_bytes) for index, generation in enumerate(generations)],
         "usage": usage(generations, len(generations)),
     }
     return Response(to_json(answer), media_type="application/json", headers=ask.headers)
@@ -46,12 +52,10 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 class _Stream:
     """One streamed answer."""
 
-    def __init__(self, ask: Ask, body: ChatRequest) -> None:
-        options = body.stream_options
-        self._ask = ask
-        self._usage = bool(options and options.include_usage)
-        self._drafters = bool(options and options.include_drafters)
-        self._frame = ask.frame(_CHUNK) | ({"usage": None} if self._usage else {})
+    def __init__(self, ask: Ask, token_bytes: TokenBytes | None) -> None:
+        self._ask, self._token_bytes = ask, token_bytes
+        self._frame = ask.frame(_CHUNK) | ({"usage": None} if ask.with_usage else {})
+        self._reports = ask.draft_reports()
 
     async def events(self) -> AsyncIterator[bytes]:
         ask, ended = self._ask, dict[int, Generation]()
@@ -66,25 +70,30 @@ class _Stream:
                     parts.append(self._part(index, {}, FINISH_REASONS[heard.generation.finish_reason]))
             if text := b"".join(parts):
                 yield text
-        if self._usage:
+        if ask.with_usage:
             generations = [ended[index] for index in sorted(ended)]
             yield event(self._frame | {"choices": [], "usage": usage(generations, len(generations))})
 
     def _text(self, index: int, chunk: Chunk) -> bytes:
-        if not chunk.text and not self._drafters:
-            return b""
-        return self._part(index, {"content": chunk.text})
+        more = self._reports[index].of(chunk) if self._reports else {}
+        found = spoken_logprobs(chunk.logprobs, chunk.finish_reason)
+        if self._token_bytes is not None and found:
+            more["logprobs"] = chat_logprobs(found, self._token_bytes)
+        return self._part(index, {"content": chunk.text}, None, more) if chunk.text or more else b""
 
-    def _part(self, index: int, delta: dict[str, Any], reason: str | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _part(
+        self, index: int, delta: dict[str, Any], reason: str | None = None, more: Mapping[str, Any] | None = None
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason, **(more or {})}
         return event(self._frame | {"choices": [choice]})
 
 
-def _choice(index: int, generation: Generation) -> dict[str, Any]:
+def _choice(index: int, generation: Generation, token_bytes: TokenBytes | None) -> dict[str, Any]:
+    found = spoken_logprobs(generation.logprobs, generation.finish_reason)
     return {
         "index": index,
         "message": {"role": "assistant", "content": generation.text, "refusal": None},
-        "logprobs": None,
+        "logprobs": None if token_bytes is None else chat_logprobs(found, token_bytes),
         "finish_reason": FINISH_REASONS[generation.finish_reason],
     }
 

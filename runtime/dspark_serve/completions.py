@@ -14,6 +14,7 @@ from dspark_runtime.errors import DsparkError
 from dspark_runtime.serving.events import Finished, Tokens
 from dspark_serve.asking import FINISH_REASONS, Ask, sampling_params, submit, usage, whole_texts
 from dspark_serve.errors import ApiError, from_runtime
+from dspark_serve.logprobs import TokenBytes, completion_logprobs, spoken_logprobs
 from dspark_serve.routes import ANSWERS, StrictRoute, served_by
 from dspark_serve.schemas import Completion, CompletionRequest
 from dspark_serve.serving import Served
@@ -34,44 +35,57 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         raise ApiError(400, "stream_options are for streams; set stream to true", param="stream_options")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, "best_of differs from n; texts are not ranked, ask for n of them", param="best_of")
+    params = await sampling_params(served, body, body.logprobs)
     prompts = await _encoded(served, body)
-    ask = submit(request, body, prompts, sampling_params(body), body.max_tokens or DEFAULT_TOKENS, "cmpl")
+    token_bytes = None if body.logprobs is None else await served.grammars.token_bytes()
+    ask = submit(request, body, prompts, params, body.max_tokens or DEFAULT_TOKENS, "cmpl")
     if body.stream:
         await ask.channel.begun()
-        return EventStream(ask.channel, _events(ask, body), ask.headers)
+        return EventStream(ask.channel, _events(ask, token_bytes), ask.headers)
     generations = await whole_texts(ask.channel, request.receive)
     answer = ask.frame(_KIND) | {
-        "choices": [
-            _choice(index, generation.text, FINISH_REASONS[generation.finish_reason])
-            for index, generation in enumerate(generations)
-        ],
+        "choices": [_whole(index, generation, token_bytes) for index, generation in enumerate(generations)],
         "usage": usage(generations, body.n or 1),
     }
     return Response(to_json(answer), media_type="application/json", headers=ask.headers)
 
 
-async def _events(ask: Ask, body: CompletionRequest) -> AsyncIterator[bytes]:
-    options = body.stream_options
-    with_usage = bool(options and options.include_usage)
-    frame = ask.frame(_KIND) | ({"usage": None} if with_usage else {})
+async def _events(ask: Ask, token_bytes: TokenBytes | None) -> AsyncIterator[bytes]:
+    frame = ask.frame(_KIND) | ({"usage": None} if ask.with_usage else {})
     ended: dict[int, Generation] = {}
+    offsets, reports = [0 for _ in ask.choices], ask.draft_reports()
     while items := await ask.channel.read():
         parts = []
         for index, heard in items:
-            if isinstance(heard, Tokens) and heard.chunk.text:
-                parts.append(event(frame | {"choices": [_choice(index, heard.chunk.text)]}))
+            if isinstance(heard, Tokens):
+                chunk = heard.chunk
+                more = reports[index].of(chunk) if reports else {}
+                found = spoken_logprobs(chunk.logprobs, chunk.finish_reason)
+                if token_bytes is not None and found:
+                    more["logprobs"] = completion_logprobs(found, token_bytes, offsets[index])
+                offsets[index] += len(chunk.text)
+                if chunk.text or more:
+                    parts.append(event(frame | {"choices": [_choice(index, chunk.text, None) | more]}))
             elif isinstance(heard, Finished):
                 ended[index] = heard.generation
                 reason = FINISH_REASONS[heard.generation.finish_reason]
                 parts.append(event(frame | {"choices": [_choice(index, "", reason)]}))
         if parts:
             yield b"".join(parts)
-    if with_usage:
+    if ask.with_usage:
         generations = [ended[index] for index in sorted(ended)]
-        yield event(frame | {"choices": [], "usage": usage(generations, body.n or 1)})
+        yield event(frame | {"choices": [], "usage": usage(generations, ask.body.n or 1)})
 
 
-def _choice(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
+def _whole(index: int, generation: Generation, token_bytes: TokenBytes | None) -> dict[str, Any]:
+    choice = _choice(index, generation.text, FINISH_REASONS[generation.finish_reason])
+    if token_bytes is None:
+        return choice
+    found = spoken_logprobs(generation.logprobs, generation.finish_reason)
+    return choice | {"logprobs": completion_logprobs(found, token_bytes, 0)}
+
+
+def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dspark_runtime.decoding.request import MAX_STOP_LENGTH, MAX_STOPS
 from dspark_runtime.serving.options import MOST_PRIORITY
-from dspark_runtime.speculation.sampling import MOST_BIASES
+from dspark_runtime.speculation.sampling import MOST_BIASES, MOST_LOGPROBS
 
 MOST_CHOICES = 8
 MOST_PROMPTS = 64
@@ -50,6 +50,37 @@ class StreamOptions(Model):
     )
 
 
+class JsonSchema(Model):
+    """A named schema."""
+
+    name: str = Field(max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(Model):
+    """No restriction."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Model):
+    """The answer is a JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(Model):
+    """The answer fits a JSON schema, whether ``strict`` says so or not."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
 class Sampling(Model):
     """What chat and completions share."""
 
@@ -68,6 +99,11 @@ class Sampling(Model):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = Field(None, description="A JSON schema.")
+    guided_regex: str | None = Field(None, description="A regular expression for the whole text.")
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    guided_grammar: str | None = Field(None, description="A grammar in llguidance's Lark.")
     priority: int | None = Field(None, ge=0, le=MOST_PRIORITY, description="Of requests that wait, 9 goes first.")
     timeout: float | None = Field(None, gt=0, le=1e6, description="Seconds after which the answer is not wanted.")
 
@@ -147,6 +183,8 @@ class ChatRequest(Sampling):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1, max_length=2048)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Most tokens of the answer; default: all room.")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The newer name of `max_tokens`.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the model's chat template.")
@@ -170,6 +208,8 @@ class CompletionRequest(Sampling):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Most tokens of the text; default: 16.")
+
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Not supported unless it equals `n`.")
     echo: Literal[False] | None = None

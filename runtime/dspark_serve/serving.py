@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from dspark_serve.errors import ApiError
+from dspark_serve.guides import Grammars
 from dspark_serve.metrics import Metrics
 from dspark_serve.streams import Bridge, StreamLimits
 
@@ -35,6 +36,7 @@ class Served:
     service: Service
     name: str
     metrics: Metrics
+    grammars: Grammars
     created: int = field(default_factory=lambda: int(time.time()))
     _bridge: Bridge | None = None
     _texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dspark-text"))
@@ -51,7 +53,7 @@ class Served:
         service = bundle.serve(options, metrics)
         manifest = bundle.manifest
         metrics.watch(service, manifest.created_by, name, manifest.precision.weights)
-        return cls(bundle, service, name, metrics)
+        return cls(bundle, service, name, metrics, Grammars(bundle))
 
     @property
     def bridge(self) -> Bridge:
