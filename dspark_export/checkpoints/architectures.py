@@ -198,17 +198,6 @@ def _rope(config: PretrainedConfig) -> str | None:
     return None
 
 
-def _quantized(config: PretrainedConfig) -> str | None:
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    given = settings if isinstance(settings, dict) else settings.to_dict()
-    return (
-        f"its weights are stored quantized ({given.get('quant_method', 'unknown method')}), which cannot be traced; "
-        "give the checkpoint in fp32, fp16 or bf16 and choose a precision for the bundle"
-    )
-
-
 _RULES: tuple[Callable[[PretrainedConfig], str | None], ...] = (
     _encoder_decoder,
     _media,
@@ -218,5 +207,4 @@ _RULES: tuple[Callable[[PretrainedConfig], str | None], ...] = (
     _shared_caches,
     _attention_extras,
     _rope,
-    _quantized,
 )

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from dspark_export.checkpoints.config import declared_end_ids
 from dspark_export.checkpoints.fit import explain_report, load_from
 from dspark_export.checkpoints.gguf_file import GgufFile
+from dspark_export.checkpoints.recipes import Recipe, open_weights
 from dspark_export.checkpoints.tokenizer import TokenizerFiles, eos_token_ids
 from dspark_export.checkpoints.trust import Trust
-from dspark_export.checkpoints.weights import WeightFiles, check_finite, open_tensors, read_headers, read_pickles
+from dspark_export.checkpoints.weights import WeightFiles, check_finite, read_headers, read_pickles
 from dspark_runtime.bundle.files import sha256_of
 from dspark_runtime.bundle.manifest import Source
 
@@ -28,8 +29,8 @@ _DIGESTED = (".json", ".jinja", ".txt", ".model", ".py")
 class Checkpoint:
     """``id`` is what the user named, ``revision`` a hub commit; exactly one of ``weights`` and ``gguf`` is set.
 
-    ``taken``: the tensors of ``weights`` that the model is made of. ``unread``: tensors and settings that rightly stay
-    unused, numbers in names replaced by ``*``, with the reason.
+    ``taken``: what the model is made of, from the tensors of ``weights``. ``unread``: tensors and settings that rightly
+    stay unused, numbers in names replaced by ``*``, with the reason.
     """
 
     kind: Kind
@@ -40,7 +41,7 @@ class Checkpoint:
     trust: Trust
     weights: WeightFiles | None = None
     gguf: GgufFile | None = None
-    taken: tuple[str, ...] = ()
+    taken: Mapping[str, Recipe] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -115,7 +116,7 @@ class Checkpoint:
         if self.weights.pickled:
             tensors = read_pickles(self.weights, self.id, self.trust)
             return {name: tensors[name] for name in self.taken}
-        return open_tensors(read_headers(self.weights, self.id), self.taken)
+        return open_weights(self.taken, read_headers(self.weights, self.id))
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer, if there is one, so that the runtime can use it without transformers."""

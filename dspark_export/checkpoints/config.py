@@ -102,8 +102,6 @@ def _settle(config: PretrainedConfig, name: str) -> None:
     """Undo what config files say about the machine of whoever wrote them, and what means "none" or "as usual"."""
     config._attn_implementation = None
     config._experts_implementation = None
-    if not getattr(config, "quantization_config", True):
-        del config.quantization_config
     if (file := getattr(config, "transformers_weights", None)) not in (None, "model.safetensors", INDEX):
         raise InvalidConfig(
             f"{name}: {CONFIG} names {file!r} as its weights (transformers_weights); rename that file to "
@@ -153,12 +151,6 @@ def check_values(raw: dict[str, Any], name: str, trust: Trust) -> None:
         _check_rope(section, f"{name}: {CONFIG}{place}")
         _check_ids(section, f"{name}: {CONFIG}{place}")
     _check_tying(raw, name)
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedArchitecture(
-            f"{name} is already quantized ({method}); build from its full-precision checkpoint and "
-            "choose the precision with --precision"
-        )
 
 
 def _check_tying(raw: dict[str, Any], name: str) -> None:

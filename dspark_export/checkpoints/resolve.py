@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dspark_export.checkpoints.checkpoint import Checkpoint, Kind
 from dspark_export.checkpoints.config import INDEX, load_config
@@ -12,6 +13,9 @@ from dspark_export.checkpoints.fit import fit
 from dspark_export.checkpoints.gguf_file import GgufFile
 from dspark_export.checkpoints.gguf_tokenizer import load_gguf_tokenizer
 from dspark_export.checkpoints.hub import HubSnapshot, is_hub_id
+from dspark_export.checkpoints.inventory import generic
+from dspark_export.checkpoints.quantized.methods import check_method, read_settings
+from dspark_export.checkpoints.recipes import Found, Recipe, Recipes, as_stored
 from dspark_export.checkpoints.rotary import end_at_original_length
 from dspark_export.checkpoints.tokenizer import FILES as TOKENIZER_FILES
 from dspark_export.checkpoints.tokenizer import MissingTokenizer, has_tokenizer, load_tokenizer
@@ -26,7 +30,7 @@ from dspark_export.checkpoints.weights import (
     read_pickles,
     shard_names,
 )
-from dspark_runtime.errors import ModelNotFound, UsageError
+from dspark_runtime.errors import ModelNotFound, UnsupportedArchitecture, UsageError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -78,14 +82,16 @@ def _from_gguf(path: Path, trial: Trial | None) -> Checkpoint:
 
 def _from_folder(folder: Path, name: str, trust: Trust, trial: Trial | None) -> Checkpoint:
     config = load_config(folder, name, trust)
+    quantization = _take_quantization(config, folder, name)
     end_at_original_length(config, name)
     _check_supported(config, trial)
-    return _with_weights("local", find_weights(folder, name, trust), config, name, None, trust)
+    return _with_weights("local", find_weights(folder, name, trust), config, quantization, name, None, trust)
 
 
 def _from_hub(model: str, revision: str | None, trust: Trust, trial: Trial | None) -> Checkpoint:
     snapshot = HubSnapshot.fetch(model, revision)
     config = load_config(snapshot.directory, model, trust)
+    quantization = _take_quantization(config, snapshot.directory, model)
     end_at_original_length(config, model)
     _check_supported(config, trial)
     snapshot.fetch_files(
@@ -94,21 +100,42 @@ def _from_hub(model: str, revision: str | None, trust: Trust, trial: Trial | Non
     weights = find_weights(snapshot.directory, model, trust, snapshot.remote_names)
     if weights.pickled:
         snapshot.fetch_files(list(weights.names))
-    return _with_weights("hub", weights, config, model, snapshot.commit, trust)
+    return _with_weights("hub", weights, config, quantization, model, snapshot.commit, trust)
+
+
+def _take_quantization(config: PretrainedConfig, folder: Path, name: str) -> Mapping[str, Any] | None:
+    """How the weights are quantized, which is checked and goes out of ``config``: transformers shall not see it."""
+    settings = read_settings(folder, getattr(config, "quantization_config", None))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if settings:
+        check_method(settings, name)
+    return settings
 
 
 def _with_weights(
-    kind: Kind, weights: WeightFiles, config: PretrainedConfig, name: str, revision: str | None, trust: Trust
+    kind: Kind,
+    weights: WeightFiles,
+    config: PretrainedConfig,
+    quantization: Mapping[str, Any] | None,
+    name: str,
+    revision: str | None,
+    trust: Trust,
 ) -> Checkpoint:
     if weights.pickled:
-        empty = read_pickles(weights, name, trust, "meta")
-        fitted = fit({tensor: tuple(value.shape) for tensor, value in empty.items()}, config, name, trust)
+        if quantization:
+            raise UnsupportedArchitecture(f"{name} has quantized weights in pickle files; convert them to safetensors")
+        shapes = {tensor: tuple(value.shape) for tensor, value in read_pickles(weights, name, trust, "meta").items()}
+        recipes = Recipes({tensor: Recipe(shape, {"weight": tensor}) for tensor, shape in shapes.items()}, {})
     else:
         found = read_headers(weights, name)
-        fitted = fit({tensor: stored.shape for tensor, (_, stored) in found.items()}, config, name, trust)
-        taken = {tensor: found[tensor] for tensor in fitted.taken}
-        check_dtypes(taken, name)
-        check_tying(taken, config, name)
+        recipes = _dequantized(found, quantization, name) if quantization else as_stored(found)
+    fitted = fit({weight: recipe.shape for weight, recipe in recipes.weights.items()}, config, name, trust)
+    taken = {weight: recipes.weights[weight] for weight in fitted.taken}
+    if not weights.pickled:
+        plain = {weight: found[weight] for weight, recipe in taken.items() if recipe.make is None}
+        check_dtypes(plain, name)
+        check_tying(plain, config, name)
     tokenizer = None
     if kind == "local" and not has_tokenizer(weights.folder):
         warnings.warn(
@@ -119,10 +146,18 @@ def _with_weights(
         )
     else:
         tokenizer = load_tokenizer(weights.folder, config, name, trust)
+    unread = {**fitted.unread, **{generic(tensor): reason for tensor, reason in recipes.excused.items()}}
+    if quantization:
+        unread["quantization_config"] = f"{quantization['quant_method']}: weights become the floats they stand for"
     source = weights.folder.name if kind == "local" else name
-    return Checkpoint(
-        kind, source, revision, config, tokenizer, trust, weights=weights, taken=fitted.taken, unread=fitted.unread
-    )
+    return Checkpoint(kind, source, revision, config, tokenizer, trust, weights=weights, taken=taken, unread=unread)
+
+
+def _dequantized(found: Found, quantization: Mapping[str, Any], name: str) -> Recipes:
+    # torch: only for checkpoints that are quantized
+    from dspark_export.checkpoints.quantized.plan import plan
+
+    return plan(found, quantization, name)
 
 
 def _check_supported(config: PretrainedConfig, trial: Trial | None) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dspark_export.checkpoints.config import INDEX, read_json
 from dspark_export.checkpoints.files import checked_file
@@ -99,20 +99,8 @@ def check_dtypes(found: Mapping[str, tuple[Path, StoredTensor]], name: str, inte
         if stored.dtype not in FLOAT_DTYPES and tensor not in integers:
             raise InvalidWeights(
                 f"{name} stores {tensor!r} as {stored.dtype}, weights must be one of {', '.join(FLOAT_DTYPES)}; "
-                "build from the full-precision checkpoint and choose the precision with --precision"
+                "is a quantization_config missing in its config?"
             )
-
-
-def open_tensors(found: Mapping[str, tuple[Path, StoredTensor]], names: Iterable[str]) -> dict[str, Any]:
-    """``names`` as slices of their files: ``[...]`` reads one."""
-    from safetensors import safe_open
-
-    files: dict[Path, Any] = {}
-    for name in names:
-        path = found[name][0]
-        if path not in files:
-            files[path] = safe_open(path, "pt")
-    return {name: files[found[name][0]].get_slice(name) for name in names}
 
 
 def read_pickles(files: WeightFiles, name: str, trust: Trust, device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -71,10 +71,6 @@ LONGROPE = {
             lambda: tiny_models.config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
             "dynamic",
         ),
-        (
-            lambda: tiny_models.config("qwen2", quantization_config={"quant_method": "gptq", "bits": 4}),
-            "gptq",
-        ),
         (lambda: config("moshi", **TINY), "no parity test covers"),
     ],
 )

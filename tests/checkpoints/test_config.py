@@ -79,7 +79,12 @@ CASES = {
     "unknown model_type": (keys(model_type="lama"), UnsupportedArchitecture, "lama"),
     "an encoder": (keys(model_type="bert"), UnsupportedArchitecture, "bert"),
     "remote code": (keys(model_type="mine", auto_map={"AutoConfig": "m.C"}), UntrustedCheckpoint, "m.C"),
-    "already quantized": (keys(quantization_config={"quant_method": "awq"}), UnsupportedArchitecture, "awq"),
+    "quantized by a method that is not read": (
+        keys(quantization_config={"quant_method": "aqlm"}),
+        UnsupportedArchitecture,
+        "aqlm",
+    ),
+    "not quantized as it says": (keys(quantization_config={"quant_method": "awq"}), CheckpointError, "plain floats"),
     "hidden_size negative": (keys(hidden_size=-32), InvalidConfig, "hidden_size"),
     "hidden_size zero": (keys(hidden_size=0), InvalidConfig, "hidden_size"),
     "hidden_size NaN": (nan("hidden_size"), InvalidConfig, "NaN"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from dspark_export.checkpoints.safetensors_file import FLOAT_DTYPES
 from dspark_export.checkpoints.weights import read_headers
 from dspark_export.drafts.formats.description import EMBEDDING, HEAD
 from dspark_export.drafts.formats.draft import BlockConfig, DraftCheckpoint
@@ -60,7 +61,7 @@ def live_tables(target: Checkpoint) -> Mapping[str, torch.Tensor]:
         found = {
             name: path
             for name, (path, stored) in read_headers(target.weights, target.id).items()
-            if stored.shape == table
+            if stored.shape == table and stored.dtype in FLOAT_DTYPES
         }
         embeddings = [name for name in found if name.endswith(_EMBEDDINGS)]
         heads = [] if config.tie_word_embeddings else [name for name in found if name.endswith(_HEADS)]
