@@ -353,11 +353,11 @@ class DecodingLoop:
             requests = [
                 DraftRequest(s.index, s.row, s.tokens, min(most, s.remaining - 1), sampler=s.sampler) for s in running
             ]
+            drafter.select(batch)
             if drafter.pass_ms:
                 self._weigh(drafter, requests, proposals)
                 if not any(request.limit for request in requests):
                     continue
-            drafter.select(batch)
             for proposal, draft in zip(proposals, drafter.propose(requests), strict=True):
                 within = None if draft is None else draft.within(self._vocab_size)
                 if within is not None:
@@ -365,14 +365,21 @@ class DecodingLoop:
         return proposals
 
     def _weigh(self, drafter: Drafter, requests: Sequence[DraftRequest], proposals: Sequence[Proposal]) -> None:
-        """Let a drafter that needs its own passes draft only as far as it pays."""
+        """Let a drafter that needs its own passes draft only as far as it pays for all sequences together."""
         batch = len(requests)
         floor = self.schedule.floor(drafter, batch)
-        for request, proposal in zip(requests, proposals, strict=True):
-            if drafter.steady and request.temperature:  # its text would depend on measured times
-                continue
-            request.limit = self.schedule.worth_drafting(drafter, request.request, proposal, request.limit, batch)
-            request.floor = floor
+        # The text of a request with a temperature would otherwise depend on measured times.
+        free = [i for i, request in enumerate(requests) if not (drafter.steady and request.temperature)]
+        limits = self.schedule.worth_drafting(
+            drafter,
+            [requests[i].request for i in free],
+            [proposals[i] for i in free],
+            [requests[i].limit for i in free],
+            batch,
+        )
+        for i, limit in zip(free, limits, strict=True):
+            request = requests[i]
+            request.limit, request.floor = limit, floor
             request.rate = self.schedule.acceptance.rates(drafter, request.request)
 
     # Commit --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ A plain pass runs now and then even where speculation pays, so that its saving s
 wrong, so a ledger bounds what that may cost: it adds up the time speculative rounds took beyond what
 plain decoding would have taken for the same tokens. While it exceeds 1.5% of all decode time, rounds are plain.
 Proposals are compared with the emitted text even when they were not verified, so a drafter that starts to be right is
-noticed without paying for a try.
+noticed without paying for a try. One with its own engine makes such proposals now and then.
 
 No choice made here can change the text, only its speed. Proposals *drawn at random* are verified whole: a cut that
 depended on which token was drawn would bias the output, and one that depended on time would make a seed's text depend
@@ -18,6 +18,7 @@ on time. Their drafter cuts them, by confidences that do not depend on the token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 
 from dspark_runtime.backends.protocol import MOST_ROWS
@@ -31,6 +32,7 @@ ALLOWANCE = 0.015  # share of decode time that wrong estimates may cost
 HOST_MS = 0.1  # host time of a round, whatever its rows
 
 PLAIN_EVERY = 64  # at least one round in this many is plain
+PROBE_SHARE = 0.005  # share of decode time for drafts of a drafter that does not pay, to see whether it would by now
 _ANY: Hashable = "any"  # class of a place: whether one of the tokens proposed for it was right
 
 
@@ -128,7 +130,8 @@ class Schedule:
         self.fixed = fixed
         self._lost_ms = 0.0
         self._all_ms = 0.0
-        self._since_plain: dict[int, int] = {}  # speculative rounds since the last plain one, by batch
+        self._since_plain = PLAIN_EVERY  # rounds since the last plain one, whatever the batch
+        self._unprobed_ms: dict[str, float] = {}  # decode time since a drafter drafted last
 
     def round_ms(self, batch: int, rows: int = 1) -> float:
         """Expected milliseconds of a round in which each of ``batch`` sequences has ``rows`` rows; 1 is plain."""
@@ -148,7 +151,7 @@ class Schedule:
         longest = min(max(len(order) for order, _ in ranked), self.most_rows - 1)
         if self.fixed is not None:
             rows = min(longest, self.fixed)
-        elif longest == 0 or self.throttled or self._plain_due(batch):
+        elif longest == 0 or self.throttled or self._plain_due():
             rows = 0
         else:
             rows = self._best_rows([values for _, values in ranked], longest, batch)
@@ -158,8 +161,8 @@ class Schedule:
             for proposal, (order, _) in zip(proposals, ranked, strict=True)
         ]
 
-    def _plain_due(self, batch: int) -> bool:
-        return self._since_plain.get(batch, PLAIN_EVERY) >= PLAIN_EVERY
+    def _plain_due(self) -> bool:
+        return self._since_plain >= PLAIN_EVERY
 
     def _best_rows(self, values: Sequence[Sequence[float]], longest: int, batch: int) -> int:
         gain = float(batch)
@@ -188,28 +191,63 @@ class Schedule:
     def _rate(self, proposal: Proposal, drafter: Drafter, draft: Draft, row: int) -> float:
         return min(self.acceptance.rate(drafter, kind_of(draft, row), proposal.request), 0.995)
 
-    def worth_drafting(self, drafter: Drafter, request: int, proposal: Proposal, limit: int, batch: int) -> int:
-        """Tokens a drafter with its own engine should draft now; 0 where it does not pay.
+    def worth_drafting(
+        self,
+        drafter: Drafter,
+        requests: Sequence[int],
+        proposals: Sequence[Proposal],
+        limits: Sequence[int],
+        batch: int,
+    ) -> list[int]:
+        """Tokens a drafter with its own engine should draft for each request now; 0 for all where it does not pay.
 
-        Its chain is valued by its mean acceptance, against plain decoding and against what is proposed already. Where
-        more tokens cost no more time, all of them are wanted: what is verified is chosen when they are known.
+        Its pass and the rows of the target's are shared by all sequences of the batch, so it is one decision: whether
+        all of them together gain more per millisecond than with plain decoding and with what is proposed already. Its
+        chain is valued by its mean acceptance, request by request. Where more tokens cost no more time, all of them are
+        wanted: what is verified is chosen when they are known. Where it has not paid for long, it drafts once all the
+        same: only a draft shows whether it would pay by now.
+
+        Args:
+            drafter: the drafter.
+            requests: those it may draft for; others of the batch take part in the pass with what they have.
+            proposals: what is proposed for each of them already.
+            limits: most tokens for each.
+            batch: sequences in the pass.
         """
         if self.fixed is not None:
-            return min(limit, self.fixed)
-        if self.throttled or self._plain_due(batch):
-            return 0
-        _, values = self._ranked(proposal)
-        rows = self._best_rows([values], len(values), batch) if values else 0
-        speed = (1.0 + sum(values[:rows])) / self.round_ms(batch, rows + 1)
-        rate = self.acceptance.rate(drafter, _ANY, request)
-        best, best_length, gain, reach = speed * MARGIN, 0, 1.0, 1.0
-        for length in range(1, limit + 1):
-            reach *= rate
-            gain += reach
-            own = gain / (self.round_ms(batch, length + 1) + drafter.draft_ms(length))
-            if own > best:
-                best, best_length = own, length
-        return limit if best_length and drafter.draft_ms(limit) <= drafter.draft_ms(1) else best_length
+            return [min(limit, self.fixed) for limit in limits]
+        if self.throttled or self._plain_due() or not any(limits):
+            return [0] * len(limits)
+        values = [self._ranked(proposal)[1] for proposal in proposals]
+        rates = [self.acceptance.rate(drafter, _ANY, request) for request in requests]
+        most = max(limits)
+        longest = min(max(most, *map(len, values)), self.most_rows - 1)
+        known, own = [float(batch)], [float(batch)]  # expected tokens of a round, by the rows of a sequence
+        for rows in range(1, longest + 1):
+            had = [sum(value[:rows]) for value in values]
+            new = [_chain(rate, min(rows, limit)) for rate, limit in zip(rates, limits, strict=True)]
+            known.append(batch + sum(had))
+            own.append(batch + sum(map(max, had, new)))
+        without = max(gain / self.round_ms(batch, rows + 1) for rows, gain in enumerate(known))
+        best, length = without * MARGIN, 0
+        for rows in range(1, min(most, longest) + 1):
+            speed = own[rows] / (self.round_ms(batch, rows + 1) + drafter.draft_ms(rows))
+            if speed > best:
+                best, length = speed, rows
+        if not length and self._may_probe(drafter, batch):
+            length = 1
+        if length:
+            self._unprobed_ms[drafter.name] = 0.0
+        if length and drafter.draft_ms(most) <= drafter.draft_ms(1):
+            length = most
+        return [min(limit, length) for limit in limits]
+
+    def _may_probe(self, drafter: Drafter, batch: int) -> bool:
+        """Whether a drafter that does not pay has been idle for so long that a try is within its share, as the first
+        one is."""
+        waited = self._unprobed_ms.get(drafter.name, math.inf) + self.round_ms(batch)
+        self._unprobed_ms[drafter.name] = waited
+        return drafter.draft_ms(1) <= PROBE_SHARE * waited
 
     def floor(self, drafter: Drafter, batch: int) -> float:
         """Chance of being accepted below which one more token of ``drafter`` costs more than it brings."""
@@ -233,13 +271,18 @@ class Schedule:
         self.costs.observe(batch * rows, pass_ms, is_plain)
         self._all_ms += round_ms
         if is_plain:
-            self._since_plain[batch] = 0
+            self._since_plain = 0
             return
-        self._since_plain[batch] = self._since_plain.get(batch, PLAIN_EVERY) + 1
+        self._since_plain += 1
         spent = min(round_ms, (round_ms - pass_ms) + 2 * expected)  # a hiccup is not the drafter's fault
         plain = emitted / batch * self.round_ms(batch)
         # Gains are remembered up to a point: they must not pay for a long stretch of losses.
         self._lost_ms = max(self._lost_ms + spent - plain, -5.0 * plain)
+
+
+def _chain(rate: float, length: int) -> float:
+    """Expected accepted tokens of a chain whose tokens are each right with probability ``rate`` after a right one."""
+    return float(length) if rate >= 1 else rate * (1 - rate**length) / (1 - rate)
 
 
 def _best_chain(tree: TokenTree, reach: Sequence[float]) -> list[int]:

@@ -42,6 +42,7 @@ class CachedDrafter(Drafter):
         self._own: KvCache | None = None
         self._features: FeatureStore | None = None  # of drafters that read the target's
         self._count = 0
+        self._times: dict[int, float] = {}  # milliseconds of a pass, by the sequences in it
 
     def attach(self, cache: KvCache) -> None:
         """Allocate the cache for as many sequences and slots as the target's."""
@@ -53,7 +54,9 @@ class CachedDrafter(Drafter):
         self._open(self._own, cache.memory)
 
     def select(self, count: int) -> None:
-        """Draft for the first ``count`` rows of the cache."""
+        """Draft for the first ``count`` rows of the cache; ``pass_ms`` is that of such a pass, or of the nearest."""
+        if count != self._count and self._times:
+            self.pass_ms = self._times[min(self._times, key=lambda known: abs(known - count))]
         self._count = count
 
     def move(self, source: int, target: int) -> None:
@@ -92,6 +95,7 @@ class CachedDrafter(Drafter):
         """Correct the time of a pass by one that began at ``started``; hiccups count twice the expected at most."""
         took = (time.perf_counter() - started) * 1e3
         self.pass_ms += 0.1 * (min(took, 2 * self.pass_ms) - self.pass_ms)
+        self._times[self._count] = self.pass_ms
 
 
 def alone(pending: Sequence[int], catch_up: int = CATCH_UP_ROWS) -> list[int]:
