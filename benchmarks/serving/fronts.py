@@ -1,0 +1,149 @@
+"""What a load can be sent to: the service in this process, generate() one after another, any OpenAI server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from urllib.request import Request, urlopen
+
+from benchmarks.serving.load import Answer
+from dspark_runtime import Bundle, Chunk, ServiceOptions
+from dspark_runtime.decoding.round import Flight
+from dspark_runtime.serving.events import Event, Tokens
+from dspark_runtime.serving.observer import ServiceObserver
+
+clock = time.perf_counter
+
+
+class Rounds(ServiceObserver):
+    """Adds up the rounds of a loop: seconds, tokens, and sequences that took part."""
+
+    def __init__(self) -> None:
+        self.totals = {"round_seconds": 0.0, "round_tokens": 0.0, "sequence_rounds": 0.0, "drafted_rounds": 0.0}
+
+    def finished(self, flight: Flight) -> None:
+        """See :class:`Observer`."""
+        self.totals["round_seconds"] += clock() - flight.began
+        self.totals["sequence_rounds"] += len(flight.sequences)
+        self.totals["drafted_rounds"] += any(len(tree) > 1 for tree in flight.trees)
+
+    def settled(self, chunks: Sequence[Chunk], began: float, ended: float) -> None:
+        """See :class:`Observer`."""
+        self.totals["round_seconds"] += ended - began
+        self.totals["round_tokens"] += sum(len(chunk.tokens) for chunk in chunks)
+
+
+class ServiceFront:
+    """:class:`Service` in this process."""
+
+    def __init__(self, bundle: Bundle, prompts: Sequence[Sequence[int]], tokens: int, rows: int, mode: str) -> None:
+        self.name = f"service {mode}"
+        self._prompts, self._tokens = prompts, tokens
+        self._rounds = Rounds()
+        options = ServiceOptions(rows=rows, capacity=2048, queue=1024, speculate=mode, reuse_prefixes=False)
+        self._service = bundle.serve(options, self._rounds)
+
+    def ask(self, number: int) -> Answer:
+        """See :class:`Front`."""
+        answer = Answer(number, clock())
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Tokens):
+                answer.arrivals.append(clock())
+
+        request = self._service.request(self._prompts[number], max_new_tokens=self._tokens, ignore_eos=True)
+        generation = self._service.submit(request, listen).result()
+        answer.tokens, answer.text = len(generation.tokens), tuple(generation.tokens)
+        return answer
+
+    def counters(self) -> dict[str, float]:
+        """See :class:`Front`."""
+        return dict(self._rounds.totals)
+
+    def close(self) -> None:
+        """See :class:`Front`."""
+        self._service.close()
+
+
+class GenerateFront:
+    """:meth:`Bundle.generate`, one call after another."""
+
+    def __init__(self, bundle: Bundle, prompts: Sequence[Sequence[int]], tokens: int, mode: str) -> None:
+        self.name = f"generate {mode}"
+        self._prompts, self._tokens, self._mode = prompts, tokens, mode
+        self._rounds = Rounds()
+        self._bundle = bundle.with_fresh_schedule().with_observer(self._rounds)
+        self._one = threading.Lock()
+
+    def ask(self, number: int) -> Answer:
+        """See :class:`Front`."""
+        answer = Answer(number, clock())
+        with self._one:
+            prompt = list(self._prompts[number])
+            stream = self._bundle.generate(
+                prompt, speculate=self._mode, max_new_tokens=self._tokens, ignore_eos=True, stream=True
+            )
+            for _ in stream:
+                answer.arrivals.append(clock())
+        tokens = stream.generations[0].tokens
+        answer.tokens, answer.text = len(tokens), tuple(tokens)
+        return answer
+
+    def counters(self) -> dict[str, float]:
+        """See :class:`Front`."""
+        return dict(self._rounds.totals)
+
+    def close(self) -> None:
+        """See :class:`Front`."""
+
+
+class OpenAIFront:
+    """The completions route of a running server: token ids in, text out, one event a part."""
+
+    def __init__(self, name: str, url: str, model: str, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+        self.name = name
+        self._url, self._model = url.rstrip("/"), model
+        self._prompts, self._tokens = prompts, tokens
+
+    def ask(self, number: int) -> Answer:
+        """See :class:`Front`."""
+        answer = Answer(number, clock())
+        body = {
+            "model": self._model,
+            "prompt": list(self._prompts[number]),
+            "max_tokens": self._tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "cache_prompt": False,
+        }
+        if "llama" not in self.name:
+            del body["cache_prompt"]
+        request = Request(
+            f"{self._url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        parts = []
+        with urlopen(request, timeout=600) as reply:
+            for line in reply:
+                data = line.decode().removeprefix("data:").strip()
+                if not data or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                if event.get("usage"):
+                    answer.tokens = event["usage"]["completion_tokens"]
+                for choice in event.get("choices", ()):
+                    if choice.get("text"):
+                        answer.arrivals.append(clock())
+                        parts.append(choice["text"])
+        answer.text = "".join(parts)
+        return answer
+
+    def counters(self) -> dict[str, float]:
+        """See :class:`Front`."""
+        return {}
+
+    def close(self) -> None:
+        """See :class:`Front`."""
