@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
 from dspark_runtime.errors import BackendError
 from dspark_serve.errors import ApiError
@@ -167,7 +167,8 @@ def _source(grammar: Grammar) -> str:
     if grammar.kind == "json":
         return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": _WHITESPACE})
     if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(grammar.text)
+        ascii_digits = regex_to_lark(grammar.text, use_ascii="d")  # as those who parse the text expect them
+        return LLMatcher.grammar_from_lark(f"start: /{ascii_digits}/")
     if grammar.kind == "choice":
         choices: list[Any] = json.loads(grammar.text)
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices))

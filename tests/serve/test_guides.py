@@ -172,9 +172,10 @@ def test_logprobs_of_a_completion(client: OpenAI) -> None:
 
 def test_a_stream_may_tell_who_drafted(client: OpenAI) -> None:
     options: Any = {"temperature": 0, "max_tokens": 60, "stream": True, "extra_body": {"ignore_eos": True}}
-    wanted: Any = {"include_drafters": True}
-    drafters, texts, content = [], "", ""
+    wanted: Any = {"include_drafters": True, "include_usage": True}
+    drafters, texts, content, usage = [], "", "", None
     for chunk in client.chat.completions.create(model=NAME, messages=USER, stream_options=wanted, **options):
+        usage = chunk.usage or usage
         for choice in chunk.choices:
             content += choice.delta.content or ""
             more = choice.model_extra or {}
@@ -183,4 +184,5 @@ def test_a_stream_may_tell_who_drafted(client: OpenAI) -> None:
             texts += "".join(more.get("token_texts", []))
     assert len(drafters) == 60 and content.startswith(texts)
     assert {name for names in drafters for name in names} <= {"ngram", "self-draft"}
-    assert any(drafters)
+    assert usage is not None and usage.completion_tokens_details is not None
+    assert sum(map(bool, drafters)) == usage.completion_tokens_details.accepted_prediction_tokens
