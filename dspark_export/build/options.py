@@ -38,7 +38,7 @@ class BuildOptions:
     compile engines of that flavour, with default ranges, and verification by ``plugins``.
     ``quantize_embedding`` None: unless the graph computes in half precision. ``activations``: what int8 and int4 graphs
     compute in, None for fp32, or fp16 where engines are compiled. ``kernels``: a form for the sequence kernels, whose
-    packed weights all forms read then; None: where graphs compute in float32 and this installation has the kernels.
+    packed weights all forms read then; None: where no engines are compiled and this installation has the kernels.
 
     Raises UsageError for combinations that make no sense.
     """
@@ -97,8 +97,6 @@ class BuildOptions:
             )
         if self.backend is None and self.plugins != "auto":
             raise UsageError(f"--plugins {self.plugins} is about engines; add --backend tensorrt or tensorrt-rtx")
-        if self.kernels and self.dtype != "float32":
-            raise UsageError(f"--kernels is for graphs that compute in float32, these do in {self.dtype}; leave it out")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads} is not positive; leave it out for one per core")
 
@@ -135,7 +133,7 @@ class BuildOptions:
         """
         if self.kernels is not None:
             return self.kernels
-        return self.dtype == "float32" and kernel_library() is not None
+        return self.backend is None and kernel_library() is not None
 
     @property
     def chains_only(self) -> bool:

@@ -80,7 +80,7 @@ def build(
         typer.Option(
             "--kernels/--no-kernels",
             help="Add a form of each graph for the sequence kernels (CPU), and store weights in their layout (default: "
-            "where graphs compute in fp32 and this installation has the kernels).",
+            "without --backend, where this installation has the kernels).",
             show_default=False,
         ),
     ] = None,

@@ -108,6 +108,9 @@ def _precision(manifest: Manifest) -> str:
             f"{part} {'included' if on else 'kept'}"
             for part, on in (("head", precision.head), ("embedding", precision.embedding))
         ]
+    called = {kernel for graph in manifest.graphs for kernel in graph.kernels}
+    if precision.weights == "fp32" and called & {"ProductFloat16", "ProductBFloat16"}:
+        parts.append("weights kept in the 16 bits that hold them")
     parts.append("exact" if precision.exact else "not exact")
     if precision.accuracy_level is not None:
         parts.append(f"accuracy level {precision.accuracy_level}")

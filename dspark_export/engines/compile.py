@@ -15,7 +15,7 @@ from dspark_export.engines.inspection import inspect
 from dspark_export.engines.options import CompileOptions
 from dspark_export.engines.plugin_forms import INLINED, Plugins
 from dspark_export.engines.plugins import SORT_LIMIT, find_plugins, require_limits
-from dspark_export.engines.prepare import check_precision, has_cache, onnx_bytes, prepare
+from dspark_export.engines.prepare import check_precision, data_of, has_cache, onnx_bytes, prepare
 from dspark_runtime.backends.tensorrt_device import MODULES
 from dspark_runtime.bundle.contract import VERIFY
 from dspark_runtime.bundle.engine_entry import EngineBuild, EngineEntry, EngineProfile
@@ -204,4 +204,5 @@ def compile_entry(
         )
     finally:
         prepared_file.unlink(missing_ok=True)
+        data_of(prepared_file).unlink(missing_ok=True)
         shutil.rmtree(partial, ignore_errors=True)

@@ -13,6 +13,7 @@ from dspark_export.engines.plugin_forms import INLINED, Plugins, apply_plugins
 from dspark_export.passes.draw_for_all import DrawForAll
 from dspark_export.passes.equal_attention_widths import EqualAttentionWidths
 from dspark_export.passes.gather_experts import GatherExperts
+from dspark_export.passes.packed_weights import load_plain
 from dspark_export.passes.pin_capacity import CAPACITY, PinCapacity
 from dspark_runtime.bundle.contract import PAST, PRESENT, VERIFY
 from dspark_runtime.bundle.manifest import GraphEntry
@@ -60,6 +61,8 @@ def prepare(
 ) -> PreparedGraph:
     """Write the engine's form of the bundle's graph to ``to``, which must lie beside the bundle's weights.
 
+    Weights that are packed in the bundle are written plainly to :func:`data_of`.
+
     ``plugins`` is the form of verification; ``vocab`` the width of logits, where it is an input's dimension.
 
     Raises:
@@ -67,10 +70,10 @@ def prepare(
         EngineBuildError: it has a dimension no range is known for.
     """
     check_precision(entry)
-    model = ir.load(bundle / entry.file)
+    model = load_plain(bundle / entry.file)
     used = apply_plugins(model, plugins.form) if entry.name == VERIFY else {}
     ir.passes.Sequential(GatherExperts(), DrawForAll(), EqualAttentionWidths(), PinCapacity(ranges.max_length))(model)
-    onnx.save_model(ir.to_proto(model), to)
+    _save(model, to)
     fixed: dict[str, Bounds] = {} if vocab is None else {"vocab": (vocab, vocab, vocab)}
     dims = {profile: _used(ranges.dims(profile) | fixed, entry) for profile in PROFILES}
     # A graph that neither chunks a prompt nor reads its features has one profile.
@@ -91,6 +94,25 @@ def prepare(
         },
         used,
     )
+
+
+def data_of(path: Path) -> Path:
+    """Where weights lie that were packed in the bundle: beside the prepared graph ``path``."""
+    return path.with_suffix(".data")
+
+
+def _save(model: ir.Model, to: Path) -> None:
+    unpacked = [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.LazyTensor)]
+    if unpacked:
+        # torch: only where weights were packed
+        from dspark_export.bundle.weights import WeightFile
+
+        with data_of(to).open("wb") as file:
+            weights = WeightFile(data_of(to), file)
+            for value in unpacked:
+                assert value.const_value is not None
+                value.const_value = weights.store(value.name or "", value.const_value)
+    onnx.save_model(ir.to_proto(model), to)
 
 
 def check_precision(entry: GraphEntry) -> None:

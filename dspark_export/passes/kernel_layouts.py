@@ -28,7 +28,7 @@ class Layout:
 
     ``dims`` is the shape after padding and cutting, ``order`` its permutation, ``offset`` what is added to signed
     integers to store them as bytes, ``nibbles`` whether two of them share a byte (along axis 3 of the permuted tensor).
-    ``transposed``: the original is [..., width, depth].
+    ``transposed``: the original is [..., width, depth]. ``wide``: it is float32; ``dtype`` holds its numbers exactly.
     """
 
     dtype: ir.DataType
@@ -39,6 +39,12 @@ class Layout:
     offset: int = 0
     nibbles: bool = False
     transposed: bool = False
+    wide: bool = False
+
+    @property
+    def plain_dtype(self) -> ir.DataType:
+        """Element type of the original."""
+        return ir.DataType.FLOAT if self.wide else self.dtype
 
     @property
     def padded_width(self) -> int:
@@ -70,6 +76,8 @@ class Layout:
         """The packed tensor of ``array``; leading dimensions stay."""
         if self.transposed:
             array = array.swapaxes(-1, -2)
+        if self.wide:
+            array = array.astype(self.dtype.numpy())
         lead = array.shape[:-2]
         if self.is_integer:
             array = (array.astype(np.int16) + self.offset).astype(np.uint8)
@@ -95,6 +103,8 @@ class Layout:
         array = array.reshape(*lead, self.padded_depth, self.padded_width)[..., : self.depth, : self.width]
         if self.is_integer:
             array = (array.astype(np.int16) - self.offset).astype(self.dtype.numpy())
+        if self.wide:
+            array = array.astype(np.float32)
         return np.ascontiguousarray(array.swapaxes(-1, -2) if self.transposed else array)
 
     def unpack_nodes(self, graph: ir.Graph, packed: ir.Value, name: str, lead: tuple[int, ...]) -> list[ir.Node]:
@@ -122,6 +132,8 @@ class _Unpacking:
             self._add("Sub", offset)
         if layout.is_integer:
             self._add("Cast", to=int(layout.dtype))
+        if layout.wide:
+            self._add("Cast", to=int(ir.DataType.FLOAT))
         if layout.transposed:
             self._add("Transpose", perm=[*range(k), k + 1, k])
 
@@ -154,14 +166,16 @@ class _Unpacking:
         self._value = joined.outputs[0]
 
 
-def tiles_of_floats(depth: int, width: int, dtype: ir.DataType, transposed: bool = False) -> Layout:
-    """Layout of ``ProductFloat32``, ``ProductFloat16`` and ``ProductBFloat16``."""
+def tiles_of_floats(
+    depth: int, width: int, dtype: ir.DataType, transposed: bool = False, *, wide: bool = False
+) -> Layout:
+    """Layout of ``ProductFloat32``, ``ProductFloat16`` and ``ProductBFloat16``; ``wide``: of float32 numbers."""
     tiles = -(-width // TILE)
     if dtype == ir.DataType.BFLOAT16:
         dims, order = (-(-depth // 2), 2, tiles, TILE), (2, 0, 3, 1)
     else:
         dims, order = (depth, tiles, TILE), (1, 0, 2)
-    return Layout(dtype, depth, width, dims, order, transposed=transposed)
+    return Layout(dtype, depth, width, dims, order, transposed=transposed, wide=wide)
 
 
 def tiles_of_blocks(depth: int, width: int, dtype: ir.DataType, block: int) -> Layout:

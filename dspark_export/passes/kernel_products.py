@@ -69,7 +69,7 @@ class KernelProducts(ir.passes.InPlacePass):
         if node.op_type == "Gemm" and not _is_linear(node):
             return False
         turned = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
-        weight = weight_behind(node.inputs[1], turned)
+        weight = weight_behind(node.inputs[1], self._weights, turned)
         packed = None if weight is None else self._packed(weight)
         if weight is None or packed is None:
             return False
@@ -142,11 +142,13 @@ class KernelProducts(ir.passes.InPlacePass):
         if weight is None or weight.const_value is None or weight.dtype not in _FLOATS:
             return False
         _, width, depth = (int(d) for d in weight.const_value.shape)
-        packed = self._weights.pack(weight, layouts.tiles_of_floats(depth, width, weight.dtype, transposed=True))
+        stored = self._weights.narrowest(weight.const_value)
+        wide = stored != weight.dtype
+        packed = self._weights.pack(weight, layouts.tiles_of_floats(depth, width, stored, transposed=True, wide=wide))
         if packed is None:
             return False
         made = ir.node(
-            f"Experts{_FLOATS[weight.dtype]}",
+            f"Experts{_FLOATS[stored]}",
             [rows, expert, packed_value(self._graph, packed)],
             attributes={"N": width},
             domain=DOMAIN,
@@ -171,7 +173,7 @@ class KernelProducts(ir.passes.InPlacePass):
                 self._weights.share(table.const_value, head, _turned(layout))
         packed = self._weights.find(table.const_value)  # of this graph's head, or of one before it
         if packed is not None and packed.layout.transposed:
-            kind, layout = _FLOATS[table.dtype], packed.layout
+            kind, layout = _FLOATS[packed.layout.dtype], packed.layout
             made = ir.node(
                 f"Lookup{kind}",
                 [gather.inputs[1], packed_value(self._graph, packed)],
@@ -204,10 +206,10 @@ def _is_linear(gemm: ir.Node) -> bool:
     return not gemm.attributes.get_int("transA", 0) and not scaled and (bias is None or match.rank(bias) == 1)
 
 
-def weight_behind(value: ir.Value | None, turned: bool = False) -> _Weight | None:
+def weight_behind(value: ir.Value | None, weights: PackedWeights, turned: bool = False) -> _Weight | None:
     """The constant weight [depth, width] that ``value``, or ``value`` ``turned``, is.
 
-    Looks through transposes, casts and dequantization.
+    Looks through transposes, casts and dequantization. ``weights`` knows the type that floats are stored in.
     """
     dequantize = match.producer(value, "DequantizeLinear")
     if dequantize is not None:
@@ -218,8 +220,9 @@ def weight_behind(value: ir.Value | None, turned: bool = False) -> _Weight | Non
         return None
     rows, columns = (int(d) for d in source.const_value.shape)
     depth, width = (columns, rows) if turned else (rows, columns)
-    layout = layouts.tiles_of_floats(depth, width, source.dtype, turned)
-    return _Weight(_FLOATS[source.dtype], width, depth, ((source, layout),))
+    stored = weights.narrowest(source.const_value)
+    layout = layouts.tiles_of_floats(depth, width, stored, turned, wide=stored != source.dtype)
+    return _Weight(_FLOATS[stored], width, depth, ((source, layout),))
 
 
 def _quantized(node: ir.Node) -> _Weight | None:

@@ -22,6 +22,7 @@ from dspark_runtime.backends.ort_kernels import DOMAIN
 
 LAYOUT = "dspark.layout"
 """Metadata of the node that gives an unpacked weight: JSON of its :class:`Layout`."""
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PackedWeights:
     def __init__(self) -> None:
         self._made: dict[object, tuple[Packed, ir.TensorProtocol]] = {}
         self._names: set[str] = set()
+        self._narrowest: dict[object, tuple[ir.DataType, ir.TensorProtocol]] = {}
 
     def pack(self, weight: ir.Value, layout: Layout) -> Packed | None:
         """The constant ``weight`` in ``layout``; None if it is packed in another one already."""
@@ -49,6 +51,15 @@ class PackedWeights:
             found = Packed(layout, _lazily(source, self._new_name(str(weight.name)), layout, lead), lead)
             self._made[match.tensor_identity(source)] = (found, source)
         return found if found.layout == layout else None
+
+    def narrowest(self, source: ir.TensorProtocol) -> ir.DataType:
+        """The smallest float type that holds every number of ``source``: a kernel widens it to the same bits."""
+        if source.dtype != ir.DataType.FLOAT:
+            return source.dtype
+        key = match.tensor_identity(source)
+        if key not in self._narrowest:
+            self._narrowest[key] = (exact_type(source.numpy()), source)
+        return self._narrowest[key][0]
 
     def _new_name(self, weight: str) -> str:
         """A name of its own: a draft's graph may read its own head, and the target's of the same name as a table."""
@@ -67,6 +78,17 @@ class PackedWeights:
         """What was made of ``source``, if anything."""
         made = None if source is None else self._made.get(match.tensor_identity(source))
         return None if made is None else made[0]
+
+
+def exact_type(array: np.ndarray) -> ir.DataType:
+    """bfloat16, float16 or float32: the first that holds every number of the float32 ``array`` exactly."""
+    flat = array.reshape(-1)
+    pieces = [flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE)]
+    for dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16):
+        with np.errstate(over="ignore"):
+            if all(np.array_equal(piece.astype(dtype.numpy()).astype(np.float32), piece) for piece in pieces):
+                return dtype
+    return ir.DataType.FLOAT
 
 
 def _lazily(source: ir.TensorProtocol, name: str, layout: Layout, lead: tuple[int, ...]) -> ir.LazyTensor:
@@ -143,7 +165,7 @@ class UnpackWeights(ir.passes.InPlacePass):
 
 def layout_of(facts: Mapping[str, Any]) -> Layout:
     """The layout that metadata under :data:`LAYOUT` describes."""
-    given = {field.name: facts[field.name] for field in fields(Layout)}
+    given = {field.name: facts[field.name] for field in fields(Layout) if field.name in facts}
     tuples = {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
     return Layout(**{**given, **tuples, "dtype": ir.DataType[facts["dtype"]]})
 
@@ -153,6 +175,6 @@ def _plain(name: str, packed: ir.TensorProtocol, layout: Layout) -> ir.LazyTenso
     matrix = (layout.width, layout.depth) if layout.transposed else (layout.depth, layout.width)
 
     def unpacked() -> ir.Tensor[np.ndarray]:
-        return ir.Tensor(layout.unpack(packed.numpy()), dtype=layout.dtype, name=name)
+        return ir.Tensor(layout.unpack(packed.numpy()), dtype=layout.plain_dtype, name=name)
 
-    return ir.LazyTensor(unpacked, dtype=layout.dtype, shape=ir.Shape((*lead, *matrix)), name=name)
+    return ir.LazyTensor(unpacked, dtype=layout.plain_dtype, shape=ir.Shape((*lead, *matrix)), name=name)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 
+from dspark_export.build.options import BuildOptions
+from dspark_export.build.pipeline import build
 from dspark_export.engines.listing import read_listing
 from dspark_export.engines.options import CompileOptions
-from dspark_export.engines.prepare import prepare
+from dspark_export.engines.prepare import data_of, prepare
 from dspark_runtime.bundle.engine_entry import EngineEntry
+from dspark_runtime.bundle.files import BundleFiles
+from tests import tiny_models
 from tests.engines.graphs import DTYPES, HEADS, OPTIONS, RANGES, Saved, decoder_graphs
 
 
@@ -62,6 +67,21 @@ def test_compute_capabilities_name_the_folder_and_the_manifest(llama: Saved) -> 
     engine = llama.compile("self_draft", CompileOptions(ranges=RANGES, compute_capabilities=("8.6", "12.0")))
     assert engine.targets == ("8.6", "12.0")
     assert Path(engine.file).parent.name == f"tensorrt-rtx-{engine.version}-sm86-sm120"
+
+
+def test_weights_packed_for_the_cpu_are_plain_in_the_prepared_graph(tmp_path: Path) -> None:
+    model = tiny_models.save_checkpoint("llama", tmp_path / "model", head_dim=16, num_hidden_layers=2)
+    found = []
+    for kernels in (False, True):
+        out = tmp_path / f"bundle-{kernels}"
+        build(BuildOptions(str(model), out, precision="fp16", self_draft="none", threads=1, kernels=kernels))
+        prepared = out / "onnx" / ".target.engine.onnx"
+        prepare(BundleFiles.open(out).graph("target", prefer=()), out, OPTIONS.ranges, prepared)
+        found.append(onnx.load(prepared).graph)
+        assert data_of(prepared).exists() == kernels
+    plain, unpacked = ({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} for graph in found)
+    assert plain.keys() == unpacked.keys() and all(np.array_equal(plain[name], unpacked[name]) for name in plain)
+    assert [n.op_type for n in found[0].node] == [n.op_type for n in found[1].node]
 
 
 def test_the_prepared_graph_has_a_fixed_cache(llama: Saved, tmp_path: Path) -> None:

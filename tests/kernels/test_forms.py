@@ -10,20 +10,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from dspark_export.bundle.weights import save_graphs
+from dspark_export.graphs.target import export_target
+from dspark_export.passes import all_forms, kernels_of, optimize
+from dspark_export.passes.packed_weights import PackedWeights, load_plain
+from dspark_export.validate.rebuild import tensors
 from dspark_runtime.backends.protocol import FLOAT_PRODUCTS
 from dspark_runtime.bundle.precisions import Weights
 from tests.kernels.conftest import Forms
 from tests.parity.harness import GraphRunner, Tree, assert_close
 from tests.tiny_models import ARCHITECTURES, VOCAB
+from tests.traced import traced
 
-PRECISIONS: tuple[Weights, ...] = ("fp32", "int8", "int4", "w8a8")
+PRECISIONS: tuple[Weights, ...] = ("fp32", "bf16", "fp16", "int8", "int4", "w8a8")
 WITHOUT_A_KERNEL = {"deepseek_v2", "deepseek_v3"}
 """Their attention reads keys that are made of cached latents in every pass."""
 _LENGTH = 24
 EVERY_PRECISION = ("llama", "gemma2", "qwen3_moe", "gpt2", "qwen2")
+HALF = ("bf16", "fp16")
 
 
 class WithKernels(GraphRunner):
@@ -79,13 +87,13 @@ def test_kernels_have_the_numbers_of_their_bodies(
     forms: Callable[[str, Weights], Forms],
     with_kernels: Callable[..., WithKernels],
 ) -> None:
-    if precision != "fp32" and arch not in EVERY_PRECISION:
+    if precision != "fp32" and arch not in EVERY_PRECISION[: 2 if precision in HALF else None]:
         pytest.skip("other precisions run on some architectures")
     if precision != "fp32" and "moe" in arch:
         pytest.skip("rounded activations choose another expert now and then")
     path = forms(arch, precision).files["sequence-kernels"]
     wanted = _passes(GraphRunner(path, 2), seed=2)
-    rounding = 1e-5 if precision == "fp32" else 5e-2  # kernels round activations to 8 bits
+    rounding = 1e-5 if precision in ("fp32", *HALF) else 5e-2  # kernels round activations to 8 bits
     for found, logits in zip(_passes(with_kernels(path, 2), seed=2), wanted, strict=True):
         assert_close(found, logits, rounding)
 
@@ -98,7 +106,7 @@ def test_bits_of_a_row_depend_on_its_sequence_alone(
     forms: Callable[[str, Weights], Forms],
     with_kernels: Callable[..., WithKernels],
 ) -> None:
-    if precision != "fp32" and arch not in EVERY_PRECISION:
+    if precision != "fp32" and arch not in EVERY_PRECISION[: 2 if precision in HALF else None]:
         pytest.skip("other precisions run on some architectures")
     path = forms(arch, precision).files["sequence-kernels"]
     rng = np.random.default_rng(sum(map(ord, arch + precision)))
@@ -108,6 +116,43 @@ def test_bits_of_a_row_depend_on_its_sequence_alone(
         runner = with_kernels(path, len(texts), threads)
         while min(runner.lengths) < _LENGTH:
             _random_pass(runner, texts, plain, rng)
+
+
+@pytest.mark.parametrize(("half", "kernel"), [(ir.DataType.BFLOAT16, "BFloat16"), (ir.DataType.FLOAT16, "Float16")])
+def test_weights_that_16_bits_hold_are_stored_in_those_and_give_the_same_bits(
+    half: ir.DataType,
+    kernel: str,
+    tmp_path: Path,
+    with_kernels: Callable[..., WithKernels],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def saved(folder: str) -> tuple[dict[str, Path], tuple[str, ...]]:
+        graph = optimize(export_target(traced("llama")[1]))
+        for value in graph.graph.initializers.values():
+            if value.dtype == ir.DataType.FLOAT and value.const_value is not None and value.const_value.size > 64:
+                rounded = value.const_value.numpy().astype(half.numpy()).astype(np.float32)
+                value.const_value = ir.tensor(rounded, name=value.name)
+        shipped = {variant: form for _, variant, form in all_forms({"target": graph}, 128, kernels=True)}
+        return save_graphs(shipped, tmp_path / folder), kernels_of(shipped["sequence-kernels"])
+
+    narrow, called = saved("narrow")
+    assert f"Product{kernel}" in called and "ProductFloat32" not in called
+    monkeypatch.setattr(PackedWeights, "narrowest", lambda self, source: source.dtype)
+    wide, called = saved("wide")
+    assert "ProductFloat32" in called and f"Product{kernel}" not in called
+    assert _size(narrow) < 0.7 * _size(wide)
+    wanted = _passes(with_kernels(wide["sequence-kernels"], 2), seed=3)
+    for found, logits in zip(_passes(with_kernels(narrow["sequence-kernels"], 2), seed=3), wanted, strict=True):
+        assert np.array_equal(found, logits)
+    standard = _passes(GraphRunner(narrow["standard"], 2), seed=3)
+    for found, logits in zip(standard, _passes(GraphRunner(wide["standard"], 2), seed=3), strict=True):
+        assert np.array_equal(found, logits)
+    plain, other = (tensors(load_plain(files["standard"])) for files in (narrow, wide))
+    assert all(np.array_equal(array, other[name]) for name, array in plain.items())
+
+
+def _size(files: dict[str, Path]) -> int:
+    return (next(iter(files.values())).parent / "weights.data").stat().st_size
 
 
 def _one_by_one(runner: GraphRunner, text: list[int]) -> np.ndarray:

@@ -132,16 +132,12 @@ def test_what_the_library_names_is_what_bundles_may_call(library: Path, other_li
     assert set(names) - set(operators_of(other_library('-DDSPARK_WITHOUT="RMSNorm"'))) == {"RMSNorm"}
 
 
-def test_graphs_that_compute_in_float32_get_kernels_where_there_are_any(
-    registered: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_for_the_cpu_get_kernels_where_there_are_any(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wanted(**options: Any) -> bool:
         return BuildOptions("model", Path("out"), **options).with_kernels
 
-    assert wanted() and wanted(precision="int4") and wanted(precision="w8a8")
-    assert (
-        not wanted(kernels=False) and not wanted(precision="fp16") and not wanted(precision="int4", backend="tensorrt")
-    )
+    assert wanted() and wanted(precision="int4") and wanted(precision="w8a8") and wanted(precision="bf16")
+    assert not wanted(kernels=False) and not wanted(precision="int4", backend="tensorrt")
     monkeypatch.setenv(ort_kernels.LIBRARY_VARIABLE, ort_kernels.NO_LIBRARY)
     assert not wanted() and wanted(kernels=True)
 
