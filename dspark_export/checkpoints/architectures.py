@@ -11,6 +11,7 @@ from collections.abc import Callable
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dspark_export.checkpoints.config import MEDIA
 from dspark_export.checkpoints.rotary import is_static, rope_sets
 from dspark_runtime.errors import UnsupportedArchitecture
 
@@ -93,7 +94,6 @@ ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "longrope", "p
 ``longrope`` up to its original length."""
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-_MEDIA_CONFIGS = ("vision_config", "audio_config", "speech_config", "image_config")
 _RECURRENT = ("mamba", "rwkv", "xlstm", "recurrent", "jamba", "bamba", "zamba", "falcon_h1", "nemotron_h")
 _ALIBI = ("bloom", "mpt")
 
@@ -133,16 +133,20 @@ def _encoder_decoder(config: PretrainedConfig) -> str | None:
 
 
 def _media(config: PretrainedConfig) -> str | None:
-    for name in _MEDIA_CONFIGS:
+    for name in MEDIA:
         if getattr(config, name, None) is not None:
-            return f"it also reads images or sound ({name}); give a text-only checkpoint of the same family"
+            return (
+                f"it also reads images or sound ({name}), and the text part of this type is not tested; give a "
+                "text-only checkpoint of the family, or pass --allow-untested-architecture to try the text part"
+            )
     return None
 
 
 def _not_causal(config: PretrainedConfig) -> str | None:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "transformers has no causal language model of this type"
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+    both_ways = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")  # text is causal
+    if both_ways or getattr(config, "is_causal", True) is False:
         return "its attention is bidirectional: it embeds texts and does not continue them"
     return None
 

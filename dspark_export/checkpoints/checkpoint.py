@@ -115,7 +115,7 @@ class Checkpoint:
         assert self.weights is not None
         if self.weights.pickled:
             tensors = read_pickles(self.weights, self.id, self.trust)
-            return {name: tensors[name] for name in self.taken}
+            return {name: recipe.made_of(tensors) for name, recipe in self.taken.items()}
         return open_weights(self.taken, read_headers(self.weights, self.id))
 
     def save_tokenizer(self, folder: Path) -> None:

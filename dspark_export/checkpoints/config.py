@@ -32,6 +32,9 @@ MAX_LAYERS = 4096
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 """What configs call the longest text a model was made for."""
 
+MEDIA = ("vision_config", "audio_config", "speech_config", "image_config")
+"""Sections of configs of models that read more than text."""
+
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _HEADS = ("num_attention_heads", "n_head")
 _WIDTH = ("hidden_size", "n_embd")
@@ -45,6 +48,7 @@ _MAY_BE_ZERO = (  # written for "none" by published dense checkpoints of expert 
     *("sliding_window", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
     *("moe_intermediate_size", "shared_expert_intermediate_size"),
 )
+_PER_LAYER = ("intermediate_size",)  # may be a list, one for each layer
 _POSITIVE_FLOATS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "query_pre_attn_scalar")
 _FINITE_FLOATS = ("attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor", "rope_local_base_freq")
 
@@ -159,7 +163,7 @@ def _check_tying(raw: dict[str, Any], name: str) -> None:
     ties = [section[key] for section in sections if isinstance(section, dict) and key in section]
     if not all(isinstance(tie, bool) for tie in ties):
         raise InvalidConfig(f"{name}: {key} must be true or false in {CONFIG}")
-    if len(set(ties)) > 1:
+    if len(set(ties)) > 1 and not any(raw.get(part) for part in MEDIA):  # with media, the outer one holds
         raise InvalidConfig(f"{name}: {CONFIG} says {key} true and false; make both places agree")
 
 
@@ -192,18 +196,23 @@ def _check_dims(section: dict[str, Any], where: str) -> None:
         if key not in section or (section[key] is None and key in _NULLABLE):
             continue
         value = section[key]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidConfig(f"{where}: {key} must be a whole number, it is {value!r}")
-        limit = MAX_LAYERS if key in _LAYERS else MAX_DIM
-        least = 0 if key in _MAY_BE_ZERO else 1
-        if not least <= value <= limit:
-            raise InvalidConfig(f"{where}: {key} must lie between {least} and {limit}, it is {value}")
+        for each in value if key in _PER_LAYER and isinstance(value, list) else [value]:
+            _check_dim(key, each, where)
     for key in (*_POSITIVE_FLOATS, *_FINITE_FLOATS):
         value = section.get(key)
         if value is not None and not _finite(value):
             raise InvalidConfig(f"{where}: {key} must be a finite number, it is {value!r}")
         if value is not None and key in _POSITIVE_FLOATS and value <= 0:
             raise InvalidConfig(f"{where}: {key} must be positive, it is {value!r}")
+
+
+def _check_dim(key: str, value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidConfig(f"{where}: {key} must be a whole number, it is {value!r}")
+    limit = MAX_LAYERS if key in _LAYERS else MAX_DIM
+    least = 0 if key in _MAY_BE_ZERO else 1
+    if not least <= value <= limit:
+        raise InvalidConfig(f"{where}: {key} must lie between {least} and {limit}, it is {value}")
 
 
 def _finite(value: Any) -> bool:

@@ -24,6 +24,11 @@ class Recipe:
     parts: Mapping[str, str]
     make: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
 
+    def made_of(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight, from tensors by their stored names."""
+        parts = {role: stored[name] for role, name in self.parts.items()}
+        return self.make(parts) if self.make else parts["weight"]
+
 
 @dataclass(frozen=True)
 class Recipes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dspark_export.checkpoints.inventory import generic
 from dspark_export.checkpoints.quantized.methods import check_method, read_settings
 from dspark_export.checkpoints.recipes import Found, Recipe, Recipes, as_stored
 from dspark_export.checkpoints.rotary import end_at_original_length
+from dspark_export.checkpoints.text_part import text_part, text_weights, unread_parts
 from dspark_export.checkpoints.tokenizer import FILES as TOKENIZER_FILES
 from dspark_export.checkpoints.tokenizer import MissingTokenizer, has_tokenizer, load_tokenizer
 from dspark_export.checkpoints.trust import Trust
@@ -80,62 +82,76 @@ def _from_gguf(path: Path, trial: Trial | None) -> Checkpoint:
     return Checkpoint("gguf", path.name, None, config, tokenizer, Trust.closed(), gguf=file, unread=unread)
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A checked config: of the text part, where a checkpoint has others too (``left_out``: those, with the reason)."""
+
+    config: PretrainedConfig
+    left_out: Mapping[str, str] | None
+    quantization: Mapping[str, Any] | None
+
+    @classmethod
+    def read(cls, folder: Path, name: str, trust: Trust, trial: Trial | None) -> _Opened:
+        whole = load_config(folder, name, trust)
+        config = text_part(whole, any_wrapper=trial is not None)
+        quantization = read_settings(folder, getattr(config, "quantization_config", None))
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # transformers shall see plain floats
+        end_at_original_length(config, name)
+        _check_supported(config, trial)
+        if quantization:
+            check_method(quantization, name)
+        return cls(config, unread_parts(whole) if config is not whole else None, quantization)
+
+
 def _from_folder(folder: Path, name: str, trust: Trust, trial: Trial | None) -> Checkpoint:
-    config = load_config(folder, name, trust)
-    quantization = _take_quantization(config, folder, name)
-    end_at_original_length(config, name)
-    _check_supported(config, trial)
-    return _with_weights("local", find_weights(folder, name, trust), config, quantization, name, None, trust)
+    opened = _Opened.read(folder, name, trust, trial)
+    return _with_weights("local", find_weights(folder, name, trust), opened, name, None, trust)
 
 
 def _from_hub(model: str, revision: str | None, trust: Trust, trial: Trial | None) -> Checkpoint:
     snapshot = HubSnapshot.fetch(model, revision)
-    config = load_config(snapshot.directory, model, trust)
-    quantization = _take_quantization(config, snapshot.directory, model)
-    end_at_original_length(config, model)
-    _check_supported(config, trial)
+    opened = _Opened.read(snapshot.directory, model, trust, trial)
     snapshot.fetch_files(
         [SINGLE] if not (snapshot.directory / INDEX).exists() else shard_names(snapshot.directory, model)
     )
     weights = find_weights(snapshot.directory, model, trust, snapshot.remote_names)
     if weights.pickled:
         snapshot.fetch_files(list(weights.names))
-    return _with_weights("hub", weights, config, quantization, model, snapshot.commit, trust)
+    return _with_weights("hub", weights, opened, model, snapshot.commit, trust)
 
 
-def _take_quantization(config: PretrainedConfig, folder: Path, name: str) -> Mapping[str, Any] | None:
-    """How the weights are quantized, which is checked and goes out of ``config``: transformers shall not see it."""
-    settings = read_settings(folder, getattr(config, "quantization_config", None))
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if settings:
-        check_method(settings, name)
-    return settings
+def _recipes(weights: WeightFiles, opened: _Opened, name: str, trust: Trust) -> tuple[Recipes, Mapping[str, str]]:
+    """What the model is made of, and what stays unread."""
+    found: Found = {}
+    if not weights.pickled:
+        found = read_headers(weights, name)
+        recipes = _dequantized(found, opened.quantization, name) if opened.quantization else as_stored(found)
+    elif opened.quantization:
+        raise UnsupportedArchitecture(f"{name} has quantized weights in pickle files; convert them to safetensors")
+    else:
+        shapes = {tensor: tuple(value.shape) for tensor, value in read_pickles(weights, name, trust, "meta").items()}
+        recipes = Recipes({tensor: Recipe(shape, {"weight": tensor}) for tensor, shape in shapes.items()}, {})
+    if opened.left_out is not None:
+        recipes = text_weights(recipes, opened.config, name)
+    fitted = fit({weight: recipe.shape for weight, recipe in recipes.weights.items()}, opened.config, name, trust)
+    taken = {weight: recipes.weights[weight] for weight in fitted.taken}
+    if not weights.pickled:
+        plain = [recipe.parts["weight"] for recipe in taken.values() if recipe.make is None]
+        check_dtypes({tensor: found[tensor] for tensor in plain}, name)
+        check_tying({tensor: found[tensor] for tensor in plain}, opened.config, name)
+    unread = {**(opened.left_out or {}), **{generic(tensor): reason for tensor, reason in recipes.excused.items()}}
+    if opened.quantization:
+        method = opened.quantization["quant_method"]
+        unread["quantization_config"] = f"{method}: weights become the floats they stand for"
+    return Recipes(taken, {}), {**unread, **fitted.unread}
 
 
 def _with_weights(
-    kind: Kind,
-    weights: WeightFiles,
-    config: PretrainedConfig,
-    quantization: Mapping[str, Any] | None,
-    name: str,
-    revision: str | None,
-    trust: Trust,
+    kind: Kind, weights: WeightFiles, opened: _Opened, name: str, revision: str | None, trust: Trust
 ) -> Checkpoint:
-    if weights.pickled:
-        if quantization:
-            raise UnsupportedArchitecture(f"{name} has quantized weights in pickle files; convert them to safetensors")
-        shapes = {tensor: tuple(value.shape) for tensor, value in read_pickles(weights, name, trust, "meta").items()}
-        recipes = Recipes({tensor: Recipe(shape, {"weight": tensor}) for tensor, shape in shapes.items()}, {})
-    else:
-        found = read_headers(weights, name)
-        recipes = _dequantized(found, quantization, name) if quantization else as_stored(found)
-    fitted = fit({weight: recipe.shape for weight, recipe in recipes.weights.items()}, config, name, trust)
-    taken = {weight: recipes.weights[weight] for weight in fitted.taken}
-    if not weights.pickled:
-        plain = {weight: found[weight] for weight, recipe in taken.items() if recipe.make is None}
-        check_dtypes(plain, name)
-        check_tying(plain, config, name)
+    config = opened.config
+    recipes, unread = _recipes(weights, opened, name, trust)
     tokenizer = None
     if kind == "local" and not has_tokenizer(weights.folder):
         warnings.warn(
@@ -146,11 +162,10 @@ def _with_weights(
         )
     else:
         tokenizer = load_tokenizer(weights.folder, config, name, trust)
-    unread = {**fitted.unread, **{generic(tensor): reason for tensor, reason in recipes.excused.items()}}
-    if quantization:
-        unread["quantization_config"] = f"{quantization['quant_method']}: weights become the floats they stand for"
     source = weights.folder.name if kind == "local" else name
-    return Checkpoint(kind, source, revision, config, tokenizer, trust, weights=weights, taken=taken, unread=unread)
+    return Checkpoint(
+        kind, source, revision, config, tokenizer, trust, weights=weights, taken=recipes.weights, unread=unread
+    )
 
 
 def _dequantized(found: Found, quantization: Mapping[str, Any], name: str) -> Recipes:
