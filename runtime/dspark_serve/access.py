@@ -24,7 +24,7 @@ MOST_BODY_BYTES = 8 * 2**20
 BODY_SECONDS = 60.0
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
-_OPEN = ("/health", "/metrics")  # and what is below them
+_OPEN = ("/health", "/metrics", "/page")  # and what is below them
 _MOST_CALLERS = 10_000
 
 
@@ -138,7 +138,7 @@ class Access:
         if length.isdecimal() and int(length) > rules.most_body_bytes:
             raise self._too_large()
         path: str = scope["path"]
-        if any(path == name or path.startswith(name + "/") for name in _OPEN):
+        if path == "/" or any(path == name or path.startswith(name + "/") for name in _OPEN):
             return
         caller = (scope.get("client") or ("unknown", 0))[0]
         if rules.keys:

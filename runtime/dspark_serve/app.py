@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from dspark_runtime.errors import DsparkError
-from dspark_serve import chat, completions, models, tokenize
+from dspark_serve import chat, completions, models, page, tokenize
 from dspark_serve.access import Access, AccessRules
 from dspark_serve.errors import ApiError, from_runtime, from_validation
 from dspark_serve.journal import Journal
@@ -46,7 +46,7 @@ def make_app(
 
     app = FastAPI(title="dspark-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.served = served
-    for router in (chat.router, completions.router, models.router, tokenize.router, models.health_router):
+    for router in (chat.router, completions.router, models.router, tokenize.router, models.health_router, page.router):
         app.include_router(router)
     app.add_middleware(Access, rules=rules or AccessRules())
     if origins:
