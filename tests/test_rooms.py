@@ -36,7 +36,7 @@ FLOORS = {
     ),
     "dspark_serve": (
         ("app",),
-        ("chat", "completions", "models", "tokenize"),
+        ("chat", "completions", "models", "page", "tokenize"),
         ("asking", "conversations", "journal", "sse"),
         ("routes",),
         ("serving",),
