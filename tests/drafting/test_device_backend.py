@@ -7,8 +7,9 @@ padding, captured passes, fixed caches and their compaction are those of a GPU. 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -125,9 +126,33 @@ def verifying(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     return Opened(pairs.bundle.files.root, folder / "bundle", Imitated.make(folder))
 
 
+SAMPLING: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.9, "seed": 4},
+    {"temperature": 1.1, "top_k": 30, "top_p": 0.9, "min_p": 0.01},
+)
+
+
+@pytest.fixture(scope="module")
+def drawn_plainly(verifying: Opened) -> Callable[[int, int], list[list[int]]]:
+    """Texts of plain decoding on the device, by size of the batch and number of the sampling."""
+
+    @functools.cache
+    def drawn(batch_size: int, number: int) -> list[list[int]]:
+        options = {"speculate": "off", "batch_size": batch_size, "max_new_tokens": 20, **SAMPLING[number]}
+        return list(tokens(verifying.bundle, PROMPTS, **options))
+
+    return drawn
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("mode", ["off", "ngram", "dspark", "eagle3", "ngram+dspark"])
-def test_trees_are_verified_on_the_device(pairs: Pairs, verifying: Opened, mode: str, batch_size: int) -> None:
+def test_trees_are_verified_on_the_device(
+    pairs: Pairs,
+    verifying: Opened,
+    drawn_plainly: Callable[[int, int], list[list[int]]],
+    mode: str,
+    batch_size: int,
+) -> None:
     """Greedy text is the CPU's. With a temperature the kernel adds up weights in another order than the host, so the
     text is compared with plain decoding on the device."""
     assert verifying.verifier is not None
@@ -138,11 +163,9 @@ def test_trees_are_verified_on_the_device(pairs: Pairs, verifying: Opened, mode:
         tokens(pairs.bundle, PROMPTS, **options)
     )
     assert verifying.verifier.launches > before
-    for sampling in ({"temperature": 0.9, "seed": 4}, {"temperature": 1.1, "top_k": 30, "top_p": 0.9, "min_p": 0.01}):
-        plain = {**options, **sampling, "speculate": "off"}
-        assert list(tokens(verifying.bundle, PROMPTS, **options, **drafts, **sampling)) == list(
-            tokens(verifying.bundle, PROMPTS, **plain)
-        )
+    for number, sampling in enumerate(SAMPLING):
+        found = list(tokens(verifying.bundle, PROMPTS, **options, **drafts, **sampling))
+        assert found == drawn_plainly(batch_size, number)
 
 
 def test_random_drafts_are_still_verified_by_rejection(verifying: Opened) -> None:
