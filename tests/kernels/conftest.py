@@ -17,17 +17,13 @@ from dspark_export.passes import all_forms, optimize
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_runtime.backends import build_kernels
 from dspark_runtime.bundle.precisions import Weights
-from tests.plugins.cpu.library import compile_library, registered_otherwise
+from tests.plugins.cpu.library import built_library, compile_library, registered_otherwise
 from tests.traced import traced
 
 
 @pytest.fixture(scope="session")
 def library() -> Path:
-    if build_kernels.sources() is None or build_kernels.compiler() is None:
-        pytest.skip("the sequence kernels need their sources and a C++ compiler")
-    build_kernels.cache().mkdir(parents=True, exist_ok=True)
-    with FileLock(build_kernels.cache() / "tests.lock"):  # workers would all compile
-        return build_kernels.build()
+    return built_library()
 
 
 @pytest.fixture(scope="session")

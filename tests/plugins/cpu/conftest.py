@@ -1,4 +1,4 @@
-"""The library of sequence kernels, compiled once per session, and a copy for each instruction set."""
+"""The library of sequence kernels, compiled once, and a copy for each instruction set."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from dspark_runtime.backends.ort_kernels import LIBRARY_VARIABLE, NO_LIBRARY
-from tests.plugins.cpu.library import Kernels, compile_library, sets_that_run
+from tests.plugins.cpu.library import Kernels, built_library, sets_that_run
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library() -> Path:
     given = os.environ.get(LIBRARY_VARIABLE, NO_LIBRARY)
     if given != NO_LIBRARY:
         return Path(given)  # built otherwise, see test_sanitizers
-    return compile_library(tmp_path_factory.mktemp("cpu") / "libdspark_cpu.so")
+    return built_library()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,16 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
+from filelock import FileLock
 from onnx import TensorProto, helper, numpy_helper
+
+from dspark_runtime.backends import build_kernels
 
 Array = np.ndarray[Any, Any]
 
 SOURCES = Path(__file__).resolve().parents[3] / "plugins" / "cpu"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+FLAGS = (*build_kernels.FLAGS, *WARNINGS)
 SETS = {"x86_64": ("portable", "avx2", "avxvnni", "avx512"), "aarch64": ("portable", "neon")}
 _TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
@@ -37,6 +42,17 @@ def own_flags(source: Path) -> list[str]:
     """The flags that a file of sets/ asks for in its first line."""
     first = source.read_text(encoding="utf-8").splitlines()[0]
     return first.removeprefix("// flags:").split() if first.startswith("// flags:") else []
+
+
+def built_library() -> Path:
+    """The library as users compile it, but no warning may be left; made once for all workers and for later runs."""
+    command = build_kernels.compiler()
+    if build_kernels.sources() is None or command is None:
+        pytest.skip("the sequence kernels need their sources and a C++ compiler")
+    build_kernels.cache().mkdir(parents=True, exist_ok=True)
+    with FileLock(build_kernels.cache() / "tests.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", shlex.join([*command, *WARNINGS]))
+        return build_kernels.build()
 
 
 def compile_library(
