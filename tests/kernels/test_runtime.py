@@ -15,6 +15,7 @@ from dspark_export.build.options import BuildOptions
 from dspark_export.build.pipeline import build
 from dspark_export.passes.kernel_functions import kernel_names
 from dspark_export.passes.packed_weights import load_plain
+from dspark_export.validate.lossless import check_noise
 from dspark_export.validate.rebuild import tensors
 from dspark_runtime import Bundle
 from dspark_runtime.backends import opening, ort_kernels
@@ -124,6 +125,17 @@ def test_a_bundle_runs_on_a_library_that_lacks_a_kernel_and_says_so_once(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Bundle.open(bundle, threads=1).generate(PROMPTS[0], max_new_tokens=2).tokens
+
+
+def test_validation_holds_no_noise_of_the_kernels_against_other_operators(
+    registered: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = check_noise(Bundle.open(bundle, threads=1), PROMPTS[2])
+    assert (found.status, found.measured, found.limit) == ("passed", 0.0, 0.0)
+    monkeypatch.setenv(ort_kernels.LIBRARY_VARIABLE, ort_kernels.NO_LIBRARY)
+    found = check_noise(Bundle.open(bundle, threads=1), PROMPTS[2])
+    assert found.measured is not None and found.measured > 4e-4  # what the limit would be of a bundle without noise
+    assert (found.status, found.limit) == ("passed", None)
 
 
 def test_what_the_library_names_is_what_bundles_may_call(library: Path, other_library: Callable[[str], Path]) -> None:
