@@ -22,6 +22,7 @@ import numpy as np
 
 from dspark_runtime.backends.protocol import FloatArray
 from dspark_runtime.decoding.request import Request
+from dspark_runtime.drafters.base import Draft
 from dspark_runtime.errors import BackendError
 from dspark_runtime.speculation.sampling import Sampler
 
@@ -89,11 +90,25 @@ class TokenChoice:
         best = best[np.lexsort((best, -logs[best]))][:wanted]
         return TokenLogprob(token, float(logs[token]), tuple((int(i), float(logs[i])) for i in best))
 
-    def accepted_by_guide(self, tokens: list[int]) -> int:
-        """How many of ``tokens`` the guide lets follow the text; all where there is no guide."""
+    @property
+    def guided(self) -> bool:
+        """Whether a guide restricts the next token."""
+        return self._guide is not None and not self._guide.stopped
+
+    def allowed_part(self, draft: Draft) -> Draft | None:
+        """``draft`` without the tokens that the guide would refuse, and what follows them; None if none is left."""
         if self._guide is None or self._guide.stopped:
-            return len(tokens)
-        return self._guide.accepts(tokens)
+            return draft
+        tokens, parents = draft.tree.tokens, draft.tree.parents
+        if draft.tree.is_chain:
+            return draft.part(range(self._guide.accepts(tokens[1:]) + 1))
+        paths: list[list[int]] = [[]]
+        kept = [0]
+        for row in range(1, len(tokens)):
+            paths.append([*paths[parents[row]], tokens[row]])
+            if parents[row] in kept and self._guide.accepts(paths[row]) == len(paths[row]):
+                kept.append(row)
+        return draft.part(kept)
 
     def forced(self) -> list[int]:
         """Tokens that the guide lets follow and no others; empty where there is a choice or no guide."""

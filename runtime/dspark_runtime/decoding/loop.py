@@ -49,6 +49,7 @@ from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.decoding.sequence import Chunk, SequenceState
 from dspark_runtime.decoding.taps import TapReader
 from dspark_runtime.drafters.base import Drafter, DraftRequest
+from dspark_runtime.drafters.grammar import GrammarDrafter
 from dspark_runtime.drafters.proposal import Proposal
 from dspark_runtime.errors import BackendError, CapacityError
 from dspark_runtime.speculation.kv_cache import KvCache, round_up
@@ -119,6 +120,7 @@ class DecodingLoop:
         self.cache = KvCache(engine.allocate(rows, min(most, round_up(self.options.first_slots))), most)
         self.runner = engine.open(self.cache.memory)
         self.batch = Batch(self.cache, self.drafters, self.options.reuse_prefixes)
+        self._grammar = GrammarDrafter()
         self._vocab_size = engine.vocab_size
         self._tokenizer = tokenizer
         self._numbers = itertools.count()
@@ -349,17 +351,30 @@ class DecodingLoop:
     def _propose(self, running: Sequence[SequenceState]) -> list[Proposal]:
         batch, most = len(running), self.options.most_drafts
         proposals = [Proposal.empty(s.index, s.tokens[-1]) for s in running]
-        for drafter in self.drafters:
+        guided = any(s.choice.guided for s in running)
+        drafters = [self._grammar, *self.drafters] if guided and self.drafters else self.drafters
+        for drafter in drafters:
             requests = [
-                DraftRequest(s.index, s.row, s.tokens, min(most, s.remaining - 1), sampler=s.sampler) for s in running
+                DraftRequest(
+                    s.index,
+                    s.row,
+                    s.tokens,
+                    min(most, s.remaining - 1),
+                    sampler=s.sampler,
+                    forced=s.choice.forced if s.choice.guided else None,
+                )
+                for s in running
             ]
             drafter.select(batch)
             if drafter.pass_ms:
                 self._weigh(drafter, requests, proposals)
                 if not any(request.limit for request in requests):
                     continue
-            for proposal, draft in zip(proposals, drafter.propose(requests), strict=True):
+            drafts = drafter.propose(requests)
+            for sequence, proposal, draft in zip(running, proposals, drafts, strict=True):
                 within = None if draft is None else draft.within(self._vocab_size)
+                if within is not None and guided:
+                    within = sequence.choice.allowed_part(within)
                 if within is not None:
                     proposal.add(drafter, within)
         return proposals

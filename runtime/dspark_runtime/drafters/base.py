@@ -36,7 +36,8 @@ class DraftRequest:
     ``row``: its row in the cache. ``tokens``: committed text; the last one is the anchor. Not to be changed.
     ``limit``: most draft tokens that can be used. ``floor``: a token whose chance to be reached and accepted is below
     this does not pay for drafting it. ``rate``: estimated acceptance of a class, given that its parent is accepted.
-    ``sampler``: how the request draws its tokens; None for greedy ones.
+    ``sampler``: how the request draws its tokens; None for greedy ones. ``forced``: gives the tokens that its guide
+    leaves no choice about; None where it has no guide.
     """
 
     request: int
@@ -46,6 +47,7 @@ class DraftRequest:
     floor: float = 0.0
     rate: Rate = _unknown
     sampler: Sampler | None = None
+    forced: Callable[[], list[int]] | None = None
 
     @property
     def temperature(self) -> float:
@@ -77,6 +79,13 @@ class Draft:
         for row in range(1, len(tokens)):
             if parents[row] in kept and 0 <= tokens[row] < vocab_size:
                 kept.append(row)
+        return self.part(kept)
+
+    def part(self, kept: Sequence[int]) -> Draft | None:
+        """The draft of the given rows only, ascending, the anchor and the parents of all among them; None if only the
+        anchor is left."""
+        if len(kept) == len(self.tree.tokens):
+            return self
         if len(kept) == 1:
             return None
         classes = [self.classes[row - 1] for row in kept[1:]] if self.classes else ()

@@ -102,6 +102,52 @@ def test_a_guide_ends_the_text(tiny: Tiny) -> None:
     assert [token % 3 for token in generation.tokens] == [place % 3 for place in range(15)]
 
 
+class Spelled(Pattern):
+    """A guide whose every third token is free, and the two after it are given."""
+
+    def start(self) -> SpelledState:
+        return SpelledState(self)
+
+
+class SpelledState(PatternState):
+    def _given(self, place: int) -> int | None:
+        return None if place % 3 == 0 else 3 * place + 1
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        given = self._given(self._count)
+        return np.ones(384, np.bool_) if given is None else np.arange(384) == given
+
+    def advance(self, token: int) -> None:
+        assert self.allowed()[token], "not allowed"
+        self._count += 1
+
+    def accepts(self, tokens: Sequence[int]) -> int:
+        for place, token in enumerate(tokens):
+            if self._given(self._count + place) not in (None, token):
+                return place
+        return len(tokens)
+
+    def forced(self) -> list[int]:
+        found = []
+        while (given := self._given(self._count + len(found))) is not None:
+            found.append(given)
+        return found
+
+
+def test_what_a_guide_forces_is_drafted_and_what_it_forbids_is_not(tiny: Tiny) -> None:
+    params = SamplingParams(0.9, guide=Spelled(384, 30))
+    plain = tiny.generate(PROMPTS[:2], params=params, tokens=40)
+    assert not any(g.stats.verified for g in plain)
+    free = tiny.generate(PROMPTS[:2], tokens=40)
+    for drafters, rows in itertools.product(([NgramDrafter()], [WildTrees(full_texts(free, PROMPTS[:2]))]), (1, 2)):
+        found = tiny.generate(PROMPTS[:2], drafters, params=params, tokens=40, rows=rows)
+        assert [(g.tokens, g.finish_reason) for g in found] == [(g.tokens, g.finish_reason) for g in plain]
+        for generation in found:
+            counts = generation.stats.per_drafter["grammar"]
+            assert counts.accepted == counts.drafted > 10
+            assert generation.stats.rounds <= 16  # of 30 tokens, every third is free
+
+
 def test_log_probabilities_are_those_of_the_model(tiny: Tiny) -> None:
     """They are of the text so far without temperature, bias or penalties: a plain pass over the text gives them."""
     params = SamplingParams(1.3, top_k=5, presence_penalty=2, logprobs=4)
