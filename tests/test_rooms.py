@@ -35,6 +35,9 @@ FLOORS = {
         ("errors",),
     ),
     "dspark_serve": (
+        ("__main__",),
+        ("cli",),
+        ("server",),
         ("app",),
         ("chat", "completions", "models", "page", "tokenize"),
         ("asking", "conversations", "journal", "sse"),
@@ -74,6 +77,7 @@ BROUGHT_ALONG = {
     "starlette": set[str](),
     "torch": {"numpy"},
     "transformers": {"numpy"},
+    "typer": set[str](),
 }
 """Libraries worth keeping out of the start, and those that each of them loads itself."""
 LAZY = {name: f"dspark_runtime.{place}" for name, place in dspark_runtime._PLACES.items()}

@@ -39,6 +39,7 @@ from dspark_export.cli.inspect import inspect
 from dspark_export.cli.train_drafter import train_drafter
 from dspark_export.cli.validate import validate
 from dspark_runtime.errors import DsparkError
+from dspark_serve.cli import serve
 
 BUG, INTERRUPTED = 70, 130
 
@@ -108,7 +109,7 @@ def options(
     """Turn a Hugging Face language model into a bundle of ONNX graphs, and generate text from it speculatively."""
 
 
-for verb in (build, check, inspect, generate, bench, draft_trace, doctor, train_drafter, validate):
+for verb in (build, check, inspect, generate, serve, bench, draft_trace, doctor, train_drafter, validate):
     app.command()(verb)
 app.command("compile")(compile_)
 

@@ -112,6 +112,7 @@ def submit(
                 stop=body.stops(),
                 ignore_eos=bool(body.ignore_eos),
                 choice=choice,
+                scope=request.scope.get("state", {}).get("key", ""),  # one key does not learn what another has sent
             )
             for prompt in prompts
             for choice in range(body.n or 1)

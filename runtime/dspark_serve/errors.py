@@ -5,6 +5,7 @@
 | 400 | invalid_request_error | | a field is malformed, unknown or cannot be honoured; ``param`` names it |
 | 400 | invalid_request_error | context_length_exceeded | prompt and text are longer than the server allows |
 | 401 | authentication_error | invalid_api_key | no API key, or an unknown one |
+| 403 | invalid_request_error | | the server was called by another name than a local one |
 | 404 | invalid_request_error | model_not_found | another model than the one that is served |
 | 404, 405 | invalid_request_error | | no such route or method |
 | 408 | invalid_request_error | request_timeout | the body did not arrive in time |
