@@ -9,7 +9,7 @@
 | 4 | the checkpoint would run its own code, and that was not allowed |
 | 5 | the architecture is not supported |
 | 6 | tracing, rewriting, quantizing or compiling failed |
-| 7 | a bundle cannot be opened or written |
+| 7 | a bundle cannot be opened or written, or a deployment cannot be written |
 | 8 | an inference backend is missing or failed |
 | 9 | the draft does not fit the model |
 | 10 | a check of the validation failed |
@@ -32,6 +32,7 @@ from dspark_export.cli.bench import bench
 from dspark_export.cli.build import build
 from dspark_export.cli.check import check
 from dspark_export.cli.compile import compile_
+from dspark_export.cli.deploy import deploy
 from dspark_export.cli.doctor import doctor
 from dspark_export.cli.draft_trace import draft_trace
 from dspark_export.cli.generate import generate
@@ -109,7 +110,7 @@ def options(
     """Turn a Hugging Face language model into a bundle of ONNX graphs, and generate text from it speculatively."""
 
 
-for verb in (build, check, inspect, generate, serve, bench, draft_trace, doctor, train_drafter, validate):
+for verb in (build, check, inspect, generate, serve, bench, draft_trace, deploy, doctor, train_drafter, validate):
     app.command()(verb)
 app.command("compile")(compile_)
 

@@ -121,6 +121,12 @@ class BundleNotWritten(BundleError):
     """The bundle could not be written: the folder is taken or read-only, the disk is full, a limit was reached."""
 
 
+class DeploymentError(DsparkError):
+    """A deployment cannot be written: the folder is taken, or it or the disk does not take it."""
+
+    exit_code = 7
+
+
 class InvalidVocabMap(CheckpointError):
     """The map from a draft's own tokens to the target's is missing, incomplete or contradicts itself."""
 

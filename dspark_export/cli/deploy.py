@@ -1,0 +1,67 @@
+"""``dspark-export deploy``: what runs a bundle as a service elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dspark_export.cli.arguments import BundleFolder, Exact, Threads
+
+
+def deploy(
+    bundle: BundleFolder,
+    target: Annotated[Literal["triton"], typer.Option(help="Choose what serves it.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write into this new folder.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Name of the model (default: that of the bundle's folder).")] = None,
+    rows: Annotated[int, typer.Option(help="Run this many requests together.")] = 8,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Allow this many tokens of prompt and text (default: the model's positions, at most 4096)."),
+    ] = None,
+    queue: Annotated[int, typer.Option(help="Let this many requests wait; one more is refused.")] = 64,
+    chunk: Annotated[int, typer.Option(help="Compute at most this many prompt tokens between two rounds.")] = 128,
+    speculate: Annotated[
+        str, typer.Option(help="Draft with these drafters: auto, off, or names joined by +.")
+    ] = "auto",
+    threads: Threads = None,
+    exact: Exact = None,
+    backend: Annotated[
+        str, typer.Option(help="Run on onnxruntime, onnxruntime-cuda, tensorrt or tensorrt-rtx.")
+    ] = "onnxruntime",
+    device: Annotated[int, typer.Option(help="Number of the GPU.")] = 0,
+    copy: Annotated[
+        bool, typer.Option("--copy/--no-copy", help="Put the bundle into the folder, or refer to where it is.")
+    ] = True,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Start it here and ask it one question; installs a Triton server (400 MB) if there is none."
+        ),
+    ] = False,
+) -> None:
+    """Write what serves BUNDLE with Triton Inference Server: a model repository and what starts it."""
+    # numpy, pydantic: only when something is deployed
+    from dspark_export.deploy.check import ask_once
+    from dspark_export.deploy.options import DeployOptions, name_of
+    from dspark_export.deploy.triton import write_triton
+    from dspark_serve.triton.settings import Settings
+
+    settings = Settings.checked(
+        rows=rows,
+        max_length=max_length,
+        queue=queue,
+        chunk=chunk,
+        speculate=speculate,
+        threads=threads,
+        exact=exact,
+        backend=backend,
+        device=device,
+    )
+    options = DeployOptions(bundle, name or name_of(bundle), settings, copy)
+    write_triton(options, out)
+    typer.echo(f"{out}: model {options.name} for Triton")
+    if check:
+        typer.echo(f"it answers: {ask_once(options, out)}")
+    typer.echo(f"start it:   {out}/start.sh, or docker compose up --build in that folder")

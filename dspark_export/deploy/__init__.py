@@ -1,0 +1,1 @@
+"""Writes what runs a bundle as a service elsewhere: a model repository of Triton and what starts it."""
