@@ -82,3 +82,10 @@ def test_run_script_is_valid_bash() -> None:
     for script in (SAMPLES / "quickstart" / "run.sh", ROOT / "scripts" / "environment.sh"):
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     assert os.access(SAMPLES / "quickstart" / "run.sh", os.X_OK)
+
+
+def test_the_server_answers_and_stops(bundle: Path) -> None:
+    done = run("serve/serve.py", str(bundle), "--once", "--max-new-tokens", "12", "--question", "one two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("> one two\n")
+    assert re.search(r"^\[\d+ tokens in \d+\.\d\d s; drafts accepted: \d+, rejected: \d+\]$", done.stdout, re.MULTILINE)
