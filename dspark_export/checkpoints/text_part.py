@@ -58,10 +58,9 @@ def text_part(config: PretrainedConfig, any_wrapper: bool = False) -> Pretrained
     ``any_wrapper``: also of types without a test.
     """
     text = config.get_text_config()
-    if text is config or not any(getattr(config, part, None) is not None for part in MEDIA):
-        return config
-    known = TESTED_WRAPPERS | _REFUSED_FOR_THEIR_TEXT
-    if config.model_type not in known and not (any_wrapper and _is_decoder(text)):
+    known = config.model_type in TESTED_WRAPPERS | _REFUSED_FOR_THEIR_TEXT
+    media = any(getattr(config, part, None) is not None for part in MEDIA)
+    if text is config or not (known or (media and any_wrapper and _is_decoder(text))):
         return config
     text = copy.deepcopy(text)
     if text.model_type in _SAME_FOR_TEXT:

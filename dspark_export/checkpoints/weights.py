@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 MAIN_PICKLE = "pytorch_model"
 """How the names of pickled weights begin, where a folder has other pickles too."""
 
@@ -58,6 +59,11 @@ def find_weights(folder: Path, name: str, trust: Trust, listing: Callable[[], li
     Raises InvalidWeights if there are none and UntrustedCheckpoint if there are only pickles and the gate is closed.
     """
     shards = shard_names(folder, name)
+    if (folder / ADAPTER).exists() and (shards or (folder / SINGLE).exists()):
+        raise InvalidWeights(
+            f"{name} has an adapter beside its weights ({ADAPTER}); merge it into them (peft's merge_and_unload) and "
+            "build from the result, or move it elsewhere to build without it"
+        )
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
         if shards and SINGLE not in shards:
             raise InvalidWeights(

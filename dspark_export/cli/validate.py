@@ -29,8 +29,9 @@ def validate(
     against: Annotated[
         Against | None,
         typer.Option(
-            help="Compare graphs with the model in PyTorch, with their standard forms in ONNX Runtime, or engines with "
-            "ONNX Runtime (default: torch where the model can be found, else onnxruntime).",
+            help="Compare graphs with the model in PyTorch, with their standard forms in ONNX Runtime, engines with "
+            "ONNX Runtime, or a GGUF file's model with llama.cpp too (default: torch where the model can be found, "
+            "else onnxruntime).",
             show_default=False,
         ),
     ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Against = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+Against = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx", "llama.cpp"]
 Level = Literal["quick", "full"]
 
 

@@ -9,13 +9,22 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from dspark_export.validate.checks import Check
+from dspark_export.validate.tolerances import LLAMA_CPP, LLAMA_CPP_QUANTIZED
 from dspark_runtime.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dspark_export.checkpoints.gguf_file import GgufFile
 
 LIBRARIES = ("xllamacpp", "llama_cpp")
 """Wheels of llama.cpp that can be used, the preferred one first; ``pip install xllamacpp`` is prebuilt."""
@@ -84,3 +93,34 @@ def difference(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -
     known = np.isfinite(theirs[:both]) & (theirs[:both] > -1e4)
     mine, other = ours[:both][known], theirs[:both][known]
     return float(np.abs((mine - mine.mean()) - (other - other.mean())).max())
+
+
+def check_llama_cpp(file: GgufFile, model: PreTrainedModel, texts: Sequence[Sequence[int]], threads: int) -> Check:
+    """What was read from ``file`` against llama.cpp's reading of it, by the logits after each text."""
+    import torch
+
+    began = time.perf_counter()
+    theirs = llama_cpp_logits(file.path, texts, max(map(len, texts)) + 8, threads)
+    with torch.no_grad():
+        ours = [model(torch.tensor([list(text)]), use_cache=False).logits[0, -1].double().numpy() for text in texts]
+    off = [difference(mine, other) / float(np.ptp(mine)) for mine, other in zip(ours, theirs, strict=True)]
+    worst = int(np.argmax(off))
+    floats = set(file.kinds.values()) == {"F32"}
+    limit = LLAMA_CPP if floats else LLAMA_CPP_QUANTIZED
+    passed = off[worst] <= limit
+    return Check(
+        id="numerics.llama.cpp",
+        family="numerics",
+        title="The GGUF file as llama.cpp reads it",
+        status="passed" if passed else "failed",
+        measured=off[worst],
+        limit=limit,
+        unit="largest difference of logits over their range",
+        where="" if passed else f"after the {len(texts[worst])} tokens of text {worst + 1}",
+        message=""
+        if passed
+        else "The model that was read from the file is not the one llama.cpp runs: a setting or a weight is read "
+        "otherwise. Build from the model's safetensors checkpoint.",
+        seconds=time.perf_counter() - began,
+        data={"texts": off},
+    )

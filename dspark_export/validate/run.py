@@ -22,6 +22,7 @@ from dspark_export.validate import drafts as trained
 from dspark_export.validate.checks import Check, Family, Report
 from dspark_export.validate.engines import check_engines, engines_of
 from dspark_export.validate.extent import EXTENTS
+from dspark_export.validate.llama_cpp import check_llama_cpp
 from dspark_export.validate.numerics import GraphCheck, check_quantization
 from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.quantized import put_into
@@ -133,6 +134,12 @@ class _Validation:
         name = self.options.model or (source.id if source.kind == "hub" else None)
         if self.options.against not in (None, "torch"):
             name = self.options.model
+        if self.options.against == "llama.cpp" and (source.kind != "gguf" or name is None):
+            raise UsageError(
+                f"--against llama.cpp compares with the GGUF file a bundle was built from; this one is of the "
+                f"{source.kind} checkpoint {source.id}"
+                + ("; give the file with --model" if source.kind == "gguf" else ": use --against torch")
+            )
         if name is None:
             if self.options.against == "torch":
                 raise UsageError(
@@ -183,6 +190,10 @@ class _Validation:
 
     def _numerics(self) -> Iterator[Check]:
         texts = self._forced()[: self.extent.texts]
+        if self.options.against == "llama.cpp":
+            assert self.model is not None and self.checkpoint is not None and self.checkpoint.gguf is not None
+            check = partial(check_llama_cpp, self.checkpoint.gguf, self.model, texts, self.threads)
+            yield from self._guarded("numerics.llama.cpp", "numerics", check)
         if self.model is not None and self.files.manifest.precision.quantized:
             standard = self.files.path(self.files.graph("target").file)
             yield from self._guarded(

@@ -29,6 +29,13 @@ from dspark_runtime.backends.protocol import AnyArray
 AGAINST_MODEL = 1e-4
 """Graph against PyTorch with the same weights, by :func:`largest_relative`."""
 
+LLAMA_CPP = 5e-3
+"""PyTorch against llama.cpp on a GGUF file in float32, of the range of the logits: llama.cpp looks gelu up in a table
+of half-precision numbers."""
+
+LLAMA_CPP_QUANTIZED = 0.05
+"""The same on other files, where llama.cpp rounds activations too: to 16 bits, or to 8 where weights are quantized."""
+
 ROUNDED = 0.3
 """Forms of a graph that multiply integers, and so round activations to 8 bits, against PyTorch that does not, by
 :func:`relative_rms`."""

@@ -79,6 +79,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], Damage, str]] = {
     "a bias that is no mask": (write_checkpoint, more(model__attn__bias=torch.ones(7)), r"model\.attn\.bias"),
     "one weight under two names": (write_checkpoint, more(norm__weight=torch.ones(32)), "twice"),
     "an adapter that is not merged": (write_checkpoint, unmerged_adapter, "merge_and_unload"),
+    "an adapter beside the weights": (
+        write_checkpoint,
+        lambda folder: (folder / "adapter_config.json").write_text("{}") and None,
+        "adapter beside its weights",
+    ),
     "a single file beside shards": (write_checkpoint, single_beside_shards, "may be two models"),
 }
 

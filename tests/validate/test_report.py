@@ -108,6 +108,7 @@ def test_a_rebuild_keeps_the_floors(tmp_path: Path) -> None:
     [
         (["--against", "tensorrt-rtx"], 2, "no such engines"),
         (["--against", "torch"], 2, "--model"),
+        (["--against", "llama.cpp"], 2, "GGUF"),
         (["--draft", "DRAFT"], 2, "--model"),
         (["--model", "nowhere/"], 3, "no file or folder"),
         (["--floors", "nowhere.json"], 2, "not a report"),
