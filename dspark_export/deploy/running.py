@@ -89,7 +89,8 @@ def _wait(server: Running, ready: str, deadline: float) -> None:
 
 
 def _tail(server: Running) -> str:
-    return "\n".join(server.log().strip().splitlines()[-15:])
+    lines = server.log().strip().splitlines()
+    return "\n".join([line for line in lines if "Error: " in line][-5:] or lines[-15:])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

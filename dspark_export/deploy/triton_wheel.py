@@ -31,7 +31,9 @@ _ASK = "import sys, sysconfig as s; print(*sys.version_info[:2], *s.get_config_v
 
 
 def prepare(folder: Path, packages: list[str]) -> Path:
-    """Install the server and ``packages`` into ``folder``, unless they are there; gives the folder of ``tritonserver``.
+    """Install the server, its client and ``packages`` into ``folder``, unless they are there.
+
+    Returns the folder with the command ``tritonserver``, for the PATH.
 
     Takes about half a minute and 400 MB the first time.
 
@@ -39,6 +41,7 @@ def prepare(folder: Path, packages: list[str]) -> Path:
         BackendError: no fitting Python, or the packages cannot be had; the message says which.
     """
     folder = folder.resolve()
+    packages = [*packages, CLIENT]
     wanted = "\n".join([SERVER, NUMPY, *packages])
     stamp = folder / "installed.txt"
     folder.mkdir(parents=True, exist_ok=True)

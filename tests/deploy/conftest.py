@@ -56,7 +56,7 @@ def triton() -> Path:
     """The prepared folder of the server; skips where its packages or a fitting Python cannot be had."""
     folder = CACHE.parent / "triton"
     try:
-        triton_wheel.prepare(folder, [*packages("onnxruntime"), triton_wheel.CLIENT])
+        triton_wheel.prepare(folder, packages("onnxruntime"))
     except BackendError as error:
         pytest.skip(str(error))
     return folder

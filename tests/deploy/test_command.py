@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dspark_export.cli.main import app
+from dspark_runtime import Bundle
 from dspark_runtime.errors import UsageError
 from dspark_serve.triton.settings import Settings
 
@@ -57,6 +58,27 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     result = deploy(bundle, "--target", "triton", "--out", "new", *arguments)
     assert (result.exit_code, message in result.output) == (code, True), result.output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_was_written_is_started_and_asked(
+    bundle: Path, triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(triton.parent))
+    arguments = [bundle, "--target", "triton", "--out", tmp_path / "new", "--rows", "2", "--threads", "1", "--check"]
+    result = deploy(*arguments)
+    alone = Bundle.open(bundle, threads=1).generate("Once upon a time", max_new_tokens=8)
+    assert result.exit_code == 0, result.output
+    assert f"it answers: {json.dumps(alone.text)}" in result.output.splitlines()
+
+
+def test_a_server_that_does_not_start_says_why(
+    bundle: Path, triton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(triton.parent))
+    arguments = ["--target", "triton", "--out", tmp_path / "new", "--threads", "1", "--check", "--speculate", "eagle3"]
+    result = deploy(bundle, *arguments)
+    assert result.exit_code == 8
+    assert "the server ended with code" in result.output and "UsageError: " in result.output
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from dspark_runtime import Bundle, SamplingParams
 from dspark_serve.triton.asking import INPUTS
 from tests.deploy.conftest import LENGTH, NAME, QUEUE, ROWS, Server, Start
+from tests.shared.folders import ROOT
 
 PROMPT = "Once upon a time"
 LONG = {"max_tokens": 400, "ignore_eos": True}
@@ -92,6 +96,16 @@ def test_the_sample_client_prints_a_text(server: Server, opened: Bundle) -> None
     assert done.returncode == 0, done.stderr
     text = opened.generate(PROMPT, max_new_tokens=8)
     assert done.stdout.split() == [*text.text.split(), f"[{text.finish_reason}]"]
+
+
+@pytest.mark.slow
+def test_the_sample_deploys_and_asks(bundle: Path, triton: Path, opened: Bundle) -> None:
+    environment = os.environ | {"DSPARK_CACHE": str(triton.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "samples/triton/ask.py", str(bundle), PROMPT, "--raw"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    text = opened.generate(PROMPT, max_new_tokens=128)
+    assert done.stdout.split()[-len(text.text.split()) - 1 :] == [*text.text.split(), f"[{text.finish_reason}]"]
 
 
 # Refusals
