@@ -43,6 +43,7 @@ FLOORS = {
         ("asking", "conversations", "journal", "sse"),
         ("routes",),
         ("serving",),
+        ("tools",),
         ("access", "guides", "logprobs", "metrics", "streams"),
         ("errors", "schemas"),
         ("names",),

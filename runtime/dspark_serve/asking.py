@@ -155,13 +155,15 @@ def _format_schema(wanted: ResponseFormat | None) -> str | None:
     return '{"type": "object"}' if isinstance(wanted, JsonObjectFormat) else None
 
 
-async def sampling_params(served: Served, body: Sampling, logprobs: int | None) -> SamplingParams:
-    """How tokens are drawn; OpenAI's defaults, which are not greedy.
+async def sampling_params(
+    served: Served, body: Sampling, logprobs: int | None, calls: Grammar | None = None
+) -> SamplingParams:
+    """How tokens are drawn; OpenAI's defaults, which are not greedy. ``calls``: a grammar that tools demand.
 
     Raises:
         ApiError: the grammar cannot be used.
     """
-    grammar = grammar_of(body)
+    grammar = calls or grammar_of(body)
     guide = None if grammar is None else await served.grammars.compile(grammar)
 
     def given(name: str, default: Any) -> Any:

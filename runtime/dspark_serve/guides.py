@@ -28,7 +28,7 @@ COMPILE_SECONDS = 2.0
 MOST_GRAMMAR_CHARS = 256 * 1024
 _KEPT = 64
 _LEXER_STATES = 50_000  # of up to 2 kB each
-_WHITESPACE = r"[ \n\t]{1,20}"  # between the parts of a JSON text, where a model could go on for ever
+WHITESPACE = r"[ \n\t]{1,20}"  # between the parts of a JSON text, where a model could go on for ever
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 
@@ -165,7 +165,7 @@ def _compiled(grammar: Grammar, vocabulary: LLTokenizer, vocab_size: int) -> LlG
 
 def _source(grammar: Grammar) -> str:
     if grammar.kind == "json":
-        return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": _WHITESPACE})
+        return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": WHITESPACE})
     if grammar.kind == "regex":
         ascii_digits = regex_to_lark(grammar.text, use_ascii="d")  # as those who parse the text expect them
         return LLMatcher.grammar_from_lark(f"start: /{ascii_digits}/")

@@ -164,6 +164,30 @@ class UserMessage(_Message):
     content: Content
 
 
+class CalledFunction(Model):
+    """The function of a call; ``arguments`` is JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Model):
+    """A call that the model made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class ToolMessage(_Message):
+    """What a call gave."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str | None = None
+
+
 class AssistantMessage(_Message):
     """What the model said before."""
 
@@ -174,9 +198,39 @@ class AssistantMessage(_Message):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class Function(Model):
+    """What the model may call; ``parameters`` is a JSON schema."""
+
+    name: str = Field(pattern=r"^[\w.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Model):
+    """A function the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Model):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Model):
+    """The one function to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(Sampling):
@@ -188,6 +242,9 @@ class ChatRequest(Sampling):
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Most tokens of the answer; default: all room.")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The newer name of `max_tokens`.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the model's chat template.")
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="Whether an answer that has to call may call twice.")
 
     modalities: list[Literal["text"]] | None = None
     audio: None = None

@@ -15,6 +15,7 @@ from dspark_serve.errors import ApiError
 from dspark_serve.guides import Grammars
 from dspark_serve.metrics import Metrics
 from dspark_serve.streams import Bridge, StreamLimits
+from dspark_serve.tools import ToolFormat, no_tools, tool_format
 
 if TYPE_CHECKING:
     from dspark_runtime import Bundle, Service, ServiceOptions
@@ -39,6 +40,7 @@ class Served:
     grammars: Grammars
     created: int = field(default_factory=lambda: int(time.time()))
     _bridge: Bridge | None = None
+    _tool_format: list[ToolFormat | None] = field(default_factory=list)
     _texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "dspark-text"))
 
     @classmethod
@@ -80,6 +82,14 @@ class Served:
         """Names the files of the bundle: another fingerprint, other texts."""
         digests = sorted(f"{path} {entry.sha256}" for path, entry in self.bundle.manifest.files.items())
         return f"fp_{hashlib.sha256(chr(10).join(digests).encode()).hexdigest()[:12]}"
+
+    async def tool_format(self) -> ToolFormat:
+        """How the model calls tools; ApiError if it cannot."""
+        if not self._tool_format:
+            self._tool_format.append(await self.on_text_thread(lambda: tool_format(self.codec)))
+        if self._tool_format[0] is None:
+            raise no_tools()
+        return self._tool_format[0]
 
     async def on_text_thread(self, work: Callable[[], Result]) -> Result:
         """``work``, which uses the codec, done away from the event loop."""
