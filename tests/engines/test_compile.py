@@ -9,15 +9,15 @@ import onnx
 import pytest
 import torch
 
-from dspark_export.build.options import BuildOptions
-from dspark_export.build.pipeline import build
 from dspark_export.engines.listing import read_listing
 from dspark_export.engines.options import CompileOptions
 from dspark_export.engines.prepare import data_of, prepare
+from dspark_export.graphs.decoder import DecoderTrace
+from dspark_export.graphs.target import export_target
+from dspark_export.passes import all_forms, optimize
 from dspark_runtime.bundle.engine_entry import EngineEntry
-from dspark_runtime.bundle.files import BundleFiles
 from tests import tiny_models
-from tests.engines.graphs import DTYPES, HEADS, OPTIONS, RANGES, Saved, decoder_graphs
+from tests.engines.graphs import DTYPES, HEADS, OPTIONS, RANGES, Saved, decoder_graphs, save
 
 
 def check(saved: Saved, engine: EngineEntry) -> None:
@@ -70,15 +70,16 @@ def test_compute_capabilities_name_the_folder_and_the_manifest(llama: Saved) -> 
 
 
 def test_weights_packed_for_the_cpu_are_plain_in_the_prepared_graph(tmp_path: Path) -> None:
-    model = tiny_models.save_checkpoint("llama", tmp_path / "model", head_dim=16, num_hidden_layers=2)
+    _, model = tiny_models.make("llama", dtype=torch.float16, num_hidden_layers=2, **HEADS["llama"])
+    graph = optimize(export_target(DecoderTrace(model)))
+    forms = {"plain": graph.clone()} | {v: g for _, v, g in all_forms({"target": graph}, 128, kernels=True)}
     found = []
-    for kernels in (False, True):
-        out = tmp_path / f"bundle-{kernels}"
-        build(BuildOptions(str(model), out, precision="fp16", self_draft="none", threads=1, kernels=kernels))
-        prepared = out / "onnx" / ".target.engine.onnx"
-        prepare(BundleFiles.open(out).graph("target", prefer=()), out, OPTIONS.ranges, prepared)
+    for form in ("plain", "standard"):
+        saved = save(tmp_path / form, {"target": forms[form]})
+        prepared = saved.folder / "onnx" / ".target.engine.onnx"
+        prepare(saved.graphs["target"], saved.folder, OPTIONS.ranges, prepared)
+        assert data_of(prepared).exists() == (form == "standard")
         found.append(onnx.load(prepared).graph)
-        assert data_of(prepared).exists() == kernels
     plain, unpacked = ({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} for graph in found)
     assert plain.keys() == unpacked.keys() and all(np.array_equal(plain[name], unpacked[name]) for name in plain)
     assert [n.op_type for n in found[0].node] == [n.op_type for n in found[1].node]
