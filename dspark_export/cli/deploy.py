@@ -9,10 +9,14 @@ import typer
 
 from dspark_export.cli.arguments import BundleFolder, Exact, Threads
 
+Target = Literal["triton", "docker", "kserve"]
+
 
 def deploy(
     bundle: BundleFolder,
-    target: Annotated[Literal["triton"], typer.Option(help="Choose what serves it.", show_default=False)],
+    target: Annotated[
+        Literal["triton", "docker", "kserve"], typer.Option(help="Choose what serves it.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write into this new folder.", show_default=False)],
     name: Annotated[str | None, typer.Option(help="Name of the model (default: that of the bundle's folder).")] = None,
     rows: Annotated[int, typer.Option(help="Run this many requests together.")] = 8,
@@ -31,6 +35,12 @@ def deploy(
         str, typer.Option(help="Run on onnxruntime, onnxruntime-cuda, tensorrt or tensorrt-rtx.")
     ] = "onnxruntime",
     device: Annotated[int, typer.Option(help="Number of the GPU.")] = 0,
+    image: Annotated[
+        str | None, typer.Option(help="kserve: the container's name in your registry (default: NAME:latest).")
+    ] = None,
+    storage_uri: Annotated[
+        str | None, typer.Option(help="kserve: get the bundle from here, such as pvc:// or s3:// (default: the image).")
+    ] = None,
     copy: Annotated[
         bool, typer.Option("--copy/--no-copy", help="Put the bundle into the folder, or refer to where it is.")
     ] = True,
@@ -41,10 +51,11 @@ def deploy(
         ),
     ] = False,
 ) -> None:
-    """Write what serves BUNDLE with Triton Inference Server: a model repository and what starts it."""
+    """Write what serves BUNDLE: a model repository of Triton, or a container with OpenAI's API, also for KServe."""
     # numpy, pydantic: only when something is deployed
-    from dspark_export.deploy.check import ask_once
+    from dspark_export.deploy.check import ask_server, ask_triton
     from dspark_export.deploy.options import DeployOptions, name_of
+    from dspark_export.deploy.server import KServeOptions, write_server
     from dspark_export.deploy.triton import write_triton
     from dspark_serve.triton.settings import Settings
 
@@ -60,8 +71,12 @@ def deploy(
         device=device,
     )
     options = DeployOptions(bundle, name or name_of(bundle), settings, copy)
-    write_triton(options, out)
-    typer.echo(f"{out}: model {options.name} for Triton")
+    if target == "triton":
+        write_triton(options, out)
+    else:
+        kserve = KServeOptions(image or f"{options.name.lower()}:latest", storage_uri) if target == "kserve" else None
+        write_server(options, out, kserve)
+    typer.echo(f"{out}: model {options.name} for {target}")
     if check:
-        typer.echo(f"it answers: {ask_once(options, out)}")
+        typer.echo(f"it answers: {(ask_triton if target == 'triton' else ask_server)(options, out)}")
     typer.echo(f"start it:   {out}/start.sh, or docker compose up --build in that folder")

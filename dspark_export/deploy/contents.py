@@ -14,11 +14,14 @@ from packaging.requirements import Requirement
 
 from dspark_runtime.backends.build_kernels import sources
 
+NOWHERE_ELSE: Mapping[str, str] = {}
 PACKAGES = ("dspark_runtime", "dspark_serve")
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
-def write_templates(kind: str, folder: Path, values: Mapping[str, Any], places: Mapping[str, str]) -> None:
+def write_templates(
+    kind: str, folder: Path, values: Mapping[str, Any], places: Mapping[str, str] = NOWHERE_ELSE
+) -> None:
     """Every file of ``templates/KIND``, with ``values`` put in; ``.sh`` files may be run.
 
     ``places``: paths of files by the template's name; others keep it.
@@ -26,7 +29,7 @@ def write_templates(kind: str, folder: Path, values: Mapping[str, Any], places: 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES / kind), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    for name in [*environment.list_templates(extensions=["md", "pbtxt", "py", "sh", "txt", "yaml"]), "Dockerfile"]:
+    for name in environment.list_templates(filter_func=lambda name: "__pycache__" not in name):
         path = folder / places.get(name, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(environment.get_template(name).render(values), encoding="utf-8")
@@ -50,14 +53,15 @@ def packages(backend: str) -> list[str]:
     return [requirement for requirement in requirements(backend) if not requirement.startswith("numpy")]
 
 
-def requirements(backend: str) -> list[str]:
-    """What the runtime needs beside itself to run on ``backend``, as pip takes it.
+def requirements(backend: str, serve: bool = False) -> list[str]:
+    """What the runtime needs beside itself to run on ``backend``, and to serve over HTTP, as pip takes it.
 
     ONNX Runtime on the CPU has the version of this installation: exact texts are those of one version.
     """
     extra = {"onnxruntime": "cpu", "tensorrt-rtx": "rtx"}.get(backend, "gpu")
     found = [Requirement(text) for text in requires("dspark-runtime") or ()]
-    wanted = [r for r in found if r.marker is None or r.marker.evaluate({"extra": extra})]
+    extras = (extra, "serve") if serve else (extra,)
+    wanted = [r for r in found if r.marker is None or any(r.marker.evaluate({"extra": name}) for name in extras)]
     pinned = {"onnxruntime": version("onnxruntime")} if extra == "cpu" else {}
     return [f"{r.name}=={pinned[r.name]}" if r.name in pinned else _without_marker(r) for r in wanted]
 

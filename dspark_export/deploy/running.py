@@ -38,7 +38,9 @@ class Running:
     ) -> tuple[int, str]:
         """Status and body of the answer to an HTTP request: a POST if there is a ``body``."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.ports[port]}{path}", None if body is None else json.dumps(body).encode()
+            f"http://127.0.0.1:{self.ports[port]}{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
