@@ -62,8 +62,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def _is_quick(item: pytest.Item) -> bool:
-    """Whether ``--quick`` runs a test: it traces no graph."""
-    return not (TRACED.intersection(getattr(item, "fixturenames", ())) or "test_traces" in item.nodeid)
+    """Whether ``--quick`` runs a test: it traces no graph, nor asks for a fixture that does by the name it is given."""
+    given = getattr(getattr(item, "callspec", None), "params", {}).values()
+    asked = {*getattr(item, "fixturenames", ()), *(value for value in given if isinstance(value, str))}
+    return not (TRACED & asked or "test_traces" in item.nodeid)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
