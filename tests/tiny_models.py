@@ -161,6 +161,7 @@ _MORE: dict[str, dict[str, Any]] = {
     },
     "glm4": _HEADS_OF_16,
     "gpt_neox": {},
+    "gpt_oss": {**_HEADS_OF_16, "num_local_experts": 4, "num_experts_per_tok": 2, **_SLIDING_THEN_FULL},
     "granite": {
         "logits_scaling": 3.0,
         "residual_multiplier": 0.5,
@@ -217,6 +218,14 @@ _MORE: dict[str, dict[str, Any]] = {
     "hyperclovax": {},
     "internlm3": _HEADS_OF_16,
     "jais2": _HEADS_OF_16,
+    "laguna": {**_HEADS_OF_16, **_EXPERTS},
+    "mellum": {**_HEADS_OF_16, **_EXPERTS},
+    "mimo_v2_flash": {
+        **_GROUPED_EXPERTS,
+        **_SLIDING_THEN_FULL,
+        "v_head_dim": 12,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "minicpm3": _MLA_WITHOUT_EXPERTS,
     "minimax_m2": {**_HEADS_OF_16, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
     "nanochat": {},

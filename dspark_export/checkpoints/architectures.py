@@ -45,6 +45,7 @@ TESTED = frozenset(
         "gpt2",
         "gpt_bigcode",
         "gpt_neox",
+        "gpt_oss",
         "granite",
         "granitemoe",
         "granitemoehybrid",
@@ -56,7 +57,10 @@ TESTED = frozenset(
         "hyperclovax",
         "internlm3",
         "jais2",
+        "laguna",
         "llama",
+        "mellum",
+        "mimo_v2_flash",
         "minicpm3",
         "minimax_m2",
         "ministral",
@@ -181,8 +185,6 @@ def _shared_caches(config: PretrainedConfig) -> str | None:
 
 
 def _attention_extras(config: PretrainedConfig) -> str | None:
-    if config.model_type == "gpt_oss":
-        return "its attention has sinks, which the standard Attention operator cannot express"
     if config.model_type in _ALIBI or getattr(config, "alibi", False):
         return "it places tokens by an attention bias (ALiBi), which a bool mask cannot carry"
     if getattr(config, "reorder_and_upcast_attn", False):

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from dspark_export.passes import match
 
-_BODY = {"Gather", "Equal", "NonZero", "GatherND", "Gemm", "ScatterND"}
+_BODY = {"Gather", "Equal", "NonZero", "GatherND", "ScatterND"}
 
 
 class GatherExperts(ir.passes.InPlacePass):
@@ -29,18 +29,21 @@ class GatherExperts(ir.passes.InPlacePass):
 def _replace(graph: ir.Graph, loop: ir.Node) -> bool:
     body = list(loop.attributes["body"].as_graph())
     by_type = {node.op_type: node for node in body}
-    if not set(by_type) >= _BODY:
+    multiplied = by_type.get("Gemm") or by_type.get("MatMul")  # matrices [out, in], or [in, out]
+    if not set(by_type) >= _BODY or multiplied is None:
         return False
     rows, expert = by_type["GatherND"].inputs[0], by_type["Equal"].inputs[0]
-    weight = by_type["Gemm"].inputs[1].producer().inputs[0]
+    weight = multiplied.inputs[1].producer().inputs[0]
     name, dtype = loop.name or loop.outputs[0].name, rows.dtype
     one = match.int64_constant(graph, [1])
     chosen = _node("Gather", [weight, expert], f"{name}/matrices", dtype, attributes={"axis": 0})
     turned = _node("Transpose", [chosen.outputs[0]], f"{name}/turned", dtype, attributes={"perm": [0, 2, 1]})
     single = _node("Unsqueeze", [rows, one], f"{name}/rows", dtype)
-    product = _node("MatMul", [single.outputs[0], turned.outputs[0]], f"{name}/product", dtype)
+    as_is = multiplied.op_type == "MatMul"
+    matrices = chosen if as_is else turned
+    product = _node("MatMul", [single.outputs[0], matrices.outputs[0]], f"{name}/product", dtype)
     out = _node("Squeeze", [product.outputs[0], one], f"{name}/out", dtype)
-    match.insert_before(loop, [chosen, turned, single, product, out])
+    match.insert_before(loop, [chosen, *([] if as_is else [turned]), single, product, out])
     match.replace_value(loop.outputs[0], out.outputs[0])
     for node in body:  # else what the loop's body read would count as used for as long as the loop exists
         for index in range(len(node.inputs)):

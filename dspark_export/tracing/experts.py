@@ -14,7 +14,6 @@ from onnxscript import script
 from onnxscript.values import Opset
 
 from dspark_runtime.bundle.contract import OPSET
-from dspark_runtime.errors import UnsupportedArchitecture
 
 TRACE_DOMAIN = "dspark.trace"
 """Domain of operators that never leave the tracer."""
@@ -37,6 +36,21 @@ def _(rows: torch.Tensor, weight: torch.Tensor, expert: torch.Tensor) -> torch.T
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
+@torch.library.custom_op("dspark::grouped_product", mutates_args=())
+def grouped_product(rows: torch.Tensor, weight: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    """``grouped_linear`` for a model that keeps its matrices the other way round: ``weight`` [experts, in, out]."""
+    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    for chosen in torch.unique(expert).tolist():
+        mine = expert == chosen
+        out[mine] = rows[mine] @ weight[chosen]
+    return out
+
+
+@grouped_product.register_fake
+def _(rows: torch.Tensor, weight: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
 @script(Opset(TRACE_DOMAIN, 1), default_opset=op)
 def grouped_linear_body(rows, weight, expert):  # type: ignore[no-untyped-def]  # onnxscript reads annotations itself
     """What ``grouped_linear`` becomes."""
@@ -52,12 +66,25 @@ def grouped_linear_body(rows, weight, expert):  # type: ignore[no-untyped-def]  
     return out
 
 
+@script(Opset(TRACE_DOMAIN, 1), default_opset=op)
+def grouped_product_body(rows, weight, expert):  # type: ignore[no-untyped-def]  # onnxscript reads annotations itself
+    """What ``grouped_product`` becomes."""
+    chosen, _first, _inverse, _counts = op.Unique(expert)
+    count = op.Squeeze(op.Shape(chosen))
+    size = op.Concat(op.Shape(rows, start=0, end=1), op.Shape(weight, start=2, end=3), axis=0)
+    out = op.Expand(op.CastLike(0.0, rows), size)
+    for i in range(count):
+        number = op.Gather(chosen, i)
+        mine = op.Transpose(op.NonZero(op.Equal(expert, number)))
+        product = op.MatMul(op.GatherND(rows, mine), op.Gather(weight, number))
+        out = op.ScatterND(out, mine, product)
+    return out
+
+
 def experts_seam(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The experts interface of transformers: ``hidden_states`` [tokens, hidden], the others [tokens, choices]."""
-    if self.is_transposed:
-        raise UnsupportedArchitecture(f"{type(self).__name__} keeps expert matrices transposed, which is not supported")
     tokens, choices = top_k_index.shape
     expert = top_k_index.reshape(-1)
     rows = hidden_states.repeat_interleave(choices, dim=0)
@@ -72,5 +99,6 @@ def experts_seam(
 
 
 def _linear(experts: Any, name: str, rows: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.dspark.grouped_linear(rows, getattr(experts, name), expert)
+    product = torch.ops.dspark.grouped_product if experts.is_transposed else torch.ops.dspark.grouped_linear
+    out: torch.Tensor = product(rows, getattr(experts, name), expert)
     return out + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else out

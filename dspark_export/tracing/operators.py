@@ -9,7 +9,7 @@ PyTorch and is the numerical reference of its own graph.
 | ``dspark::tensor_scatter`` | ``TensorScatter`` on axis 2, linear |
 | ``dspark::cache_view`` | ``Shape`` of the mask, ``Slice`` of the cache to its last dimension |
 | ``dspark::gather_rows`` | ``GatherND`` with one batch dimension |
-| ``dspark::grouped_linear`` | a ``Loop`` over the chosen experts, see ``experts.py`` |
+| ``dspark::grouped_linear``, ``dspark::grouped_product`` | a ``Loop`` over the chosen experts, see ``experts.py`` |
 | ``dspark::layer_output`` | a marker node, removed when graphs are cut from the trace |
 """
 
@@ -22,7 +22,7 @@ import onnx
 import torch
 from onnxscript.values import Op, Opset
 
-from dspark_export.tracing.experts import TRACE_DOMAIN, grouped_linear_body
+from dspark_export.tracing.experts import TRACE_DOMAIN, grouped_linear_body, grouped_product_body
 from dspark_runtime.bundle.contract import OPSET
 
 LAYER_OUTPUT, LAYER_NUMBER = "LayerOutput", "layer"
@@ -51,6 +51,7 @@ def _internal(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...] = 
 
 _layer_output = _internal(LAYER_OUTPUT, ("hidden",), (LAYER_NUMBER,))
 _grouped_linear = _internal("grouped_linear_body", ("rows", "weight", "expert"))
+_grouped_product = _internal("grouped_product_body", ("rows", "weight", "expert"))
 
 
 @torch.library.custom_op("dspark::attention", mutates_args=())
@@ -169,7 +170,8 @@ TRANSLATION: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.dspark.gather_rows.default: _onnx_gather_rows,
     torch.ops.dspark.layer_output.default: _onnx_layer_output,
     torch.ops.dspark.grouped_linear.default: lambda rows, weight, expert: _grouped_linear(rows, weight, expert),
+    torch.ops.dspark.grouped_product.default: lambda rows, weight, expert: _grouped_product(rows, weight, expert),
 }
 
-FUNCTIONS = (grouped_linear_body,)
+FUNCTIONS = (grouped_linear_body, grouped_product_body)
 """Bodies of internal operators that are more than one standard operator; inlined when tracing is done."""

@@ -124,15 +124,41 @@ def _attention_seam(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    if s_aux is not None:
-        raise UnsupportedArchitecture("attention sinks cannot be expressed by the standard Attention operator")
     if position_bias is not None:
         raise UnsupportedArchitecture("a position bias (ALiBi, T5) cannot be carried by the bool attention mask")
     if attention_mask is None:
         raise UnsupportedArchitecture("a layer asks for attention without a mask; its mask cannot carry a token tree")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    if s_aux is not None:
+        if softcap:
+            raise UnsupportedArchitecture("attention has sinks and a softcap, which would bend the sinks too")
+        query, key, value, attention_mask = with_sinks(query, key, value, attention_mask, s_aux / scale)
     out = torch.ops.dspark.attention(query, key, value, attention_mask, scale, float(softcap or 0.0))
     return out.transpose(1, 2), None
+
+
+_SINK_WIDTH = 8
+"""Columns that queries and keys get for a sink: one is used, but kernels want head widths in eights."""
+
+
+def with_sinks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention inputs with one more slot, of a value of zeros, whose product with every query is its head's sink.
+
+    Softmax over scores and a sink (gpt-oss) is then plain softmax. Queries [batch, heads, tokens, dim] get a column
+    with the sink, keys [batch, kv_heads, kv_len, dim] one of zeros, the new slot a one in it. ``sinks`` [heads]
+    have to be divided by the scale of scores.
+    """
+    batch, heads, tokens, _ = query.shape
+    kv_heads, kv_len = key.shape[1], key.shape[2]
+    columns = torch.nn.functional.pad(sinks.to(query.dtype).reshape(1, heads, 1, 1), (0, _SINK_WIDTH - 1))
+    query = torch.cat([query, columns.expand(batch, heads, tokens, _SINK_WIDTH)], -1)
+    slot = torch.nn.functional.pad(key.new_ones(1, 1, 1, 1), (key.shape[3], _SINK_WIDTH - 1))
+    key = torch.cat([key, key.new_zeros(batch, kv_heads, kv_len, _SINK_WIDTH)], -1)
+    key = torch.cat([key, slot.expand(batch, kv_heads, 1, key.shape[3])], 2)
+    value = torch.cat([value, value.new_zeros(batch, kv_heads, 1, value.shape[3])], 2)
+    return query, key, value, torch.cat([mask, mask.new_ones(mask.shape[0], mask.shape[1], tokens, 1)], -1)
 
 
 def _mask_seam(*args: Any, local_size: int | None = None, **kwargs: Any) -> torch.Tensor:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from dspark_export.checkpoints import resolve
 from dspark_export.checkpoints.quantized.layouts import mxfp4_experts
 from dspark_export.checkpoints.quantized.methods import check_method
 from dspark_runtime.errors import InvalidWeights, UnsupportedArchitecture
+from tests import tiny_models
 from tests.checkpoints.checkpoint_samples import edit_config, write_checkpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -301,12 +303,27 @@ def test_modelopt_may_say_it_in_a_file_of_its_own(tmp_path: Path) -> None:
 
 
 def test_mxfp4_experts_equal_transformers() -> None:
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
     blocks = torch.randint(0, 256, (3, 8, 2, 16), dtype=torch.uint8)
     scales = torch.randint(110, 135, (3, 8, 2), dtype=torch.uint8)
     theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     assert torch.equal(mxfp4_experts({"blocks": blocks, "scales": scales}), theirs)
+
+
+def test_gpt_oss_reads_the_experts_it_is_published_with(tmp_path: Path) -> None:
+    folder = tiny_models.save_checkpoint("gpt_oss", tmp_path / "model")
+    stored = load_file(folder / FILE)
+    meant = {}
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, out = stored.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, out, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 126, (experts, out, inputs // 32), dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        meant[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save_file(stored, folder / FILE, {"format": "pt"})
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router", "lm_head"]}
+    edit_config(folder, quantization_config=settings)
+    loaded = resolve(str(folder)).load_model(torch.float32).state_dict()
+    assert len(meant) == 4 and all(torch.equal(loaded[name], weight) for name, weight in meant.items())
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ HEADS: dict[str, dict[str, int]] = {
     "gemma3_text": {"head_dim": 16},
     "qwen3_moe": {"head_dim": 16},
     "deepseek_v3": {},
+    "gpt_oss": {"head_dim": 16},
 }
 """Architectures that engines are compiled of, with head widths that fused kernels exist for."""
 

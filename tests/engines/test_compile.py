@@ -40,7 +40,9 @@ def check(saved: Saved, engine: EngineEntry) -> None:
     assert str(saved.folder) not in log
 
 
-@pytest.mark.parametrize("arch", HEADS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.slow) if arch == "gpt_oss" else arch for arch in HEADS]
+)
 def test_target_and_self_draft_compile(arch: str, tmp_path: Path, llama: Saved) -> None:
     saved = llama if arch == "llama" else decoder_graphs(arch, tmp_path)
     for name in saved.graphs:

@@ -25,6 +25,7 @@ from tests.references.draft_samples import HIDDEN, KV_HEADS, TAPS, VOCAB, WIDTH
 
 CASES: dict[str, tuple[dict[str, int], set[str]]] = {
     "deepseek_v3": ({}, {"Loop", "Unique"}),  # experts, and values narrower than keys
+    "gpt_oss": ({}, {"Loop", "Unique"}),  # experts whose matrices lie the other way round, and sinks
     "llama": ({"head_dim": 12}, set()),  # heads of a width no kernel exists for
 }
 
