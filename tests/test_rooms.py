@@ -37,7 +37,7 @@ FLOORS = {
     "dspark_serve": (
         ("__main__",),
         ("cli",),
-        ("server",),
+        ("replica", "server"),
         ("app", "triton"),
         ("chat", "completions", "models", "page", "tokenize"),
         ("asking", "conversations", "journal", "sse"),

@@ -9,13 +9,13 @@ import typer
 
 from dspark_export.cli.arguments import BundleFolder, Exact, Threads
 
-Target = Literal["triton", "docker", "kserve"]
+Target = Literal["triton", "docker", "kserve", "ray"]
 
 
 def deploy(
     bundle: BundleFolder,
     target: Annotated[
-        Literal["triton", "docker", "kserve"], typer.Option(help="Choose what serves it.", show_default=False)
+        Literal["triton", "docker", "kserve", "ray"], typer.Option(help="Choose what serves it.", show_default=False)
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write into this new folder.", show_default=False)],
     name: Annotated[str | None, typer.Option(help="Name of the model (default: that of the bundle's folder).")] = None,
@@ -41,6 +41,7 @@ def deploy(
     storage_uri: Annotated[
         str | None, typer.Option(help="kserve: get the bundle from here, such as pvc:// or s3:// (default: the image).")
     ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="ray: run this many copies of the model.")] = 2,
     copy: Annotated[
         bool, typer.Option("--copy/--no-copy", help="Put the bundle into the folder, or refer to where it is.")
     ] = True,
@@ -51,10 +52,11 @@ def deploy(
         ),
     ] = False,
 ) -> None:
-    """Write what serves BUNDLE: a model repository of Triton, or a container with OpenAI's API, also for KServe."""
+    """Write what serves BUNDLE: a model repository of Triton, or OpenAI's API in a container, on KServe or Ray."""
     # numpy, pydantic: only when something is deployed
     from dspark_export.deploy.check import ask_server, ask_triton
     from dspark_export.deploy.options import DeployOptions, name_of
+    from dspark_export.deploy.ray_serve import write_ray
     from dspark_export.deploy.server import KServeOptions, write_server
     from dspark_export.deploy.triton import write_triton
     from dspark_serve.triton.settings import Settings
@@ -73,10 +75,13 @@ def deploy(
     options = DeployOptions(bundle, name or name_of(bundle), settings, copy)
     if target == "triton":
         write_triton(options, out)
+    elif target == "ray":
+        write_ray(options, out, replicas)
     else:
         kserve = KServeOptions(image or f"{options.name.lower()}:latest", storage_uri) if target == "kserve" else None
         write_server(options, out, kserve)
     typer.echo(f"{out}: model {options.name} for {target}")
     if check:
         typer.echo(f"it answers: {(ask_triton if target == 'triton' else ask_server)(options, out)}")
-    typer.echo(f"start it:   {out}/start.sh, or docker compose up --build in that folder")
+    container = "" if target == "ray" else ", or docker compose up --build in that folder"
+    typer.echo(f"start it:   {out}/start.sh{container}")
