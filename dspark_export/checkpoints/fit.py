@@ -7,7 +7,7 @@ stored tensor becomes part of the model, is unread for a known reason, or is an 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,13 @@ class Fit:
     unread: Mapping[str, str]
 
 
-def fit(stored: Shapes, config: PretrainedConfig, name: str, trust: Trust) -> Fit:
+def fit(
+    stored: Shapes, config: PretrainedConfig, name: str, trust: Trust, is_zero: Callable[[str], bool] = lambda _: False
+) -> Fit:
     """Let transformers map ``stored`` to a model on the meta device.
+
+    ``is_zero``: whether a tensor holds nothing but zeros; asked of biases that the model does not have, which AutoGPTQ
+    stores for every layer.
 
     Raises InvalidWeights for shapes that differ, weights the model lacks, and tensors that nothing would use.
     """
@@ -56,6 +61,9 @@ def fit(stored: Shapes, config: PretrainedConfig, name: str, trust: Trust) -> Fi
     for tensor, reason in harmless_tensors(stored, config.get_text_config().num_hidden_layers).items():
         if tensor not in targets:
             inventory.excuse(tensor, reason)
+    for tensor in inventory.left:
+        if tensor.endswith(".bias") and is_zero(tensor):
+            inventory.excuse(tensor, "a bias of zeros, which adds nothing")
     explain_report(report, name, inventory.left)
     inventory.close(name, "tensors", _advice(inventory.left, config))
     return Fit(tuple(targets), inventory.unread)

@@ -64,10 +64,15 @@ def some(names: Iterable[str], limit: int = _SHOWN) -> str:
     return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more kinds" if len(shown) > limit else "")
 
 
-_TOWERS = re.compile(
-    r"(^|\.)(vision_tower|vision_model|vision_encoder|visual|vit|image_newline|multi_modal_projector|"
-    r"mm_projector|embed_vision|embed_audio|audio_tower|audio_model|audio_encoder|audio|patch_merger)(\.|$)"
+MEDIA_PARTS = re.compile(
+    r"(^|\.)(vision_tower|vision_model|vision_encoder|visual|vit|image_newline|multi_modal_projector|mm_projector|"
+    r"connector|modality_projection|embed_vision|embed_audio|audio_tower|audio_model|audio_encoder|audio|patch_merger)"
+    r"(\.|$)"
 )
+"""Names of weights that read images or sound."""
+
+READS_MEDIA = "reads images or sound; the bundle takes text only"
+
 _MTP = re.compile(r"(^|\.)mtp\w*\.")
 _MTP_LAYER_PARTS = ("eh_proj", "enorm", "hnorm", "shared_head")
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<index>\d+)\.(?P<part>[^.]+)")
@@ -103,8 +108,8 @@ def _why_harmless(name: str, shape: tuple[int, ...], prediction_layers: set[str]
     if name.endswith((".attn.bias", ".attention.bias", ".attn.masked_bias", ".attention.masked_bias")):
         square = len(shape) > 1 and shape[-1] == shape[-2]
         return "a causal mask, not a bias" if square or shape in ((), (1,)) else None
-    if _TOWERS.search(name):
-        return "reads images or sound; the bundle takes text only"
+    if MEDIA_PARTS.search(name):
+        return READS_MEDIA
     if name.startswith(("v_head.", "value_head.")):
         return "a value head of reinforcement learning"
     if name.endswith((".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".k_proj.output_scale", ".v_proj.output_scale")):

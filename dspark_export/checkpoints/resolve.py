@@ -16,7 +16,7 @@ from dspark_export.checkpoints.gguf_tokenizer import load_gguf_tokenizer
 from dspark_export.checkpoints.hub import HubSnapshot, is_hub_id
 from dspark_export.checkpoints.inventory import generic
 from dspark_export.checkpoints.quantized.methods import check_method, read_settings
-from dspark_export.checkpoints.recipes import Found, Recipe, Recipes, as_stored
+from dspark_export.checkpoints.recipes import Found, Recipe, Recipes, as_stored, open_weights
 from dspark_export.checkpoints.rotary import end_at_original_length
 from dspark_export.checkpoints.text_part import text_part, text_weights, unread_parts
 from dspark_export.checkpoints.tokenizer import FILES as TOKENIZER_FILES
@@ -134,8 +134,13 @@ def _recipes(weights: WeightFiles, opened: _Opened, name: str, trust: Trust) -> 
         recipes = Recipes({tensor: Recipe(shape, {"weight": tensor}) for tensor, shape in shapes.items()}, {})
     if opened.left_out is not None:
         recipes = text_weights(recipes, opened.config, name)
-    fitted = fit({weight: recipe.shape for weight, recipe in recipes.weights.items()}, opened.config, name, trust)
-    taken = {weight: recipes.weights[weight] for weight in fitted.taken}
+    made = recipes.weights
+
+    def is_zero(weight: str) -> bool:
+        return not weights.pickled and not open_weights({weight: made[weight]}, found)[weight][...].any()
+
+    fitted = fit({weight: recipe.shape for weight, recipe in made.items()}, opened.config, name, trust, is_zero)
+    taken = {weight: made[weight] for weight in fitted.taken}
     if not weights.pickled:
         plain = [recipe.parts["weight"] for recipe in taken.values() if recipe.make is None]
         check_dtypes({tensor: found[tensor] for tensor in plain}, name)

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dspark_export.checkpoints.config import MEDIA
+from dspark_export.checkpoints.inventory import MEDIA_PARTS, READS_MEDIA
 from dspark_export.checkpoints.recipes import Recipe, Recipes
 from dspark_export.checkpoints.rotary import rope_sets
 from dspark_runtime.errors import InvalidWeights
@@ -45,10 +46,6 @@ _RENAMED = (
         re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?=layers\.|embed_tokens\.|norm\.)"),
         "model.",
     ),
-)
-_OTHERS = re.compile(
-    r"(^|\.)(vision_tower|vision_model|vision_encoder|visual|image_newline|multi_modal_projector|mm_projector|connector|"
-    r"embed_vision|embed_audio|audio_tower|audio_model|patch_merger|modality_projection)(\.|$)"
 )
 
 
@@ -106,8 +103,8 @@ def text_weights(recipes: Recipes, config: PretrainedConfig, name: str) -> Recip
     weights: dict[str, Recipe] = {}
     excused = dict(recipes.excused)
     for old, recipe in recipes.weights.items():
-        if _OTHERS.search(old):
-            excused |= dict.fromkeys(recipe.parts.values(), "reads images or sound; the bundle takes text only")
+        if MEDIA_PARTS.search(old):
+            excused |= dict.fromkeys(recipe.parts.values(), READS_MEDIA)
             continue
         new = renamed(old)
         if new in weights:
@@ -139,5 +136,4 @@ def renamed(name: str) -> str:
 
 def unread_parts(config: PretrainedConfig) -> Mapping[str, Any]:
     """Settings of what is left out, with the reason."""
-    reason = "reads images or sound; the bundle takes text only"
-    return {part: reason for part in MEDIA if getattr(config, part, None) is not None}
+    return {part: READS_MEDIA for part in MEDIA if getattr(config, part, None) is not None}

@@ -293,13 +293,38 @@ def test_scales_of_activations_stay_unread(tmp_path: Path) -> None:
     assert "activations" in resolve(str(folder)).unread["model.layers.*.mlp.up_proj.activation_scale"]
 
 
-def test_modelopt_may_say_it_in_a_file_of_its_own(tmp_path: Path) -> None:
+def test_the_biases_of_zeros_that_autogptq_stores_are_harmless(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model")
-    quantize(folder, *CASES["modelopt fp8"])
+    quantize(folder, *CASES["gptq 4 bits"])
+    stored = load_file(folder / FILE)
+    biases = {f"model.layers.{layer}.mlp.up_proj.bias": torch.zeros(64, dtype=torch.float16) for layer in (0, 1)}
+    save_file(stored | biases, folder / FILE, {"format": "pt"})
+    assert "zeros" in resolve(str(folder)).unread["model.layers.*.mlp.up_proj.bias"]
+    biases["model.layers.1.mlp.up_proj.bias"][3] = 1e-3
+    save_file(stored | biases, folder / FILE, {"format": "pt"})
+    with pytest.raises(InvalidWeights, match=r"layers\.1\.mlp\.up_proj\.bias"):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("case", "file", "own"),
+    [
+        (
+            "modelopt fp8",
+            "hf_quant_config.json",
+            {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+        ),
+        ("gptq 4 bits", "quantize_config.json", {"bits": 4, "group_size": 16, "desc_act": False, "sym": False}),
+        ("awq", "quant_config.json", {"zero_point": True, "q_group_size": 16, "w_bit": 4, "version": "GEMM"}),
+    ],
+)
+def test_tools_may_say_it_in_a_file_of_their_own(case: str, file: str, own: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    settings, writer = CASES[case]
+    quantize(folder, settings, writer)
     edit_config(folder, quantization_config=...)
-    own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
-    (folder / "hf_quant_config.json").write_text(json.dumps(own))
-    assert "modelopt" in resolve(str(folder)).unread["quantization_config"]
+    (folder / file).write_text(json.dumps(own))
+    assert settings["quant_method"] in resolve(str(folder)).unread["quantization_config"]
 
 
 def test_mxfp4_experts_equal_transformers() -> None:

@@ -11,7 +11,7 @@ from dspark_export.checkpoints.files import checked_file
 from dspark_runtime.errors import InvalidConfig, UnsupportedArchitecture
 
 Settings = Mapping[str, Any]
-MODELOPT_FILE = "hf_quant_config.json"
+_OWN_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _FORMATS = (
     *("int-quantized", "float-quantized", "naive-quantized", "pack-quantized"),
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision", "dense"),
@@ -19,13 +19,18 @@ _FORMATS = (
 
 
 def read_settings(folder: Path, declared: Any) -> Settings | None:
-    """How the weights in ``folder`` are quantized: ``declared`` in the config, or in NVIDIA ModelOpt's own file."""
+    """How the weights in ``folder`` are quantized: ``declared`` in the config, or in a file of the tool that did it."""
     if declared:
         return dict(declared if isinstance(declared, Mapping) else declared.to_dict())
-    if not (folder / MODELOPT_FILE).exists():
-        return None
-    own = read_json(checked_file(folder, MODELOPT_FILE, InvalidConfig), InvalidConfig).get("quantization")
-    return {"quant_method": "modelopt", **own} if isinstance(own, dict) and own.get("quant_algo") else None
+    for file, method in _OWN_FILES.items():
+        if not (folder / file).exists():
+            continue
+        found = read_json(checked_file(folder, file, InvalidConfig), InvalidConfig)
+        if method != "modelopt":
+            return {"quant_method": method, **found}
+        own = found.get("quantization")
+        return {"quant_method": method, **own} if isinstance(own, dict) and own.get("quant_algo") else None
+    return None
 
 
 def check_method(settings: Settings, name: str) -> str:
