@@ -44,7 +44,8 @@ class SamplingParams:
     Args:
         presence_penalty: taken off the logits of tokens that are in the text already, -2 to 2.
         frequency_penalty: the same for each time they are, -2 to 2.
-        repetition_penalty: divides positive logits of tokens in prompt and text, multiplies negative ones; above 0.
+        repetition_penalty: divides positive logits of tokens in prompt and text, multiplies negative ones; 0.01 to
+            100.
         logit_bias: added to the logits of these token ids, -100 to 100, for at most 300 of them.
         logprobs: report the log probability of every token, and of this many of the most likely ones, at most 20;
             None for none.
@@ -91,9 +92,9 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise UsageError(f"{name}={getattr(self, name)}: give a number from -2 to 2 (0 switches it off)")
-        if not 0 < self.repetition_penalty <= 100:
+        if not 0.01 <= self.repetition_penalty <= 100:  # logits stay finite
             raise UsageError(
-                f"repetition_penalty={self.repetition_penalty}: give a number above 0 (1 switches it off) to 100"
+                f"repetition_penalty={self.repetition_penalty}: give a number from 0.01 to 100 (1 switches it off)"
             )
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         if self.logprobs is not None:

@@ -217,6 +217,7 @@ def test_a_dead_end_is_said(tiny: Tiny) -> None:
         {"presence_penalty": 2.1},
         {"frequency_penalty": -3},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 5e-324},
         {"repetition_penalty": float("nan")},
         {"logit_bias": {1: 101}},
         {"logit_bias": {-1: 1}},
