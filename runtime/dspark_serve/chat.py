@@ -17,7 +17,7 @@ from dspark_serve.conversations import encoded
 from dspark_serve.errors import ApiError
 from dspark_serve.guides import Grammar
 from dspark_serve.logprobs import TokenBytes, chat_logprobs, spoken_logprobs
-from dspark_serve.routes import ANSWERS, StrictRoute, served_by
+from dspark_serve.routes import ANSWERS, STREAMED, StrictRoute, served_by
 from dspark_serve.schemas import ChatCompletion, ChatRequest, NamedTool
 from dspark_serve.serving import Served
 from dspark_serve.sse import EventStream, event
@@ -28,7 +28,7 @@ router = APIRouter(route_class=StrictRoute, responses=ANSWERS)
 _CHUNK = "chat.completion.chunk"
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     served = served_by(request)

@@ -15,7 +15,7 @@ from dspark_runtime.serving.events import Finished, Tokens
 from dspark_serve.asking import FINISH_REASONS, Ask, sampling_params, submit, usage, whole_texts
 from dspark_serve.errors import ApiError, from_runtime
 from dspark_serve.logprobs import TokenBytes, completion_logprobs, spoken_logprobs
-from dspark_serve.routes import ANSWERS, StrictRoute, served_by
+from dspark_serve.routes import ANSWERS, STREAMED, StrictRoute, served_by
 from dspark_serve.schemas import Completion, CompletionRequest
 from dspark_serve.serving import Served
 from dspark_serve.sse import EventStream, event
@@ -26,7 +26,7 @@ DEFAULT_TOKENS = 16
 _KIND = "text_completion"
 
 
-@router.post("/v1/completions", response_model=Completion)
+@router.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue texts."""
     served = served_by(request)

@@ -21,6 +21,11 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "The whole answer, or a stream of its chunks."}
+}
+
+
 class _StrictRequest(Request):
     async def body(self) -> bytes:
         """The whole body."""
