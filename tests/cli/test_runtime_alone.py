@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from dspark_runtime import Bundle
 from tests.distributions import ROOT, built_wheel
 
-MOST_BYTES = 300_000_000
+MOST_BYTES = {"cpu": 300_000_000, "cpu,serve": 350_000_000}
 GENERATE = """
 import sys
 import dspark_runtime
@@ -24,6 +24,34 @@ from dspark_runtime import Bundle
 
 print(dspark_runtime.__file__)
 print(Bundle.open(sys.argv[1], threads=1).generate("once upon a time", max_new_tokens=12, ignore_eos=True).tokens)
+"""
+SERVE = """
+import json, sys, threading, urllib.request
+import dspark_serve
+from pathlib import Path
+from dspark_runtime import ServiceOptions
+from dspark_serve import cli, server
+
+print(dspark_serve.__file__)
+
+def ask(text):
+    print(text.split(":")[0])
+    if " is ready at " not in text:
+        return
+    body = {"model": "b", "prompt": "once upon a time", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    headers = {"Content-Type": "application/json"}
+
+    def answer():
+        url = text.split(" at ")[1] + "/completions"
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as reply:
+            print(repr(json.load(reply)["choices"][0]["text"]))
+        import os, signal
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=answer).start()
+
+options = server.ServerOptions(port=0, name="b", service=ServiceOptions(rows=1, capacity=64))
+server.serve(Path(sys.argv[1]), options, ask, threads=1)
 """
 WITHOUT = """
 import sys
@@ -55,17 +83,15 @@ def dependencies(wheel: Path, extra: str) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         first = metadata.PathDistribution(zipfile.Path(archive, name.removesuffix("METADATA")))
-        waiting, found = [(first.requires or [], extra)], set[str]()
+        waiting, found = [(first.requires or [], {extra})], set[str]()
         while waiting:
             lines, wanted = waiting.pop()
             for requirement in map(Requirement, lines):
-                if requirement.marker and not any(
-                    requirement.marker.evaluate({"extra": e}) for e in {"", wanted, *requirement.extras}
-                ):
+                if requirement.marker and not any(requirement.marker.evaluate({"extra": e}) for e in {"", *wanted}):
                     continue
                 if requirement.name.lower() not in found:
                     found.add(requirement.name.lower())
-                    waiting.append((metadata.requires(requirement.name) or [], ""))
+                    waiting.append((metadata.requires(requirement.name) or [], requirement.extras))
     return found
 
 
@@ -96,13 +122,38 @@ def test_nothing_but_its_dependencies_is_imported(wheel: Path, bundle: Path, exp
     assert tokens == expected
 
 
+def test_serving_imports_nothing_but_the_extra(wheel: Path, bundle: Path, tmp_path: Path) -> None:
+    names = {name.replace("_", "-") for extra in ("cpu", "serve") for name in dependencies(wheel, extra)}
+    assert {"fastapi", "uvicorn", "llguidance", "prometheus-client", "sse-starlette"} <= names
+    assert not names & {"torch", "transformers", "onnx", "dspark-export", "openai", "httpx", "ray"}
+    modules = metadata.packages_distributions()
+    others = {m for m, owners in modules.items() if not {o.lower().replace("_", "-") for o in owners} & names}
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    without = WITHOUT.format(others={*others, "dspark_export"} - {"dspark_runtime", "dspark_serve"})
+    done = subprocess.run(
+        [sys.executable, "-c", without + SERVE, str(bundle)],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    place, *_, text = done.stdout.splitlines()
+    assert Path(place).is_relative_to(tmp_path)
+    opened = Bundle.open(bundle, threads=1)
+    assert text == repr(opened.generate("once upon a time", max_new_tokens=12, ignore_eos=True).text)
+
+
 @pytest.mark.slow
-def test_a_fresh_environment(wheel: Path, bundle: Path, expected: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("extras", MOST_BYTES)
+def test_a_fresh_environment(wheel: Path, bundle: Path, expected: str, tmp_path: Path, extras: str) -> None:
     venv.create(tmp_path / "fresh", with_pip=True)
     python = tmp_path / "fresh" / "bin" / "python"
     (site,) = (tmp_path / "fresh").glob("lib/python3*/site-packages")
     before = _bytes(site)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{wheel}[cpu]"]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{wheel}[{extras}]"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(pip, env=environment, check=True)
     done = subprocess.run(
@@ -110,9 +161,14 @@ def test_a_fresh_environment(wheel: Path, bundle: Path, expected: str, tmp_path:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1] == expected
+    if extras == "cpu,serve":
+        served = subprocess.run(
+            [str(python), "-c", SERVE, str(bundle)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert served.returncode == 0, served.stderr
     size = _bytes(site) - before
-    print(f"dspark-runtime[cpu] takes {size / 1e6:.0f} MB")
-    assert size < MOST_BYTES
+    print(f"dspark-runtime[{extras}] takes {size / 1e6:.0f} MB")
+    assert size < MOST_BYTES[extras]
 
 
 def _bytes(folder: Path) -> int:
