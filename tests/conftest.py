@@ -13,7 +13,7 @@ import pytest
 
 from tests.shared.folders import remove_unused
 
-SHARING = ("real_model", "validate", "drafting", "engines", "plugins", "cli", "serve", "runtime")
+SHARING = ("real_model", "validate", "drafting", "engines", "plugins", "cli", "serve", "deploy", "runtime")
 """Folders whose files share such things. They come first, the slowest of them before the others, for an even end."""
 BY_ARCHITECTURE = ("parity", "passes", "kernels")
 

@@ -140,6 +140,13 @@ def test_prompts_find_their_replica_and_one_that_dies_is_replaced(
         again = [ask(beginning + "And then").usage.prompt_tokens_details.cached_tokens for beginning in beginnings]
         assert all(again), again
 
+        endless: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
+        with client.completions.create(model="tiny", stream=True, **endless) as left:
+            next(iter(left))
+        deadline = time.monotonic() + 60  # either replica answers, and one of them had it
+        while not json.loads(server.ask("/health")[1])["counts"]["ended"].get("cancelled"):
+            assert time.monotonic() < deadline
+
         process = psutil.Process(server.process.pid)
         assert len(models(process)) == 2
         ended: list[str] = []

@@ -96,22 +96,9 @@ def test_it_scales_by_figures_the_server_has(bundle: Path, tmp_path: Path) -> No
         assert f"{name}{{pod" in query and f"\n{name} " in known
 
 
-@pytest.mark.parametrize("target", ["docker", "kserve"])
-def test_what_was_written_serves(bundle: Path, tmp_path: Path, target: str) -> None:
-    arguments = [
-        "--target",
-        target,
-        "--out",
-        tmp_path / "new",
-        "--rows",
-        2,
-        "--threads",
-        1,
-        "--max-length",
-        64,
-        "--check",
-    ]
-    result = deploy(bundle, *arguments)
+def test_what_was_written_serves(bundle: Path, tmp_path: Path) -> None:
+    sizes = ["--rows", 2, "--threads", 1, "--max-length", 64]
+    result = deploy(bundle, "--target", "docker", "--out", tmp_path / "new", *sizes, "--check")
     alone = Bundle.open(bundle, threads=1).generate("Once upon a time", max_new_tokens=8)
     assert result.exit_code == 0, result.output
     assert f"it answers: {json.dumps(alone.text)}" in result.output.splitlines()

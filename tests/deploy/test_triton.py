@@ -120,6 +120,7 @@ def test_the_sample_deploys_and_asks(bundle: Path, triton: Path, opened: Bundle)
         ({"max_tokens": 4}, "UsageError: give exactly one of text_input, messages, input_ids, not none"),
         ({"text_input": "a", "input_ids": [1]}, "UsageError: give exactly one of text_input, messages, input_ids"),
         ({"input_ids": [10**6]}, "UsageError: prompt token 0 is 1000000, outside the vocabulary"),
+        ({"text_input": "a" * (2**23 + 1)}, "UsageError: text_input has more than 8388608 bytes"),
         ({"text_input": ""}, "UsageError: the prompt is empty"),
         ({"messages": "hello"}, "UsageError: messages is not JSON"),
         ({"messages": '"hello"'}, "UsageError: messages is not a JSON list of objects"),

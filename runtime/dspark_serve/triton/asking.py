@@ -67,6 +67,9 @@ OUTPUTS: Mapping[str, tuple[str, int]] = {
 }
 """Type and length of every output. A response of a stream has the new text and tokens; the last one has the rest."""
 
+MOST_BYTES = 8 * 2**20
+"""Of one text: it is encoded before anything else is taken."""
+
 _PROMPTS = ("text_input", "messages", "input_ids")
 _SAMPLING = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
@@ -162,7 +165,10 @@ def _flag(tensors: Tensors, name: str, default: bool) -> bool:
 
 
 def _texts(tensors: Tensors, name: str) -> list[str]:
+    found = [bytes(value) for value in tensors.get(name, np.empty(0, object)).reshape(-1)]
+    if sum(map(len, found)) > MOST_BYTES:
+        raise UsageError(f"{name} has more than {MOST_BYTES} bytes")
     try:
-        return [bytes(value).decode() for value in tensors.get(name, np.empty(0, object)).reshape(-1)]
+        return [value.decode() for value in found]
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not valid UTF-8: {error}") from error

@@ -5,6 +5,7 @@
 
 import json
 import os
+import random
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -38,7 +39,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         """Ranks of replicas; those of the first are asked first."""
         prefix = prefix_of(pending_request.args[1]) if pending_request and len(pending_request.args) > 1 else ""
         if not prefix:
-            return [list(candidate_replicas)]
+            return [[replica] for replica in random.sample(candidate_replicas, len(candidate_replicas))]
         order = ranked(prefix, [replica.replica_id.unique_id for replica in candidate_replicas])
         return [[candidate_replicas[place]] for place in order]
 
