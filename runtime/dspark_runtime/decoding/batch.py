@@ -114,7 +114,7 @@ class Batch:
         row = sequence.row
         source, shared = self._best_source(sequence)
         if row in self.kept and (source != row or not shared):
-            self._put_aside(row)
+            self._put_aside(row, needed=source)
         self.kept.drop(row)
         if not shared:
             self._cache.clear(row)
@@ -161,9 +161,12 @@ class Batch:
             self._put_aside(row)
             self.kept.drop(row)
 
-    def _put_aside(self, row: int) -> None:
-        """Move a kept text from a row that is wanted to a free one: an empty one, or that of the oldest text."""
-        free = [place for place in self._free_rows() if place != row]
+    def _put_aside(self, row: int, needed: int = -1) -> None:
+        """Move a kept text from a row that is wanted to a free one: an empty one, or that of the oldest text.
+
+        The text of row ``needed`` stays where it is.
+        """
+        free = [place for place in self._free_rows() if place not in (row, needed)]
         target = next((place for place in free if place not in self.kept), None)
         target = self.kept.oldest(free) if target is None else target
         if target is None:
