@@ -102,7 +102,7 @@ class HostCache:
         index = np.asarray(sources)
         for block in self._blocks:
             part = block[:, sequence]
-            part[:, :, to : to + len(index)] = part.take(index, axis=2)
+            part[:, :, to : to + len(index)] = part[:, :, index]  # take() would copy all of a row among others first
 
     def move(self, source: int, target: int, length: int) -> None:
         """See :class:`CacheMemory`."""
