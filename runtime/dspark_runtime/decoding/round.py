@@ -50,27 +50,16 @@ class Accepted:
 
     def settle(self) -> Chunk:
         """Text and statistics. No pass depends on them: only the tokens had to be known for the next one."""
-        self._count()
-        return self.sequence.chunk(self.tokens, self.drafters())
+        return self.sequence.chunk(self.tokens, self._count())
 
-    def drafters(self) -> tuple[tuple[str, ...], ...]:
-        """For each of ``tokens`` the names of the drafters that proposed it, empty for the target's own."""
-        names: list[list[str]] = [[] for _ in self.tokens]
-        for part in self.proposal.parts:
-            own, row = part.draft.tree, 0
-            for place in range(min(len(self.verdict.path) - 1, len(self.tokens))):
-                row = own.child(row, self.tokens[place])
-                if row < 0:
-                    break
-                names[place].append(part.drafter.name)
-        return tuple(map(tuple, names))
-
-    def _count(self) -> None:
+    def _count(self) -> tuple[tuple[str, ...], ...]:
+        """Enter this round into the statistics; for each of ``tokens`` the names of the drafters that proposed it."""
+        names: list[tuple[str, ...]] = [()] * len(self.tokens)
         stats, tree, proposal = self.sequence.stats, self.tree, self.proposal
         stats.rounds += 1
         stats.drafted += len(proposal.tree.tokens) - 1
         if len(tree) == 1:
-            return
+            return tuple(names)
         accepted = min(len(self.verdict.path) - 1, len(self.tokens))
         stats.verified += len(tree) - 1
         stats.accepted += accepted
@@ -80,5 +69,8 @@ class Accepted:
             drafted, hits = proposal.credit(part, tree, self.verdict.tokens[:accepted])
             counts.drafted += drafted
             counts.accepted += hits
+            for place in range(hits):  # what a part proposed of an accepted path is its beginning
+                names[place] += (part.drafter.name,)
             chain = proposal.main_chain(part, tree, self.verdict.tokens[:accepted])
             counts.count_chain(*chain, part.draft.confidences)
+        return tuple(names)
