@@ -74,12 +74,13 @@ class Batch:
 
     def retire(self) -> list[SequenceState]:
         """Drop the sequences that have ended; the last running one takes the row of each. Those that had a row."""
-        gone = [sequence for sequence in self.running if sequence.finished]
+        ended = [sequence for sequence in self.running if sequence.finished]
+        gone = list(ended)
         if self.filling is not None and self.filling.finished:
             gone.append(self.filling)
             self._keep(self.filling)
             self.filling = None
-        for sequence in reversed([s for s in self.running if s.finished]):
+        for sequence in reversed(ended):
             last = self.running[-1]
             self._keep(sequence, stays=last is sequence)
             self.running.pop()
@@ -93,9 +94,7 @@ class Batch:
         return gone
 
     def _move(self, sequence: SequenceState, row: int) -> None:
-        if row in self.kept:
-            self._put_aside(row)
-            self.kept.drop(row)
+        self._put_aside(row)
         self._cache.replace(row, sequence.row)
         for drafter in self._drafters:
             drafter.move(sequence.row, row)
@@ -113,7 +112,7 @@ class Batch:
         """Give the row of ``sequence`` what its prompt shares with another text; how many tokens that is."""
         row = sequence.row
         source, shared = self._best_source(sequence)
-        if row in self.kept and (source != row or not shared):
+        if source != row or not shared:
             self._put_aside(row, needed=source)
         self.kept.drop(row)
         if not shared:
@@ -159,21 +158,23 @@ class Batch:
         self.kept.add(row, sequence.tokens[:held], sequence.request.scope)
         if not stays:
             self._put_aside(row)
-            self.kept.drop(row)
 
     def _put_aside(self, row: int, needed: int = -1) -> None:
-        """Move a kept text from a row that is wanted to a free one: an empty one, or that of the oldest text.
+        """Take the kept text, if any, out of a row that is wanted for something else.
 
-        The text of row ``needed`` stays where it is.
+        It goes to a free row: an empty one, or that of the oldest text, but not to ``needed``; it is lost if there is
+        none.
         """
+        if row not in self.kept:
+            return
+        tokens, scope = self.kept.text(row)
+        self.kept.drop(row)
         free = [place for place in self._free_rows() if place not in (row, needed)]
         target = next((place for place in free if place not in self.kept), None)
         target = self.kept.oldest(free) if target is None else target
         if target is None:
             return
-        tokens, scope = self.kept.text(row)
         self._cache.copy(row, target, len(tokens))
         for drafter in self._drafters:
             drafter.copy(row, target, len(tokens))
         self.kept.add(target, tokens, scope)
-        self.kept.drop(row)
