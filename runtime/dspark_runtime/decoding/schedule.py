@@ -222,9 +222,12 @@ class Schedule:
         rates = [self.acceptance.rate(drafter, _ANY, request) for request in requests]
         most = max(limits)
         longest = min(max(most, *map(len, values)), self.most_rows - 1)
+        had = [0.0] * len(values)  # expected tokens of what is proposed already, by sequence
         known, own = [float(batch)], [float(batch)]  # expected tokens of a round, by the rows of a sequence
         for rows in range(1, longest + 1):
-            had = [sum(value[:rows]) for value in values]
+            had = [
+                sum_ + (value[rows - 1] if rows <= len(value) else 0.0) for sum_, value in zip(had, values, strict=True)
+            ]
             new = [_chain(rate, min(rows, limit)) for rate, limit in zip(rates, limits, strict=True)]
             known.append(batch + sum(had))
             own.append(batch + sum(map(max, had, new)))
