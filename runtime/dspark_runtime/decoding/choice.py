@@ -43,7 +43,7 @@ class TokenChoice:
     """Draws the tokens of one request in the order of its text.
 
     ``adjusted``: whether logits are changed before a token is drawn; what is drafted must then not be verified
-    without them.
+    without them. ``guide_end``: tokens of the text that complete the guide's grammar; -1 while there are more to come.
     """
 
     def __init__(self, request: Request) -> None:
@@ -51,8 +51,7 @@ class TokenChoice:
         self.sampler = Sampler(params, request.seed, request.key)
         self._params = params
         self._guide = params.guide.start() if params.guide is not None else None
-        self._guide_end = -1
-        self._drawn = 0
+        self.guide_end = -1
         self._counts: Counter[int] = Counter()
         self._seen = set(request.prompt) if params.repetition_penalty != 1 else set[int]()
         bias = params.biases
@@ -60,24 +59,18 @@ class TokenChoice:
         self._bias = np.fromiter((value for _, value in bias), np.float32, len(bias))
         self.adjusted = params.adjusts
 
-    @property
-    def guide_end(self) -> int:
-        """Tokens of the text that complete the guide's grammar; -1 while there are more to come."""
-        return self._guide_end
-
     def draw(self, logits: FloatArray, position: int) -> int:
         """Token for ``position``, the next one of the text, from the logits [vocab] of the row before it."""
         if not self.adjusted:
             return self.sampler.draw(logits, position)
         token = self.sampler.draw(self._adjust(logits), position)
-        self._drawn += 1
         self._counts[token] += 1
         if self._params.repetition_penalty != 1:
             self._seen.add(token)
         if self._guide is not None and not self._guide.stopped:
             self._guide.advance(token)
             if self._guide.stopped:
-                self._guide_end = self._drawn
+                self.guide_end = self._counts.total()
         return token
 
     def logprob(self, logits: FloatArray, token: int) -> TokenLogprob:
