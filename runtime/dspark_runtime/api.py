@@ -451,18 +451,29 @@ class Bundle:
         if draft_length is not None:
             schedule = self._new_schedule(schedule.costs, draft_length)
         target = self.engine("target", rows > 1)
-        return Stream(lambda: self._loop(target, requests, rows, schedule, drafters), requests)
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        cut, observer = self._cut(), self._observer
+        return Stream(lambda: self._loop(target, schedule, drafters, rows, longest, cut, observer), requests)
 
     def _loop(
-        self, target: Engine, requests: Sequence[Request], rows: int, schedule: Schedule, drafters: Sequence[Drafter]
+        self,
+        target: Engine,
+        schedule: Schedule,
+        drafters: Sequence[Drafter],
+        rows: int,
+        longest: int,
+        options: LoopOptions,
+        observer: Observer,
     ) -> DecodingLoop:
-        """A loop with room for any of ``requests`` in each of its rows."""
+        """A loop with room for ``longest`` tokens in each of its rows."""
+        tokenizer = None if self._codec is None else self._codec.tokenizer
+        return DecodingLoop(target, schedule, drafters, rows, longest, tokenizer, options, observer)
+
+    def _cut(self) -> LoopOptions:
+        """How passes are cut for the backend and the setting of ``exact``."""
         limits = self._backend.limits
         most_drafts = min(LoopOptions.most_drafts, limits.rows - 1)
-        options = LoopOptions(prefill_chunk=limits.chunk, min_rows=self._min_rows, most_drafts=most_drafts)
-        tokenizer = None if self._codec is None else self._codec.tokenizer
-        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        return DecodingLoop(target, schedule, drafters, rows, longest, tokenizer, options, self._observer)
+        return LoopOptions(prefill_chunk=limits.chunk, min_rows=self._min_rows, most_drafts=most_drafts)
 
     def serve(self, options: ServiceOptions | None = None, observer: ServiceObserver | None = None) -> Service:
         """Start a service: requests of any number of threads, which join and leave while others run.
@@ -476,23 +487,20 @@ class Bundle:
             CapacityError: the caches do not fit the memory; the message says how many rows would.
         """
         options = options or ServiceOptions()
-        limits = self._backend.limits
-        rows = min(options.rows, limits.batch or options.rows)
+        rows = min(options.rows, self._backend.limits.batch or options.rows)
         options = replace(options, rows=rows)
         capacity = min(options.capacity or DEFAULT_CAPACITY, self.limits.positions)
         target = self.engine("target", rows > 1)
         schedule = self._new_schedule()
         check_memory(self.manifest, rows, capacity, options.memory)
-        most_drafts = min(LoopOptions.most_drafts, limits.rows - 1)
         # Where a row's bits depend on its pass, context that was computed otherwise could change an exact text.
         reuse = options.reuse_prefixes and (self._backend.rows_are_equal or not self.exact)
-        loop_options = LoopOptions(limits.chunk, self._min_rows, most_drafts, capacity + MOST_ROWS, reuse)
-        tokenizer = None if self._codec is None else self._codec.tokenizer
+        cut = replace(self._cut(), first_slots=capacity + MOST_ROWS, reuse_prefixes=reuse)
         observer = observer or ServiceObserver()
 
         def open_loop() -> DecodingLoop:
             drafters = self._choice().make(options.speculate, rows > 1, options.drafting)
-            return DecodingLoop(target, schedule, drafters, rows, capacity, tokenizer, loop_options, observer)
+            return self._loop(target, schedule, drafters, rows, capacity, cut, observer)
 
         return Service(
             open_loop,
