@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dspark_export.cli.main import app
 from dspark_runtime import Bundle
-from tests import tiny_models
+from tests.shared.bundles import built_llama
 
 Invoke = Callable[..., Any]  # gives typer.testing's result
 
@@ -20,12 +20,7 @@ Invoke = Callable[..., Any]  # gives typer.testing's result
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A built llama with random weights, float32, with a self-draft."""
-    folder = tmp_path_factory.mktemp("cli")
-    tiny_models.save_checkpoint("llama", folder / "model")
-    arguments = ["build", str(folder / "model"), "--out", str(folder / "bundle"), "--self-draft", "layers=0,2"]
-    result = CliRunner().invoke(app, [*arguments, "--precision", "fp32", "--threads", "1"])
-    assert result.exit_code == 0, result.output
-    return folder / "bundle"
+    return built_llama(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture(scope="session")

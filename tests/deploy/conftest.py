@@ -25,7 +25,7 @@ from dspark_export.deploy.contents import packages
 from dspark_export.deploy.running import Running, running
 from dspark_runtime import Bundle
 from dspark_runtime.errors import BackendError
-from tests import tiny_models
+from tests.shared.bundles import built_llama
 from tests.shared.folders import CACHE
 
 NAME = "tiny"
@@ -37,12 +37,7 @@ CLIENT = Path(__file__).with_name("grpc_client.py")
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A built llama with random weights, float32."""
-    folder = tmp_path_factory.mktemp("deploy")
-    tiny_models.save_checkpoint("llama", folder / "model", max_position_embeddings=LENGTH)
-    arguments = ["build", str(folder / "model"), "--out", str(folder / "bundle"), "--self-draft", "none"]
-    result = CliRunner().invoke(app, [*arguments, "--precision", "fp32", "--threads", "1"])
-    assert result.exit_code == 0, result.output
-    return folder / "bundle"
+    return built_llama(tmp_path_factory.mktemp("deploy"), "none", max_position_embeddings=LENGTH)
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from dspark_export.cli.main import app
-from tests import tiny_models
+from tests.shared.bundles import built_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "samples"
@@ -22,12 +20,7 @@ API_SAMPLES = ("python_api/generate.py", "batch/batch.py", "custom_drafter/bigra
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama with random weights and room for a conversation."""
-    folder = tmp_path_factory.mktemp("samples")
-    tiny_models.save_checkpoint("llama", folder / "model", max_position_embeddings=1024)
-    arguments = ["build", str(folder / "model"), "--out", str(folder / "bundle"), "--self-draft", "none"]
-    result = CliRunner().invoke(app, [*arguments, "--threads", "1"])
-    assert result.exit_code == 0, result.output
-    return folder / "bundle"
+    return built_llama(tmp_path_factory.mktemp("samples"), "none", max_position_embeddings=1024)
 
 
 def run(sample: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,23 +9,14 @@ import pytest
 from openai import OpenAI
 
 from dspark_runtime import Bundle
-from tests import tiny_models
 from tests.serve.running import Running, running
+from tests.shared.bundles import built_llama
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A built llama with random weights, float32, with a self-draft."""
-    from typer.testing import CliRunner
-
-    from dspark_export.cli.main import app
-
-    folder = tmp_path_factory.mktemp("serve")
-    tiny_models.save_checkpoint("llama", folder / "model")
-    arguments = ["build", str(folder / "model"), "--out", str(folder / "bundle"), "--self-draft", "layers=0,2"]
-    result = CliRunner().invoke(app, [*arguments, "--precision", "fp32", "--threads", "1"])
-    assert result.exit_code == 0, result.output
-    return folder / "bundle"
+    return built_llama(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture(scope="session")
