@@ -32,8 +32,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -241,24 +241,32 @@ class DecodingLoop:
                 return self._land()
         return [*self._settle(), *first]
 
+    @contextmanager
+    def _failing_with(self, sequences: Sequence[SequenceState], sound: bool = False) -> Iterator[None]:
+        """What fails inside concerns these sequences; ``sound``: the pass itself went through."""
+        try:
+            yield
+        except Exception:
+            self.failing, self.sound = list(sequences), sound
+            raise
+
     # A round -------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Propose, fill and start the pass."""
         began = _clock()
         running = list(self.batch.running)
-        self.failing, self.sound = running, False
-        proposals = self._propose(running)
-        trees = self.schedule.choose(proposals, len(running))
-        drafted = _clock()
-        buffers = fill_trees(self.runner, self.cache, trees, self.options.min_rows)
-        verified_there = self.runner.verifies and all(map(_needs_no_logits, running, proposals))
-        check = tree_check(trees, running) if verified_there else None
-        flight = Flight(running, proposals, trees, buffers, began, drafted, filled=_clock())
-        self.runner.start(check)
+        with self._failing_with(running):
+            proposals = self._propose(running)
+            trees = self.schedule.choose(proposals, len(running))
+            drafted = _clock()
+            buffers = fill_trees(self.runner, self.cache, trees, self.options.min_rows)
+            verified_there = self.runner.verifies and all(map(_needs_no_logits, running, proposals))
+            check = tree_check(trees, running) if verified_there else None
+            flight = Flight(running, proposals, trees, buffers, began, drafted, filled=_clock())
+            self.runner.start(check)
         flight.started = _clock()
         self._flight = flight
-        self.failing, self.sound = [], True
         self.observer.started(flight)
 
     def _land(self) -> list[Chunk]:
@@ -266,9 +274,8 @@ class DecodingLoop:
         flight, self._flight = self._flight, None
         assert flight is not None
         flight.waited = _clock()
-        self.failing, self.sound = list(flight.sequences), False
-        found = self.runner.finish()
-        self.failing, self.sound = [], True
+        with self._failing_with(flight.sequences):
+            found = self.runner.finish()
         flight.verified = _clock()
         if not all(sequence.finished for sequence in flight.sequences):  # cancelled since the pass began
             self._commit_all(flight, found)
@@ -298,7 +305,19 @@ class DecodingLoop:
         began = _clock()
         sequence = self.batch.next_prompt()
         assert sequence is not None
-        self.failing, self.sound = [sequence], False
+        with self._failing_with([sequence]):
+            logits = self._read_prompt(sequence, most)
+        chunks = []
+        if self.cache.lengths[sequence.row] == len(sequence.request.prompt):
+            with self._failing_with([sequence], sound=True):
+                chunks.append(self._first_token(sequence, logits))
+            self.batch.filled()
+        sequence.stats.seconds.prefill += _clock() - began
+        self._retire()
+        return chunks
+
+    def _read_prompt(self, sequence: SequenceState, most: int) -> FloatArray:
+        """Make the next ``most`` tokens of a prompt context; logits [1, vocab] of the last one."""
         prompt, row = sequence.request.prompt, sequence.row
         start = self.cache.lengths[row]
         if start == 0 and len(prompt) + self.options.min_rows > self.cache.memory.capacity:
@@ -316,20 +335,16 @@ class DecodingLoop:
             self.cache.rollback(row, start)
             raise
         self._show(sequence, buffers.taps, 0, rows)
-        self.sound = True
-        chunks = []
-        if start + len(part) == len(prompt):
-            first = sequence.choice.draw(buffers.logits[0, 0], len(prompt))
-            kept = sequence.append([first])
-            sequence.report(Verdict([0], kept), buffers.logits[0], 1)
-            chunks.append(sequence.chunk(kept))
-            for drafter in self.drafters:
-                drafter.commit(sequence.index, chunks[0].tokens)
-            self.batch.filled()
-        sequence.stats.seconds.prefill += _clock() - began
-        self.failing = []
-        self._retire()
-        return chunks
+        logits: FloatArray = buffers.logits[0]
+        return logits
+
+    def _first_token(self, sequence: SequenceState, logits: FloatArray) -> Chunk:
+        kept = sequence.append([sequence.choice.draw(logits[0], len(sequence.request.prompt))])
+        sequence.report(Verdict([0], kept), logits, 1)
+        chunk = sequence.chunk(kept)
+        for drafter in self.drafters:
+            drafter.commit(sequence.index, chunk.tokens)
+        return chunk
 
     def _show(self, sequence: SequenceState, taps: AnyArray | None, batch_row: int, rows: Sequence[int]) -> None:
         """Hand the features of rows that became context to the drafters that read them in host memory."""
