@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dspark_export.prompts.answers import Response, opening
 from dspark_export.prompts.sets import load_sets
 from dspark_export.train.decode import DecodeOptions, Question, decode
 from dspark_export.train.features import Rows
-from dspark_export.train.responses import EVERY, Response, ResponseFile, drop_torn_line, prompt_number
+from dspark_export.train.responses import EVERY, ResponseFile, drop_torn_line, prompt_number
 from dspark_runtime.errors import ChatTemplateError, UsageError
 from dspark_runtime.speculation.sampling import SamplingParams
 
@@ -31,15 +32,6 @@ _PROMPT_TOKENS = 96  # of a prompt the target writes
 def read_prompts(files: Sequence[Path]) -> list[str]:
     """The prompts of all files: ``.jsonl`` with ``prompt`` or ``turns``, otherwise a line each; duplicates once."""
     return list(dict.fromkeys(item.text for item in load_sets([str(file) for file in files]))) if files else []
-
-
-def opening(codec: TextCodec) -> list[int]:
-    """Token ids of the chat template up to where a user's text begins; ChatTemplateError without a template."""
-    marks = [codec.encode_chat([{"role": "user", "content": mark}]) for mark in ("a", "7")]
-    same = 0
-    while same < min(map(len, marks)) and marks[0][same] == marks[1][same]:
-        same += 1
-    return marks[0][:same]
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ def synthesise_prompts(
     if made >= plan.synthesise:
         return
     params = SamplingParams(temperature=1.0, top_p=0.95)
-    start = tuple(opening(codec))
+    start = tuple(opening(codec) or ends[:1])
     questions = (Question(start, params, number) for number in range(made, plan.synthesise))
     options = DecodeOptions(plan.slots, _PROMPT_TOKENS, tuple(ends), plan.seed)
     for answer in decode(model, questions, options):

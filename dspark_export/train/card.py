@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dspark_export.prompts.answers import Response
 from dspark_export.train.module import DraftGeometry
 from dspark_export.train.options import TREE, TrainOptions
-from dspark_export.train.responses import Response
 from dspark_runtime.processors import this_machine
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dspark_export.graphs.decoder import decoder_layers
-from dspark_export.train.responses import Response
+from dspark_export.prompts.answers import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,6 +21,7 @@ import torch
 
 from dspark_export.checkpoints import resolve
 from dspark_export.checkpoints.trust import Trust
+from dspark_export.prompts.answers import Response
 from dspark_export.train.asking import Plan, PromptFile, make_responses, read_prompts, synthesise_prompts
 from dspark_export.train.calibration import Calibration, calibrated
 from dspark_export.train.card import CardFacts, TrainedDrafter, record, write_card
@@ -29,7 +30,7 @@ from dspark_export.train.evaluate import Evaluation, tree_lengths
 from dspark_export.train.features import FeatureStore, Rows, TappedTarget, fill
 from dspark_export.train.module import DraftGeometry, TrainableDrafter
 from dspark_export.train.options import TREE, TrainOptions
-from dspark_export.train.responses import Response, ResponseFile, split, teaches
+from dspark_export.train.responses import ResponseFile, split, teaches
 from dspark_export.train.saving import load_drafter_like, save_drafter
 from dspark_export.train.targets import embedding_and_head, frequent_tokens, geometry_for
 from dspark_export.train.trainer import StepReport, Trainer

@@ -8,29 +8,15 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dspark_export.prompts.answers import Response
 from dspark_runtime.errors import UsageError
 
 EVERY = 32
 """One prompt in this many is held out of training."""
-
-
-@dataclass(frozen=True)
-class Response:
-    """Token ids of a rendered prompt and of what the target answered; ``temperature`` 0 is greedy."""
-
-    prompt: tuple[int, ...]
-    response: tuple[int, ...]
-    temperature: float
-
-    def span(self, max_length: int) -> tuple[list[int], int]:
-        """The first ``max_length`` token ids of prompt and response, and where among them the response begins."""
-        ids = [*self.prompt, *self.response][:max_length]
-        return ids, min(len(self.prompt), len(ids))
 
 
 class ResponseFile:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dspark_export.prompts.answers import Response
 from dspark_export.train.module import DraftGeometry
 from dspark_export.train.options import DrafterShape
-from dspark_export.train.responses import Response
 from dspark_runtime.errors import UnsupportedArchitecture, UsageError
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from dspark_export.drafts.pair_check import PairWarning
+from dspark_export.prompts.answers import Response
 from dspark_export.train.asking import Plan
 from dspark_export.train.features import FeatureStore
 from dspark_export.train.options import DrafterShape, TrainOptions
 from dspark_export.train.pipeline import DrafterJob, train_drafter
-from dspark_export.train.responses import Response, ResponseFile, split
+from dspark_export.train.responses import ResponseFile, split
 from dspark_runtime import Bundle
 from dspark_runtime.errors import BundleNotWritten, UsageError
 from tests import tiny_models
