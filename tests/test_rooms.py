@@ -31,7 +31,7 @@ FLOORS = {
         ("speculation",),
         ("backends",),
         ("bundle", "text"),
-        ("arguments", "processors"),
+        ("arguments", "arrays", "processors"),
         ("errors",),
     ),
     "dspark_serve": (

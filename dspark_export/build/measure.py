@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dspark_export.build.row_noise import noise_text, row_noise
+from dspark_runtime.arrays import AnyArray
 from dspark_runtime.backends.opening import host_graph
 from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
-from dspark_runtime.backends.protocol import AnyArray, EngineOptions
+from dspark_runtime.backends.protocol import EngineOptions
 from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES
 from dspark_runtime.bundle.draft_contract import BLOCK_POSITIONS
 from dspark_runtime.bundle.files import BundleFiles

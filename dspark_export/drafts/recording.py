@@ -13,17 +13,10 @@ import numpy as np
 import onnx
 
 from dspark_runtime import Bundle
+from dspark_runtime.arrays import AnyArray, FloatArray
 from dspark_runtime.backends.ort import HostCache
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
-from dspark_runtime.backends.protocol import (
-    AnyArray,
-    CacheMemory,
-    Features,
-    FeatureStore,
-    FloatArray,
-    GraphEngine,
-    GraphRunner,
-)
+from dspark_runtime.backends.protocol import CacheMemory, Features, FeatureStore, GraphEngine, GraphRunner
 from dspark_runtime.bundle.contract import OPSET, past_name
 from dspark_runtime.bundle.draft_contract import BASE_LOGITS, BLOCK_HIDDEN, CORRECTED_LOGITS, CTX_FEATURES
 from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions

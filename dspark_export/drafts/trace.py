@@ -46,7 +46,7 @@ import numpy as np
 
 from dspark_export.drafts.recording import INNER_PREFIXES, MOST_DRAFTS, Call, RecordedRound, record
 from dspark_runtime import Bundle
-from dspark_runtime.backends.protocol import AnyArray, FloatArray
+from dspark_runtime.arrays import AnyArray, FloatArray
 from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES
 from dspark_runtime.bundle.draft_contract import ANCHOR_IDS, CTX_FEATURES, TEMPERATURE, UNIFORMS
 from dspark_runtime.drafters.parts import DraftOptions

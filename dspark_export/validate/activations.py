@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.arrays import AnyArray
 from dspark_runtime.bundle.contract import (
     ATTENTION_MASK,
     INPUT_IDS,

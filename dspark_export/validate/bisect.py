@@ -17,7 +17,7 @@ import onnx
 
 from dspark_export.validate.references import session
 from dspark_export.validate.tolerances import largest_relative
-from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.arrays import AnyArray
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

@@ -17,7 +17,7 @@ from dspark_export.validate.probe import with_float_products
 from dspark_export.validate.references import ModelRunner
 from dspark_export.validate.tolerances import ACCEPTANCE, ACCEPTANCE_QUANTIZED, AGAINST_MODEL, largest_relative
 from dspark_runtime import Bundle
-from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.arrays import AnyArray
 from dspark_runtime.bundle.contract import ATTENTION_MASK, LOGIT_ROWS, PAST, WRITE_INDICES
 from dspark_runtime.bundle.draft_contract import (
     ANCHOR_IDS,

@@ -26,7 +26,7 @@ from dspark_export.validate.tolerances import (
     relative_rms,
 )
 from dspark_runtime import Bundle
-from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.arrays import AnyArray
 from dspark_runtime.bundle.contract import PAST, PRESENT, GraphContract
 from dspark_runtime.bundle.draft_contract import (
     BEAM_PARENTS,

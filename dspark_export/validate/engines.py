@@ -16,7 +16,7 @@ from dspark_export.validate.checks import Check
 from dspark_export.validate.numerics import cache_shapes, compare, quiet, save_inputs
 from dspark_export.validate.references import GraphRunner
 from dspark_export.validate.tolerances import ENGINE, relative_rms
-from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.arrays import AnyArray
 from dspark_runtime.backends.tensorrt_check import checked_plan, require_device, require_version
 from dspark_runtime.backends.tensorrt_device import installed_version, this_device
 from dspark_runtime.bundle.contract import INPUT_IDS, PRESENT, WRITE_INDICES

@@ -24,7 +24,7 @@ from dspark_export.validate.checks import Check
 from dspark_export.validate.probe import one_pass
 from dspark_export.validate.tolerances import AGAINST_MODEL
 from dspark_runtime import Bundle, Generation
-from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.arrays import FloatArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

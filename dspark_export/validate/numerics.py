@@ -27,8 +27,9 @@ from dspark_export.validate.tolerances import (
     largest_relative,
     relative_rms,
 )
+from dspark_runtime.arrays import AnyArray
 from dspark_runtime.backends.opening import host_graph
-from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, AnyArray
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS
 from dspark_runtime.bundle.contract import LOGITS, PAST
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import GraphEntry

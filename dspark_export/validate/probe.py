@@ -10,8 +10,9 @@ import numpy as np
 from dspark_export.build.row_noise import row_logits
 from dspark_export.drafts.recording import host_tensors
 from dspark_runtime import Bundle
+from dspark_runtime.arrays import AnyArray, FloatArray
 from dspark_runtime.backends.opening import HostBackend
-from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, MOST_ROWS, AnyArray, FloatArray
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, MOST_ROWS
 from dspark_runtime.decoding.fill import fill_prompt, fill_trees
 from dspark_runtime.decoding.request import make_requests
 from dspark_runtime.speculation.kv_cache import KvCache, round_up

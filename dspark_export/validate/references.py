@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from dspark_export.graphs.decoder import EMBEDDING, decoder_layers
 from dspark_export.validate.activations import Pass
-from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.arrays import AnyArray
 from dspark_runtime.bundle.contract import HIDDEN_TAPS, INPUT_IDS, LOGITS, PRESENT, WRITE_INDICES, present_name
 from dspark_runtime.processors import default_threads
 

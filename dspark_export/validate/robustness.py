@@ -15,7 +15,7 @@ from dspark_export.validate.checks import Check
 from dspark_export.validate.probe import Probe, branching, one_pass, with_float_products
 from dspark_export.validate.tolerances import BETWEEN_FORMS, largest_relative
 from dspark_runtime import Bundle
-from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.arrays import FloatArray
 from dspark_runtime.speculation.tree import TokenTree
 
 _HARMLESS = 1e4  # what a masked slot inside a pass's window may hold: 0 * NaN would be NaN, see docs/graphs.md

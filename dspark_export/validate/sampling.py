@@ -13,7 +13,7 @@ from dspark_export.validate.checks import Check
 from dspark_export.validate.probe import Probe, branching
 from dspark_export.validate.references import session
 from dspark_runtime import Bundle
-from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.arrays import FloatArray
 from dspark_runtime.bundle.contract import VERIFY, VERIFY_INPUTS, VERIFY_OUTPUTS
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.errors import DsparkError

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import AnyArray
+from dspark_runtime.arrays import AnyArray
 
 AGAINST_MODEL = 1e-4
 """Graph against PyTorch with the same weights, by :func:`largest_relative`."""

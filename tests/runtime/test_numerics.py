@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dspark_runtime.arrays import FloatArray
 from dspark_runtime.backends.ort import HostCache, OrtRunner
-from dspark_runtime.backends.protocol import FloatArray
 from dspark_runtime.errors import CapacityError
 from dspark_runtime.speculation.kv_cache import KvCache
 from dspark_runtime.speculation.tree import TokenTree

@@ -10,8 +10,9 @@ import pytest
 
 import dspark_runtime.decoding.fill
 import dspark_runtime.speculation.verify
+from dspark_runtime.arrays import BoolArray
 from dspark_runtime.backends.ort import HostCache
-from dspark_runtime.backends.protocol import BoolArray, Runner, StepBuffers
+from dspark_runtime.backends.protocol import Runner, StepBuffers
 from dspark_runtime.decoding.loop import DecodingLoop
 from dspark_runtime.drafters.block import BlockDrafter
 from dspark_runtime.speculation.kv_cache import KvCache

@@ -11,9 +11,10 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from dspark_runtime.arrays import AnyArray, Runs
 from dspark_runtime.backends.cuda import Cuda
 from dspark_runtime.backends.device_cache import ELEMENT_BYTES, DeviceCache, LentCache
-from dspark_runtime.backends.protocol import AnyArray, CacheMemory, ResidentTaps, Runs
+from dspark_runtime.backends.protocol import CacheMemory, ResidentTaps
 from dspark_runtime.bundle.contract import TensorSpec
 from dspark_runtime.errors import BackendError
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dspark_runtime.arrays import AnyArray
 from dspark_runtime.backends.cuda import Bytes, Cuda
 from dspark_runtime.backends.device import PARTS, Plan, device_cache
 from dspark_runtime.backends.device_cache import CachePool, DeviceCache, LentCache
@@ -18,7 +19,7 @@ from dspark_runtime.backends.device_features import DeviceFeatures, TakenRows, t
 from dspark_runtime.backends.device_layout import to_float32
 from dspark_runtime.backends.device_shapes import PassRanges, largest_sizes, profile_for
 from dspark_runtime.backends.host_features import HostFeatures
-from dspark_runtime.backends.protocol import AnyArray, CacheMemory, Features, FeatureStore
+from dspark_runtime.backends.protocol import CacheMemory, Features, FeatureStore
 from dspark_runtime.bundle.contract import TensorSpec, past_name, present_name
 from dspark_runtime.bundle.draft_contract import TARGET_FEATURES, TEMPERATURE
 from dspark_runtime.bundle.files import BundleFiles

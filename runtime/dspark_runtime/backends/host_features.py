@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import AnyArray, ResidentTaps, Runs
+from dspark_runtime.arrays import AnyArray, Runs
+from dspark_runtime.backends.protocol import ResidentTaps
 from dspark_runtime.errors import BackendError
 
 

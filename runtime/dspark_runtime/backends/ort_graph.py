@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from dspark_runtime.arrays import AnyArray
 from dspark_runtime.backends.host_features import HostFeatures
 from dspark_runtime.backends.ort import HostCache, load_session, value_over
-from dspark_runtime.backends.protocol import AnyArray, CacheMemory, EngineOptions, Features
+from dspark_runtime.backends.protocol import CacheMemory, EngineOptions, Features
 from dspark_runtime.bundle.contract import CacheLayer, past_name, present_name
 from dspark_runtime.errors import BackendError, CapacityError, IncompatibleBundle
 

@@ -11,23 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Protocol
 
 from dspark_runtime.arguments import whole
+from dspark_runtime.arrays import AnyArray, BoolArray, FloatArray, IntArray, Runs
 from dspark_runtime.errors import UsageError
 
 MOST_ROWS = 64  # rows of one sequence in one pass
-
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float32]
-AnyArray = npt.NDArray[Any]
-Runs = Sequence[tuple[int, int]]
-"""(first, count) of neighbouring rows or columns, ascending."""
-
 
 FLOAT_PRODUCTS, ROUNDED_ACTIVATIONS = 1, 4
 """ONNX Runtime's levels of products with quantized weights: in float32, or with activations rounded to 8 bits."""
@@ -72,7 +62,7 @@ class StepBuffers:
     write_indices: IntArray
     logit_rows: IntArray
     logits: FloatArray
-    taps: npt.NDArray[Any] | None
+    taps: AnyArray | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.arrays import FloatArray
 from dspark_runtime.decoding.request import Request
 from dspark_runtime.drafters.base import Draft
 from dspark_runtime.errors import BackendError

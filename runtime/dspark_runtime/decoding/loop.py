@@ -38,7 +38,8 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from dspark_runtime.backends.protocol import MOST_ROWS, AnyArray, Engine, FloatArray, TreeVerdicts
+from dspark_runtime.arrays import AnyArray, FloatArray
+from dspark_runtime.backends.protocol import MOST_ROWS, Engine, TreeVerdicts
 from dspark_runtime.decoding.batch import Batch
 from dspark_runtime.decoding.device_verdicts import read_verdicts, tree_check
 from dspark_runtime.decoding.fill import fill_prompt, fill_trees

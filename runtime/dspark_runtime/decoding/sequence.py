@@ -8,7 +8,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.arrays import FloatArray
 from dspark_runtime.decoding.choice import TokenChoice, TokenLogprob
 from dspark_runtime.decoding.request import Request
 from dspark_runtime.decoding.statistics import Statistics

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import Engine, IntArray, Runs
+from dspark_runtime.arrays import IntArray, Runs
+from dspark_runtime.backends.protocol import Engine
 from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.errors import IncompatibleBundle
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from dspark_runtime.backends.protocol import AnyArray, FloatArray, ResidentTaps, Runs
+from dspark_runtime.arrays import AnyArray, FloatArray, Runs
+from dspark_runtime.backends.protocol import ResidentTaps
 from dspark_runtime.errors import BackendError
 from dspark_runtime.speculation.sampling import Sampler
 from dspark_runtime.speculation.tree import TokenTree

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import FloatArray, IntArray
+from dspark_runtime.arrays import FloatArray, IntArray
 
 
 @dataclass(frozen=True)

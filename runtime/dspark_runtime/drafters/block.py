@@ -19,18 +19,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import (
-    AnyArray,
-    CacheMemory,
-    Features,
-    FeatureStore,
-    FloatArray,
-    GraphEngine,
-    GraphRunner,
-    IntArray,
-    ResidentTaps,
-    Runs,
-)
+from dspark_runtime.arrays import AnyArray, FloatArray, IntArray, Runs
+from dspark_runtime.backends.protocol import CacheMemory, Features, FeatureStore, GraphEngine, GraphRunner, ResidentTaps
 from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES
 from dspark_runtime.bundle.draft_contract import (
     ANCHOR_IDS,

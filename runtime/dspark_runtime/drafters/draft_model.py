@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspark_runtime.backends.protocol import CacheMemory, Features, FloatArray, GraphEngine, GraphRunner, IntArray
+from dspark_runtime.arrays import FloatArray, IntArray
+from dspark_runtime.backends.protocol import CacheMemory, Features, GraphEngine, GraphRunner
 from dspark_runtime.bundle.contract import LOGITS
 from dspark_runtime.bundle.manifest import DrafterEntry
 from dspark_runtime.drafters.estimates import DraftSampling

@@ -11,18 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import (
-    AnyArray,
-    CacheMemory,
-    Features,
-    FeatureStore,
-    FloatArray,
-    GraphEngine,
-    GraphRunner,
-    IntArray,
-    ResidentTaps,
-    Runs,
-)
+from dspark_runtime.arrays import AnyArray, FloatArray, IntArray, Runs
+from dspark_runtime.backends.protocol import CacheMemory, Features, FeatureStore, GraphEngine, GraphRunner, ResidentTaps
 from dspark_runtime.bundle.contract import LOGIT_ROWS, LOGITS
 from dspark_runtime.bundle.draft_contract import DRAFT_HIDDEN, EXTEND, RECURRENT_HIDDEN, STEP, TARGET_FEATURES
 from dspark_runtime.bundle.manifest import DrafterEntry, EagleFacts

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import FloatArray, IntArray
+from dspark_runtime.arrays import FloatArray, IntArray
 
 DraftSampling = Literal["greedy", "coupled", "rejection"]
 """How trained drafters draft for requests with a temperature. ``greedy``: the most likely tokens. ``coupled``: drawn

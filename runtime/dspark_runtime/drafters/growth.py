@@ -10,7 +10,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import FloatArray, IntArray
+from dspark_runtime.arrays import FloatArray, IntArray
 from dspark_runtime.drafters.base import Draft, DraftRequest
 from dspark_runtime.drafters.estimates import DraftSampling, bucket, over_target
 from dspark_runtime.speculation.sampling import inverse_cdf

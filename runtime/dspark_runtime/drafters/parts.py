@@ -14,7 +14,8 @@ from dspark_runtime.drafters.estimates import DraftSampling
 from dspark_runtime.errors import DamagedBundle, UsageError
 
 if TYPE_CHECKING:
-    from dspark_runtime.backends.protocol import GraphEngine, IntArray
+    from dspark_runtime.arrays import IntArray
+    from dspark_runtime.backends.protocol import GraphEngine
     from dspark_runtime.bundle.files import BundleFiles
     from dspark_runtime.bundle.manifest import DrafterEntry
     from dspark_runtime.speculation.costs import PassCosts

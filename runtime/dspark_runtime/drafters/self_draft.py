@@ -14,7 +14,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import Engine, FloatArray, Runner
+from dspark_runtime.arrays import FloatArray
+from dspark_runtime.backends.protocol import Engine, Runner
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
 from dspark_runtime.drafters.estimates import bucket
 from dspark_runtime.speculation.kv_cache import KvCache

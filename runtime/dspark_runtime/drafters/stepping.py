@@ -12,7 +12,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import AnyArray, Features, FloatArray, GraphEngine, IntArray
+from dspark_runtime.arrays import AnyArray, FloatArray, IntArray
+from dspark_runtime.backends.protocol import Features, GraphEngine
 from dspark_runtime.bundle.contract import ATTENTION_MASK, INPUT_IDS, LOGIT_ROWS, POSITION_IDS, WRITE_INDICES
 from dspark_runtime.drafters.base import Draft, DraftRequest
 from dspark_runtime.drafters.cached import CachedDrafter, alone

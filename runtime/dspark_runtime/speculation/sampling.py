@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_runtime.arguments import real, whole
-from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.arrays import FloatArray
 from dspark_runtime.errors import BackendError, UsageError
 from dspark_runtime.speculation.guides import Guide
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import BoolArray, IntArray
+from dspark_runtime.arrays import BoolArray, IntArray
 from dspark_runtime.errors import InvalidTree
 
 MAX_ROWS = 256

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_runtime.backends.protocol import FloatArray
+from dspark_runtime.arrays import FloatArray
 from dspark_runtime.speculation.sampling import Sampler, distribution
 from dspark_runtime.speculation.tree import TokenTree
 
