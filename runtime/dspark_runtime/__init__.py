@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspark_runtime.api import Bundle, Stream
+    from dspark_runtime.api import Bundle
     from dspark_runtime.decoding.sequence import Chunk, Generation
     from dspark_runtime.decoding.statistics import Statistics
+    from dspark_runtime.decoding.stream import Stream
     from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
     from dspark_runtime.drafters.choice import SPECULATION_MODES
     from dspark_runtime.drafters.parts import DraftOptions
@@ -37,7 +38,7 @@ _PLACES = {
     "Service": "serving.service",
     "ServiceOptions": "serving.options",
     "Statistics": "decoding.statistics",
-    "Stream": "api",
+    "Stream": "decoding.stream",
     "TokenTree": "speculation.tree",
 }
 

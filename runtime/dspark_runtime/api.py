@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, Protocol, Unpack, overload
+from typing import Literal, Unpack, overload
 
-from dspark_runtime.arguments import Ids, Text, plain_prompts, refuse_unknown, whole
+from dspark_runtime.arguments import Ids, Prompt, Text, TokenArray, by_name, plain_prompts, refuse_unknown, whole
 from dspark_runtime.backends.opening import Backend, open_backend, rows_are_equal
 from dspark_runtime.backends.protocol import (
     FLOAT_PRODUCTS,
@@ -30,9 +29,10 @@ from dspark_runtime.bundle.manifest import Manifest
 from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
 from dspark_runtime.decoding.observer import Observer
 from dspark_runtime.decoding.options import DEFAULTS, CallOptions, GenerateOptions, draft_options, sampling_params
-from dspark_runtime.decoding.request import Limits, Request, make_requests
+from dspark_runtime.decoding.request import Limits, make_requests
 from dspark_runtime.decoding.schedule import Schedule
-from dspark_runtime.decoding.sequence import Chunk, Generation, SequenceState
+from dspark_runtime.decoding.sequence import Generation
+from dspark_runtime.decoding.stream import Stream
 from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.choice import DrafterChoice
 from dspark_runtime.drafters.parts import DraftOptions
@@ -46,58 +46,11 @@ from dspark_runtime.speculation.sampling import SamplingParams
 from dspark_runtime.text.chat_template import Message
 from dspark_runtime.text.codec import TextCodec
 
-
-class TokenArray(Protocol):
-    """A numpy array or a torch tensor of token ids: one prompt if it has one dimension, one per row if two."""
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-
-    def tolist(self) -> object:
-        """The ids as plain Python."""
-
-
 Speculate = bool | str | Drafter | Sequence[Drafter] | None
 """False for ``off``, True and None for ``auto``; see :meth:`Bundle.generate`."""
 
-Prompt = str | bytes | Sequence[int]
-"""Text, UTF-8 bytes or token ids."""
-
 Params = SamplingParams | Sequence[SamplingParams] | None
 """One setting for all prompts, or a sequence of one for each."""
-
-
-class Stream:
-    """Text as it comes: iterate for :class:`Chunk` objects; ``generations`` holds the results at the end."""
-
-    def __init__(self, open_loop: Callable[[], DecodingLoop], requests: Sequence[Request]) -> None:
-        self._open_loop, self._requests = open_loop, requests
-        self._cancelled = False
-        self.generations: list[Generation] = []
-
-    def __iter__(self) -> Iterator[Chunk]:
-        loop, coming, sequences = self._open_loop(), deque(self._requests), list[SequenceState]()
-        try:
-            while not self._cancelled:
-                while coming and loop.free:
-                    sequences.append(loop.admit(coming.popleft()))
-                if not loop.busy:
-                    break
-                yield from loop.step()
-            for sequence in sequences:
-                if not sequence.finished:
-                    yield loop.cancel(sequence)
-        finally:
-            loop.close()
-        for request in coming:
-            sequences.append(SequenceState(len(sequences), request, None))
-            yield sequences[-1].cancel()
-        self.generations = [sequence.generation() for sequence in sequences]
-
-    def cancel(self) -> None:
-        """End all texts before the next step; they finish with the reason ``cancelled``. From any thread."""
-        self._cancelled = True
 
 
 class Bundle:
@@ -341,7 +294,7 @@ class Bundle:
         result = self._start(encoded, params, speculate, drafting, asked)
         if stream:
             return result
-        generations = _finished(result)
+        generations = result.finish()
         return generations[0] if single else generations
 
     @overload
@@ -415,10 +368,10 @@ class Bundle:
             if name in options:
                 raise UsageError(f"chat() has no option {name!r}: the conversation is its first argument")
         refuse_unknown("chat()", {n: v for n, v in options.items() if n not in _OPTIONS}, _OPTIONS)
-        variables = {**_checked_variables(template_variables), "tools": tools, "documents": documents}
+        variables = {**by_name("template_variables", template_variables), "tools": tools, "documents": documents}
         encoded = self.codec.encode_chat(messages, **variables)
         result = self._start([encoded], params, speculate, drafting, {**DEFAULTS, **options})
-        return result if stream else _finished(result)[0]
+        return result if stream else result.finish()[0]
 
     def _start(
         self,
@@ -518,7 +471,7 @@ class Bundle:
             return prompt
         if chat:
             message = {"role": "user", "content": prompt}
-            return self.codec.encode_chat([message], **_checked_variables(variables))
+            return self.codec.encode_chat([message], **by_name("template_variables", variables))
         return self.codec.encode(prompt)
 
     def _costs(self) -> PassCosts:
@@ -538,20 +491,6 @@ def _accuracy(files: BundleFiles, exact: bool) -> int:
     elsewhere = any(graph.kernels for graph in files.manifest.graphs) and not rows_are_equal(files)
     agree = precision.rows_agree and not elsewhere
     return FLOAT_PRODUCTS if exact and not agree else precision.accuracy_level or ROUNDED_ACTIVATIONS
-
-
-def _finished(stream: Stream) -> list[Generation]:
-    for _ in stream:
-        pass
-    return stream.generations
-
-
-def _checked_variables(variables: object) -> dict[str, object]:
-    if variables is None:
-        return {}
-    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
-        raise UsageError(f"template_variables={variables!r:.60}: give a mapping from names to values")
-    return dict(variables)
 
 
 _OPTIONS = ("params", "speculate", "drafting", "stream", *GenerateOptions.__annotations__)

@@ -6,12 +6,27 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Protocol
 
 from dspark_runtime.errors import UsageError
 
 Text = str | bytes | bytearray
 Ids = list[int]
+
+Prompt = str | bytes | Sequence[int]
+"""Text, UTF-8 bytes or token ids."""
+
+
+class TokenArray(Protocol):
+    """A numpy array or a torch tensor of token ids: one prompt if it has one dimension, one per row if two."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+
+    def tolist(self) -> object:
+        """The ids as plain Python."""
+
 
 _TAKEN = "a prompt is text, UTF-8 bytes or token ids (a list, an array or a tensor), or a list of those"
 
@@ -51,6 +66,15 @@ def real(value: object) -> float | None:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
+
+
+def by_name(name: str, value: object) -> dict[str, object]:
+    """``value`` as a dict if it is a mapping from names, empty for None; UsageError otherwise."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise UsageError(f"{name}={value!r:.60}: give a mapping from names to values")
+    return dict(value)
 
 
 def refuse_unknown(call: str, unknown: Mapping[str, object], known: Sequence[str]) -> None:

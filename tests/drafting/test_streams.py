@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dspark_runtime.api import Stream
 from dspark_runtime.backends.device import DeviceEngine, DeviceRunner, Plan
 from dspark_runtime.backends.device_graph import DeviceGraphEngine, DeviceGraphRunner
 from dspark_runtime.backends.device_shapes import largest_sizes
@@ -21,6 +20,7 @@ from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
 from dspark_runtime.decoding.request import Limits, make_requests
 from dspark_runtime.decoding.round import Accepted
 from dspark_runtime.decoding.schedule import Schedule
+from dspark_runtime.decoding.stream import Stream
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
 from dspark_runtime.drafters.choice import DrafterChoice
 from dspark_runtime.drafters.parts import DraftOptions

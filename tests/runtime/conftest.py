@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from dspark_runtime.api import Stream
 from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.backends.protocol import EngineOptions
 from dspark_runtime.bundle.contract import CacheLayer
@@ -18,6 +17,7 @@ from dspark_runtime.decoding.observer import Observer
 from dspark_runtime.decoding.request import Limits, make_requests
 from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.decoding.sequence import Generation
+from dspark_runtime.decoding.stream import Stream
 from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.speculation.costs import PassCosts
 from dspark_runtime.speculation.sampling import SamplingParams
