@@ -44,7 +44,7 @@ FLOORS = {
         ("routes",),
         ("serving",),
         ("tools",),
-        ("access", "guides", "logprobs", "metrics", "streams"),
+        ("access", "guides", "logprobs", "metrics", "splitting", "streams"),
         ("errors", "schemas"),
         ("names",),
     ),

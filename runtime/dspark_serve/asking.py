@@ -6,13 +6,15 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from starlette.requests import Request
 from starlette.types import Receive
 
+from dspark_runtime.bundle.manifest import DrafterEntry
+from dspark_runtime.decoding.request import Request as ServiceRequest
 from dspark_runtime.decoding.sequence import Chunk, FinishReason, Generation
 from dspark_runtime.errors import DsparkError
 from dspark_runtime.serving.events import Finished
@@ -23,6 +25,7 @@ from dspark_serve.guides import Grammar, Kind
 from dspark_serve.routes import served_by
 from dspark_serve.schemas import JsonObjectFormat, JsonSchemaFormat, ResponseFormat, Sampling
 from dspark_serve.serving import Served
+from dspark_serve.splitting import Splitter
 from dspark_serve.streams import Channel
 
 FINISH_REASONS: Mapping[FinishReason, str] = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
@@ -37,12 +40,14 @@ class Ask:
     channel: Channel
     identity: str
     created: int
+    speculation: Speculation
 
     @property
     def headers(self) -> dict[str, str]:
         """Of the answer."""
         ignored = self.body.ignored()
-        return {"x-dspark-ignored": ", ".join(ignored)} if ignored else {}
+        headers = {"x-dspark-speculation": str(self.speculation)}
+        return headers | {"x-dspark-ignored": ", ".join(ignored)} if ignored else headers
 
     @property
     def choices(self) -> range:
@@ -54,6 +59,15 @@ class Ask:
         """Whether a stream ends with a chunk of usage."""
         options = self.body.stream_options
         return bool(options and options.include_usage)
+
+    def chunk_splitter(self) -> Callable[[int, Chunk], Sequence[Chunk]]:
+        """Gives what of a choice's chunk goes into events of their own: all of it, or each token."""
+        options = self.body.stream_options
+        if not (options and options.token_by_token):
+            return lambda _, chunk: [chunk]
+        tokenizer = self.served.codec.tokenizer
+        splitters = [Splitter(tokenizer, handle.request) for handle in self.channel.handles]
+        return lambda index, chunk: splitters[index].split(chunk)
 
     def draft_reports(self) -> list[DraftReport]:
         """One for each choice of a stream that is to tell who drafted what; else none."""
@@ -112,6 +126,7 @@ def submit(
                 stop=body.stops(),
                 ignore_eos=bool(body.ignore_eos),
                 choice=choice,
+                speculate=body.speculate or "auto",
                 scope=request.scope.get("state", {}).get("key", ""),  # one key does not learn what another has sent
             )
             for prompt in prompts
@@ -121,7 +136,39 @@ def submit(
     except DsparkError as error:
         raise from_runtime(error, fields, "messages" if "messages" in fields else "prompt") from error
     request.state.channel = channel
-    return Ask(served, body, channel, f"{kind}-{secrets.token_hex(12)}", int(time.time()))
+    speculation = speculation_of(served.service.drafters, served.bundle.manifest.drafters, requests)
+    served.metrics.speculated(speculation.state)
+    return Ask(served, body, channel, f"{kind}-{secrets.token_hex(12)}", int(time.time()), speculation)
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Whether requests are drafted for: ``auto``, ``partial`` (a text may grow longer than a draft model reaches) or
+    ``off``, and why."""
+
+    state: Literal["auto", "partial", "off"]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """As the header has it."""
+        return f"{self.state}; {self.reason}" if self.reason else self.state
+
+
+def speculation_of(
+    names: Sequence[str], entries: Sequence[DrafterEntry], requests: Sequence[ServiceRequest]
+) -> Speculation:
+    """What the drafters ``names`` do for ``requests``, which share their settings; ``entries`` are the bundle's."""
+    if not names:
+        return Speculation("off", "server")
+    if not requests[0].speculate:
+        return Speculation("off", "request")
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    reach = [
+        f"{entry.name} up to {entry.max_positions} tokens"
+        for entry in entries
+        if entry.name in names and entry.max_positions is not None and entry.max_positions < longest
+    ]
+    return Speculation("partial", ", ".join(reach)) if reach else Speculation("auto")
 
 
 def grammar_of(body: Sampling) -> Grammar | None:

@@ -61,7 +61,7 @@ class _Stream:
     def __init__(self, ask: Ask, token_bytes: TokenBytes | None, readers: Sequence[ToolText]) -> None:
         self._ask, self._token_bytes, self._readers = ask, token_bytes, readers
         self._frame = ask.frame(_CHUNK) | ({"usage": None} if ask.with_usage else {})
-        self._reports = ask.draft_reports()
+        self._reports, self._split = ask.draft_reports(), ask.chunk_splitter()
 
     async def events(self) -> AsyncIterator[bytes]:
         ask, ended = self._ask, dict[int, Generation]()
@@ -70,7 +70,7 @@ class _Stream:
             parts = []
             for index, heard in items:
                 if isinstance(heard, Tokens):
-                    parts.append(self._text(index, heard.chunk))
+                    parts += [self._text(index, chunk) for chunk in self._split(index, heard.chunk)]
                 elif isinstance(heard, Finished):
                     ended[index] = heard.generation
                     reason = _finish_reason(heard.generation, self._readers[index] if self._readers else None)

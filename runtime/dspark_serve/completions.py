@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from dspark_runtime.decoding.sequence import Generation
+from dspark_runtime.decoding.sequence import Chunk, Generation
 from dspark_runtime.errors import DsparkError
 from dspark_runtime.serving.events import Finished, Tokens
 from dspark_serve.asking import FINISH_REASONS, Ask, sampling_params, submit, usage, whole_texts
@@ -53,19 +53,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 async def _events(ask: Ask, token_bytes: TokenBytes | None) -> AsyncIterator[bytes]:
     frame = ask.frame(_KIND) | ({"usage": None} if ask.with_usage else {})
     ended: dict[int, Generation] = {}
-    offsets, reports = [0 for _ in ask.choices], ask.draft_reports()
+    texts = _Texts(ask, frame, token_bytes)
     while items := await ask.channel.read():
         parts = []
         for index, heard in items:
             if isinstance(heard, Tokens):
-                chunk = heard.chunk
-                more = reports[index].of(chunk) if reports else {}
-                found = spoken_logprobs(chunk.logprobs, chunk.finish_reason)
-                if token_bytes is not None and found:
-                    more["logprobs"] = completion_logprobs(found, token_bytes, offsets[index])
-                offsets[index] += len(chunk.text)
-                if chunk.text or more:
-                    parts.append(event(frame | {"choices": [_choice(index, chunk.text, None) | more]}))
+                parts += texts.of(index, heard.chunk)
             elif isinstance(heard, Finished):
                 ended[index] = heard.generation
                 reason = FINISH_REASONS[heard.generation.finish_reason]
@@ -75,6 +68,28 @@ async def _events(ask: Ask, token_bytes: TokenBytes | None) -> AsyncIterator[byt
     if ask.with_usage:
         generations = [ended[index] for index in sorted(ended)]
         yield event(frame | {"choices": [], "usage": usage(generations, ask.body.n or 1)})
+
+
+class _Texts:
+    """Events of the texts of one stream."""
+
+    def __init__(self, ask: Ask, frame: dict[str, Any], token_bytes: TokenBytes | None) -> None:
+        self._frame, self._token_bytes = frame, token_bytes
+        self._offsets = [0 for _ in ask.choices]
+        self._reports, self._split = ask.draft_reports(), ask.chunk_splitter()
+
+    def of(self, index: int, heard: Chunk) -> list[bytes]:
+        """What choice ``index`` got."""
+        events = []
+        for chunk in self._split(index, heard):
+            more = self._reports[index].of(chunk) if self._reports else {}
+            found = spoken_logprobs(chunk.logprobs, chunk.finish_reason)
+            if self._token_bytes is not None and found:
+                more["logprobs"] = completion_logprobs(found, self._token_bytes, self._offsets[index])
+            self._offsets[index] += len(chunk.text)
+            if chunk.text or more:
+                events.append(event(self._frame | {"choices": [_choice(index, chunk.text, None) | more]}))
+        return events
 
 
 def _whole(index: int, generation: Generation, token_bytes: TokenBytes | None) -> dict[str, Any]:

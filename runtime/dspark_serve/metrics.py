@@ -29,6 +29,9 @@ class Metrics(ServiceObserver):
         self._requests = Counter(
             "dspark_requests", "HTTP requests that were answered.", ["route", "status", "reason"], registry=registry
         )
+        self._speculation = Counter(
+            "dspark_speculation", "HTTP requests, by whether they are drafted for.", ["state"], registry=registry
+        )
         self._refused = Counter("dspark_refused", "Requests the service did not take.", ["reason"], registry=registry)
         self._tokens = Counter("dspark_tokens", "Tokens of ended requests.", ["kind"], registry=registry)
         self._queue_s = self._histogram("queue_seconds", "From arrival to a row of the cache.", _SECONDS)
@@ -72,6 +75,10 @@ class Metrics(ServiceObserver):
     def answered(self, route: str, status: int, reason: str) -> None:
         """An HTTP request was answered, or given up."""
         self._requests.labels(route, str(status), reason).inc()
+
+    def speculated(self, state: str) -> None:
+        """A request was taken that is drafted for, in part or not at all."""
+        self._speculation.labels(state).inc()
 
     # Of the service ------------------------------------------------------------------------------------------------
 
@@ -160,6 +167,7 @@ class _State(Collector):
             "slots": ("Tokens the cache has room for.", stats.rows * stats.capacity),
             "slots_used": ("Tokens of requests that decode, at the end of the last round.", slots),
             "ready": ("1 while requests are taken.", stats.health == "ready"),
+            "ledger_ms": ("Time lost to drafts that did not pay, less what others won.", self._service.ledger_ms),
             "engine_heartbeat_seconds": ("Since the engine's thread last showed life.", stats.heartbeat),
         }
         for name, (text, value) in gauges.items():

@@ -45,6 +45,7 @@ class StreamOptions(Model):
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    token_by_token: bool | None = Field(None, description="An event for each token, not for each round.")
     include_drafters: bool | None = Field(
         None, description="Each chunk has the text of every token and the names of the drafters that proposed it."
     )
@@ -104,6 +105,7 @@ class Sampling(Model):
     guided_regex: str | None = Field(None, description="A regular expression for the whole text.")
     guided_choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
     guided_grammar: str | None = Field(None, description="A grammar in llguidance's Lark.")
+    speculate: Literal["auto", "off"] | None = Field(None, description="Off: draft nothing for this request.")
     priority: int | None = Field(None, ge=0, le=MOST_PRIORITY, description="Of requests that wait, 9 goes first.")
     timeout: float | None = Field(None, gt=0, le=1e6, description="Seconds after which the answer is not wanted.")
 

@@ -375,7 +375,7 @@ class DecodingLoop:
                     s.index,
                     s.row,
                     s.tokens,
-                    min(most, s.remaining - 1),
+                    min(most, s.remaining - 1) if s.request.speculate else 0,
                     sampler=s.sampler,
                     forced=s.choice.forced if s.choice.guided else None,
                 )

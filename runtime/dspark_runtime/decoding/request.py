@@ -27,7 +27,7 @@ class Limits:
 class Request:
     """A checked request. ``key`` is its identity for random numbers; ``eos`` are the token ids that end a text.
 
-    Context is reused only between requests of one ``scope``.
+    Context is reused only between requests of one ``scope``. Nothing is drafted for one that is not to ``speculate``.
     """
 
     prompt: tuple[int, ...]
@@ -38,6 +38,7 @@ class Request:
     stops: tuple[str, ...]
     eos: frozenset[int]
     scope: str = ""
+    speculate: bool = True
 
 
 def make_requests(
@@ -86,6 +87,7 @@ def make_request(
     eos: Sequence[int] = (),
     occurrence: int | Callable[[tuple[int, ...]], int] = 0,
     scope: str = "",
+    speculate: bool = True,
 ) -> Request:
     """Check one prompt and its options.
 
@@ -99,6 +101,7 @@ def make_request(
         eos: token ids that end it.
         occurrence: a number that tells equal prompts apart, or what gives it for the checked prompt.
         scope: whose context may be reused.
+        speculate: whether anything is drafted for it.
 
     Raises:
         UsageError: an option or the prompt outside its range.
@@ -122,6 +125,7 @@ def make_request(
         stops=stops,
         eos=frozenset(eos),
         scope=scope,
+        speculate=speculate,
     )
 
 

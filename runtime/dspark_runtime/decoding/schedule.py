@@ -142,6 +142,11 @@ class Schedule:
         """Whether speculation has lost more than it may."""
         return self._lost_ms > ALLOWANCE * self._all_ms + self.round_ms(1)
 
+    @property
+    def lost_ms(self) -> float:
+        """Milliseconds that speculation has lost; below 0 where it gained, which is remembered up to a point."""
+        return self._lost_ms
+
     def choose(self, proposals: Sequence[Proposal], batch: int) -> list[TokenTree]:
         """The tree to verify for each sequence: the best part of its proposal, or only its anchor."""
         if not any(proposal.parts for proposal in proposals):

@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import Literal
 
 from dspark_runtime.arguments import real, whole
 from dspark_runtime.decoding.loop import DecodingLoop
@@ -86,6 +87,7 @@ class Service:
         self._eos = tuple(eos)
         self._open_loop = open_loop
         self._loop = open_loop()
+        self.drafters = tuple(drafter.name for drafter in self._loop.drafters)
         self._chunks = ChunkSize(options.chunk, self._loop.options.prefill_chunk, options.prefill_share, fixed_chunks)
         self._changed = threading.Condition()  # guards everything below that other threads touch
         self._health: Health = "ready"
@@ -117,16 +119,20 @@ class Service:
         ignore_eos: bool = False,
         choice: int = 0,
         scope: str = "",
+        speculate: Literal["auto", "off"] | bool = "auto",
     ) -> Request:
         """A checked request; arguments as for :meth:`Bundle.generate`.
 
         ``choice`` numbers several texts for one prompt and seed. Context is reused between requests of one ``scope``
-        only. The text depends on nothing but these arguments.
+        only. ``speculate`` ``off`` (or False): nothing is drafted for this request; ``auto``: what the service's
+        drafters find. The text depends on nothing but the other arguments.
 
         Raises:
             UsageError: an argument outside its range.
             CapacityError: prompt and text are longer than the service's capacity.
         """
+        if not isinstance(speculate, bool) and speculate not in ("auto", "off"):
+            raise UsageError(f"speculate={speculate!r}: a request is served with 'auto' or 'off'")
         return make_request(
             prompt,
             self.limits,
@@ -137,6 +143,7 @@ class Service:
             eos=() if ignore_eos else self._eos,
             occurrence=choice,
             scope=scope,
+            speculate=speculate not in (False, "off"),
         )
 
     def submit(
@@ -190,6 +197,11 @@ class Service:
     def health(self) -> Health:
         """``ready``; ``draining`` while it ends; ``stopped`` after that; ``unhealthy`` if its engine has failed."""
         return self._health
+
+    @property
+    def ledger_ms(self) -> float:
+        """What :attr:`Schedule.lost_ms` of the running loop says."""
+        return self._loop.schedule.lost_ms
 
     @property
     def heartbeat(self) -> float:

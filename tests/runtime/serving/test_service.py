@@ -175,6 +175,22 @@ def test_a_text_waits_for_one_chunk_of_a_prompt_at_most(tiny: Tiny) -> None:
     assert not any(one and following for one, following in itertools.pairwise(steps[: last_chunk + 1]))
 
 
+def test_nothing_is_drafted_for_a_request_that_wants_none(tiny: Tiny) -> None:
+    def open_loop() -> DecodingLoop:
+        return tiny.loop(2, CAPACITY, [NgramDrafter(), SelfDrafter(tiny.self_few)], 3, LoopOptions(prefill_chunk=16))
+
+    limits = Limits(tiny.vocab_size, CAPACITY)
+    with Service(open_loop, ServiceOptions(rows=2, chunk=6), limits, threaded=False) as service:
+        modes: list[Any] = ["auto", "off"]
+        handles = [service.submit(service.request([4, 5] * 8, max_new_tokens=30, speculate=mode)) for mode in modes]
+        until_idle(service)
+        drafted, plain = (handle.result(0) for handle in handles)
+        assert drafted.tokens == plain.tokens
+        assert drafted.stats.verified > 0 == plain.stats.verified == plain.stats.drafted
+        with pytest.raises(UsageError, match="speculate='ngram'"):
+            service.request([4, 5], speculate="ngram")  # type: ignore[arg-type]
+
+
 def test_a_full_queue_refuses(tiny: Tiny) -> None:
     with served(tiny, rows=1, queue=2, threaded=False) as service:
         request = service.request(PROMPTS[0], max_new_tokens=3)
