@@ -1,4 +1,4 @@
-"""Load for a server: so many requests at a time, or arrivals at random; and what came of it."""
+"""Puts load on a server, either a fixed number of requests at a time or random arrivals, and records the results."""
 
 from __future__ import annotations
 

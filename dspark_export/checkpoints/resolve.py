@@ -96,7 +96,7 @@ class _Opened:
         config = text_part(whole, any_wrapper=trial is not None)
         quantization = read_settings(folder, getattr(config, "quantization_config", None))
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # transformers shall see plain floats
+            del config.quantization_config  # transformers must see plain floats
         end_at_original_length(config, name)
         _check_supported(config, trial)
         if quantization:

@@ -18,7 +18,7 @@ class DeployOptions:
     """``settings``: of the service. ``copy``: put the bundle into the deployment, instead of naming where it is.
 
     Raises:
-        UsageError: a name that is no file name, a value outside its range, or a backend the bundle has no engines for.
+        UsageError: a name that is not a file name, a value out of range, or a backend the bundle has no engines for.
         BundleError: no bundle, or a damaged or incompatible one.
     """
 

@@ -63,13 +63,13 @@ def _derived(indices: ir.Value) -> set[ir.Value]:
 
 
 def _choose(graph: ir.Graph, scatter: ir.Node, draws: ir.Value) -> None:
-    """``Where(draws, drawn, likeliest)``: rows of all sequences are in order, so nothing has to be scattered."""
-    likeliest, _, drawn = scatter.inputs
-    axes = match.int64_constant(graph, range(1, match.rank(likeliest)))
+    """``Where(draws, drawn, most_likely)``: the rows of all sequences are in order, so nothing has to be scattered."""
+    most_likely, _, drawn = scatter.inputs
+    axes = match.int64_constant(graph, range(1, match.rank(most_likely)))
     wide = ir.node("Unsqueeze", [draws, axes], num_outputs=1, name=f"{scatter.name}/draws")
-    pick = ir.node("Where", [wide.outputs[0], drawn, likeliest], num_outputs=1, name=f"{scatter.name}/pick")
+    pick = ir.node("Where", [wide.outputs[0], drawn, most_likely], num_outputs=1, name=f"{scatter.name}/pick")
     wide.outputs[0].name, wide.outputs[0].type = wide.name, ir.TensorType(ir.DataType.BOOL)
-    pick.outputs[0].name, pick.outputs[0].type, pick.outputs[0].shape = pick.name, likeliest.type, likeliest.shape
+    pick.outputs[0].name, pick.outputs[0].type, pick.outputs[0].shape = pick.name, most_likely.type, most_likely.shape
     match.insert_before(scatter, [wide, pick])
     match.replace_value(scatter.outputs[0], pick.outputs[0])
 

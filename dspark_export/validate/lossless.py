@@ -235,8 +235,8 @@ def check_mode(bundle: Bundle, texts: Texts, mode: str, began: float) -> Check:
 def check_noise(bundle: Bundle, ids: Sequence[int]) -> Check:
     """How far logits move when a pass has several rows instead of one; the histogram is over single logits.
 
-    A largest difference depends on the text, so it is held against the build's figure on the build's text; ``ids`` are
-    for bundles without that figure. What the sequence kernels measured, 0, is no limit where other operators run.
+    A largest difference depends on the text, so it is compared with the build's figure on the build's text; ``ids`` are
+    for bundles without that figure. The 0 that the sequence kernels measured is not a limit where other operators run.
     """
     began = time.perf_counter()
     recorded = bundle.manifest.precision.row_noise

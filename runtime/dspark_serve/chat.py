@@ -159,7 +159,7 @@ async def tools_of(served: Served, body: ChatRequest) -> _Tools:
     if isinstance(choice, NamedTool):
         functions = [function for function in functions if function["name"] == choice.function.name]
         if not functions:
-            message = f"tool_choice names {choice.function.name!r}, which is none of the tools"
+            message = f"tool_choice names {choice.function.name!r}, which is not one of the tools"
             raise ApiError(400, message, param="tool_choice")
     several = choice == "required" and body.parallel_tool_calls is not False
     return _Tools(form, shown, forced_calls(form, functions, several, served.codec.tokenizer))

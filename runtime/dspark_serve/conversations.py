@@ -31,7 +31,7 @@ async def encoded(
     given = dict(variables or {})
     if reserved := _RESERVED & given.keys():
         name = min(reserved)
-        raise ApiError(400, f"{name!r} is no variable of the chat template to set", param="chat_template_kwargs")
+        raise ApiError(400, f"{name!r} cannot be set as a variable of the chat template", param="chat_template_kwargs")
     if tools:
         given["tools"] = list(tools)
     plain = [_message(message.model_dump(exclude_none=True)) for message in messages]

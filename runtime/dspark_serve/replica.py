@@ -1,7 +1,7 @@
-"""One copy of a served model among several, which is handed whole HTTP requests by what stands in front of it.
+"""One of several copies of a served model; a front end passes it whole HTTP requests.
 
-The front reads a request's body, chooses a copy by :func:`ranked` so that prompts that begin alike come to the same
-one, whose cache then has their beginning, and passes on what :meth:`Replica.answer` yields. Nothing here knows Ray.
+The front end reads a request's body, chooses a copy by :func:`ranked`, so that prompts with the same beginning go to
+the copy that has it in its cache, and forwards what :meth:`Replica.answer` yields. Nothing here knows Ray.
 """
 
 from __future__ import annotations

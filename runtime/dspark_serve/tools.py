@@ -189,7 +189,7 @@ class ToolReader:
         return character
 
     def _beyond_space(self) -> Reading:
-        """The next character that is no space."""
+        """The next character that is not a space."""
         while (character := (yield from self._next())) in _SPACE:
             pass
         return character

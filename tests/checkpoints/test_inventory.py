@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], Damage, str]] = {
         r"model\.layers\.2\.self_attn",
     ),
     "a weight nobody knows": (write_checkpoint, more(model__gate__weight=torch.ones(4)), r"model\.gate\.weight"),
-    "a bias that is no mask": (write_checkpoint, more(model__attn__bias=torch.ones(7)), r"model\.attn\.bias"),
+    "a bias that is not a mask": (write_checkpoint, more(model__attn__bias=torch.ones(7)), r"model\.attn\.bias"),
     "one weight under two names": (write_checkpoint, more(norm__weight=torch.ones(32)), "twice"),
     "an adapter that is not merged": (write_checkpoint, unmerged_adapter, "merge_and_unload"),
     "an adapter beside the weights": (

@@ -127,7 +127,7 @@ def test_the_sample_deploys_and_asks(bundle: Path, triton: Path, opened: Bundle)
         ({"messages": "[]"}, "UsageError: "),
         ({"messages": '[{"role": "user", "content": [{"type": "image_url"}]}]'}, "UsageError: messages: a part"),
         ({"text_input": PROMPT, "stop_words": ["a"] * 17}, "UsageError: 17 stop strings"),
-        ({"text_input": PROMPT, "max_token": 4}, "UsageError: max_token is no input of this model"),
+        ({"text_input": PROMPT, "max_token": 4}, "UsageError: max_token is not an input of this model"),
     ],
 )
 def test_bad_requests_are_refused_with_the_type_of_the_error(

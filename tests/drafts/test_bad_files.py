@@ -153,7 +153,11 @@ FIELDS: dict[str, tuple[Write, dict[str, Any], str]] = {
     ),
     "two masks": (write_specforge, {"mask_token_id": 3}, "mask_token_id is 3, and 399 in dflash_config"),
     "no layers": (write_speculators, {"transformer_layer_config": ...}, "transformer_layer_config is missing"),
-    "layers that are none": (write_speculators, {"transformer_layer_config": 3}, "transformer_layer_config must be an"),
+    "layers that are not an object": (
+        write_speculators,
+        {"transformer_layer_config": 3},
+        "transformer_layer_config must be an",
+    ),
     "domino": (write_speculators, {"projector_type": "domino"}, "projector_type 'domino' is not supported"),
     "another width": (write_speculators, {"target_hidden_size": 128}, "target_hidden_size 128 is not supported"),
     "draft vocabulary too large": (write_speculators, {"draft_vocab_size": 401}, "draft_vocab_size .* to 400"),

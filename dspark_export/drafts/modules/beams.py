@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 CANDIDATES = 8
-"""Likeliest tokens a block drafter gives per slot, and per text of the block it follows: what trees are made from."""
+"""Most likely tokens a block drafter returns per slot and per text it follows; trees are made from them."""
 BEAMS = 4
 """Texts of a block that are followed from slot to slot. With SmolLM2's drafter, trees of 24 drafts from 4 texts of 8
 candidates have the accepted length of those from 8 of 8; from 4 of 4 they lose 0.04, from the chain alone 0.15."""

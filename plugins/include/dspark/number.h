@@ -122,7 +122,7 @@ DSPARK_HD uint64_t mass_of(float weight) {
 #endif
 }
 
-// A share in [0, 1] with 32 binary digits; what lies outside is brought to the nearest end, NaN to 0.
+// A share in [0, 1] with 32 binary digits; values outside are clamped, NaN becomes 0.
 DSPARK_HD uint64_t share(float value) {
   if (!(value > 0.0f)) return 0;
   return value >= 1.0f ? 0x100000000ull : static_cast<uint64_t>(value * 4294967296.0f);

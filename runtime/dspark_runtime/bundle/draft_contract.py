@@ -84,8 +84,8 @@ def block_contract(
     temperature is above 0, in order; ``candidate_probs`` those of the most likely tokens of each slot at temperature
     1, in falling order, after the drafted tokens before it. ``beam_tokens`` (ids of the target's vocabulary),
     ``beam_probs`` (at temperature 1, given the tokens above) and ``beam_parents`` (place of the node above, before its
-    children; -1 for the anchor) are a tree of likely texts, slot by slot; siblings stand in falling order. With no
-    ``nodes`` there are none of these three.
+    children; -1 for the anchor) are a tree of likely texts, slot by slot; siblings are in falling order. Without
+    ``nodes`` these three outputs are absent.
     """
     past, present = _cache(cache, dtype)
     inputs = (

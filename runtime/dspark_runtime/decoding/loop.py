@@ -210,8 +210,8 @@ class DecodingLoop:
         Raises:
             BackendError: a pass failed. Sequences are as they were before: go on, cancel them or close the loop. What
                 was committed before is given out first; the step after it raises. ``failing`` has the sequences
-                concerned; ``sound`` is whether the pass went through and only their logits were no numbers, so that
-                all others were served.
+                concerned; ``sound`` is whether the pass went through and only their logits were NaN, so that all
+                others were served.
         """
         if self._failure is not None:
             (failure, self.failing, self.sound), self._failure = self._failure, None
@@ -416,7 +416,7 @@ class DecodingLoop:
     # Commit --------------------------------------------------------------------------------------------------------
 
     def _commit_all(self, flight: Flight, found: TreeVerdicts | None) -> None:
-        """Commit every sequence's part; one whose logits are no numbers does not keep the others from theirs."""
+        """Commit every sequence's part; one whose logits are NaN does not affect the others."""
         verdicts = [None] * len(flight.trees) if found is None else read_verdicts(found)
         failing: list[SequenceState] = []
         for parts in zip(flight.sequences, flight.proposals, flight.trees, verdicts, strict=True):

@@ -1,9 +1,9 @@
 """Texts that have ended and whose context is still in the cache, for later prompts that begin alike.
 
-A prompt takes over the longest prefix it has in common with a kept text or with one that is running; what counts is
-equality of token ids. A kept text lies in a row that nobody uses, and gives way as soon as the row is wanted and there
-is no other for it: of several the oldest. Texts of one ``scope`` are never compared with those of another: from the
-time its first token takes, a sender could tell what others have sent.
+A prompt reuses the longest prefix of token ids that it shares with a kept or a running text. A kept text occupies a row
+that nobody uses, and is dropped, oldest first, when a new text needs a row and no other is free. Texts of one ``scope``
+are never compared with those of another, because a sender could tell from the time to its first token what others have
+sent.
 """
 
 from __future__ import annotations

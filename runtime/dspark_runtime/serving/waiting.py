@@ -12,7 +12,7 @@ AGING_SECONDS = 10.0
 
 
 class Waiting(Protocol):
-    """What may stand in a :class:`WaitingQueue`: ``priority`` 0 to 9, 9 first, and when it came, in seconds."""
+    """What a :class:`WaitingQueue` may hold: ``priority`` 0 to 9, 9 first, and when it came, in seconds."""
 
     priority: int
     submitted: float

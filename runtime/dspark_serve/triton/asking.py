@@ -111,11 +111,11 @@ def deadline_of(parameters: Mapping[str, Any], microseconds: int) -> float | Non
     """Seconds a request may take, by Triton's own field or the parameter ``timeout``, both in microseconds.
 
     Raises:
-        UsageError: another parameter, such as a misspelt tensor of ``/generate``, or a timeout that is no number.
+        UsageError: another parameter, such as a misspelt tensor of ``/generate``, or a timeout that is not a number.
     """
     unknown = [name for name in parameters if name != "timeout" and not name.startswith("triton_")]
     if unknown:
-        raise UsageError(f"{', '.join(unknown)} is no input of this model; inputs are {', '.join(INPUTS)}")
+        raise UsageError(f"{', '.join(unknown)} is not an input of this model; inputs are {', '.join(INPUTS)}")
     limit = whole("timeout", parameters.get("timeout") or microseconds, 0)
     return limit / 1e6 or None
 
