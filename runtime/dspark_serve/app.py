@@ -50,7 +50,7 @@ def make_app(
         app.include_router(router)
     app.add_middleware(Access, rules=rules or AccessRules())
     if origins:
-        exposed = ["x-request-id", "x-dspark-ignored", "x-dspark-speculation", "retry-after"]
+        exposed = ["x-request-id", "x-dspark-ignored", "x-dspark-speculation", "x-dspark-guide", "retry-after"]
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
         )

@@ -28,7 +28,13 @@ from dspark_serve.serving import Served
 from dspark_serve.splitting import Splitter
 from dspark_serve.streams import Channel
 
-FINISH_REASONS: Mapping[FinishReason, str] = {"eos": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
+FINISH_REASONS: Mapping[FinishReason, str] = {
+    "eos": "stop",
+    "stop": "stop",
+    "length": "length",
+    "cancelled": "stop",
+    "dead_end": "stop",  # OpenAI has no word for it; see guide_report
+}
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,16 @@ async def sampling_params(
         logprobs=logprobs,
         guide=guide,
     )
+
+
+def guide_report(generation: Generation) -> dict[str, str]:
+    """Beside the finish reason of a choice: whether its grammar was left incomplete."""
+    return {"guide": "incomplete"} if generation.finish_reason == "dead_end" else {}
+
+
+def guide_headers(generations: Sequence[Generation]) -> dict[str, str]:
+    """The same of a whole answer, in a header."""
+    return {"x-dspark-guide": "incomplete"} if any(map(guide_report, generations)) else {}
 
 
 async def whole_texts(channel: Channel, receive: Receive) -> list[Generation]:

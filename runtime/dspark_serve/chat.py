@@ -12,7 +12,17 @@ from starlette.responses import Response
 
 from dspark_runtime.decoding.sequence import Chunk, Generation
 from dspark_runtime.serving.events import Finished, Tokens
-from dspark_serve.asking import FINISH_REASONS, Ask, grammar_of, sampling_params, submit, usage, whole_texts
+from dspark_serve.asking import (
+    FINISH_REASONS,
+    Ask,
+    grammar_of,
+    guide_headers,
+    guide_report,
+    sampling_params,
+    submit,
+    usage,
+    whole_texts,
+)
 from dspark_serve.conversations import encoded
 from dspark_serve.errors import ApiError
 from dspark_serve.guides import Grammar
@@ -52,7 +62,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         "choices": [_choice(index, generation, token_bytes, readers) for index, generation in enumerate(generations)],
         "usage": usage(generations, len(generations)),
     }
-    return Response(to_json(answer), media_type="application/json", headers=ask.headers)
+    return Response(to_json(answer), media_type="application/json", headers=ask.headers | guide_headers(generations))
 
 
 class _Stream:
@@ -74,7 +84,7 @@ class _Stream:
                 elif isinstance(heard, Finished):
                     ended[index] = heard.generation
                     reason = _finish_reason(heard.generation, self._readers[index] if self._readers else None)
-                    parts.append(self._part(index, {}, reason))
+                    parts.append(self._part(index, {}, reason, guide_report(heard.generation)))
             if text := b"".join(parts):
                 yield text
         if ask.with_usage:
@@ -113,7 +123,7 @@ def _choice(
         "message": message,
         "logprobs": None if token_bytes is None else chat_logprobs(found, token_bytes),
         "finish_reason": _finish_reason(generation, reader),
-    }
+    } | guide_report(generation)
 
 
 def _finish_reason(generation: Generation, reader: ToolText | None) -> str:

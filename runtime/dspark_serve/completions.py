@@ -12,7 +12,16 @@ from starlette.responses import Response
 from dspark_runtime.decoding.sequence import Chunk, Generation
 from dspark_runtime.errors import DsparkError
 from dspark_runtime.serving.events import Finished, Tokens
-from dspark_serve.asking import FINISH_REASONS, Ask, sampling_params, submit, usage, whole_texts
+from dspark_serve.asking import (
+    FINISH_REASONS,
+    Ask,
+    guide_headers,
+    guide_report,
+    sampling_params,
+    submit,
+    usage,
+    whole_texts,
+)
 from dspark_serve.errors import ApiError, from_runtime
 from dspark_serve.logprobs import TokenBytes, completion_logprobs, spoken_logprobs
 from dspark_serve.routes import ANSWERS, STREAMED, StrictRoute, served_by
@@ -47,7 +56,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         "choices": [_whole(index, generation, token_bytes) for index, generation in enumerate(generations)],
         "usage": usage(generations, body.n or 1),
     }
-    return Response(to_json(answer), media_type="application/json", headers=ask.headers)
+    return Response(to_json(answer), media_type="application/json", headers=ask.headers | guide_headers(generations))
 
 
 async def _events(ask: Ask, token_bytes: TokenBytes | None) -> AsyncIterator[bytes]:
@@ -62,7 +71,8 @@ async def _events(ask: Ask, token_bytes: TokenBytes | None) -> AsyncIterator[byt
             elif isinstance(heard, Finished):
                 ended[index] = heard.generation
                 reason = FINISH_REASONS[heard.generation.finish_reason]
-                parts.append(event(frame | {"choices": [_choice(index, "", reason)]}))
+                choice = _choice(index, "", reason) | guide_report(heard.generation)
+                parts.append(event(frame | {"choices": [choice]}))
         if parts:
             yield b"".join(parts)
     if ask.with_usage:
@@ -93,7 +103,7 @@ class _Texts:
 
 
 def _whole(index: int, generation: Generation, token_bytes: TokenBytes | None) -> dict[str, Any]:
-    choice = _choice(index, generation.text, FINISH_REASONS[generation.finish_reason])
+    choice = _choice(index, generation.text, FINISH_REASONS[generation.finish_reason]) | guide_report(generation)
     if token_bytes is None:
         return choice
     found = spoken_logprobs(generation.logprobs, generation.finish_reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
-from dspark_runtime.errors import BackendError
 from dspark_serve.errors import ApiError
 
 if TYPE_CHECKING:
     from dspark_runtime import Bundle
+
+_log = logging.getLogger("dspark_serve")
 
 COMPILE_SECONDS = 2.0
 MOST_GRAMMAR_CHARS = 256 * 1024
@@ -125,18 +127,20 @@ class LlState:
     @property
     def stopped(self) -> bool:
         """Whether nothing may follow."""
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """The tokens that may come next, bool [vocab]; raises BackendError where llguidance gives up."""
+        """The tokens that may come next, bool [vocab]; none where llguidance gives up."""
+        if self._matcher.is_error():  # of the last token
+            return self._nothing()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
+        if self._matcher.is_error():
+            return self._nothing()
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def advance(self, token: int) -> None:
         """``token`` came."""
         self._matcher.consume_token(token)
-        self._check()
 
     def accepts(self, tokens: Sequence[int]) -> int:
         """How many of ``tokens`` may follow."""
@@ -146,9 +150,9 @@ class LlState:
         """Tokens that follow without a choice."""
         return self._matcher.compute_ff_tokens()
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            raise BackendError(f"the request's grammar cannot be followed any further: {self._matcher.get_error()}")
+    def _nothing(self) -> npt.NDArray[np.bool_]:
+        _log.warning("a grammar cannot be followed any further: %s", self._matcher.get_error())
+        return np.zeros(self._vocab_size, np.bool_)
 
 
 def _compiled(grammar: Grammar, vocabulary: LLTokenizer, vocab_size: int) -> LlGuide:
@@ -157,9 +161,11 @@ def _compiled(grammar: Grammar, vocabulary: LLTokenizer, vocab_size: int) -> LlG
     matcher = LLMatcher(vocabulary, _source(grammar), log_level=0, limits=limits)
     if matcher.is_error():
         raise ValueError(matcher.get_error())
-    matcher.compute_bitmask()  # the first one takes longest
+    mask = matcher.compute_bitmask()  # the first one takes longest
     if matcher.is_error():
         raise ValueError(matcher.get_error())
+    if not any(mask):
+        raise ValueError("no text fits it")
     return LlGuide(matcher, vocab_size)
 
 

@@ -85,6 +85,8 @@ def test_a_guide_may_end_inside_what_a_round_accepts(opened: Bundle, client: Ope
     [
         ({"guided_regex": "((("}, "guided_regex"),
         ({"guided_grammar": "start: nothing"}, "guided_grammar"),
+        ({"guided_regex": r"x[^\s\S]"}, "guided_regex"),
+        ({"guided_grammar": "start: /a/ & /b/"}, "guided_grammar"),
         ({"guided_json": {"type": "frob"}}, "guided_json"),
         ({"guided_json": "no json"}, "guided_json"),
         ({"guided_json": {"uniqueItems": True, "type": "array"}}, "guided_json"),
@@ -106,6 +108,24 @@ def test_grammars_that_cannot_be_used(server: Running, given: Any, param: str) -
 async def _slowly(opened: Bundle) -> None:
     grammars = Grammars(opened, seconds=0.0)
     await grammars.compile(Grammar("regex", "a", "guided_regex"))
+
+
+DEAD_END: Any = {"guided_grammar": 'start: "once" REST\nREST: /a/ & /b/'}
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_dead_end_ends_the_text_and_is_said(server: Running, path: str) -> None:
+    prompt: Any = {"messages": USER} if "chat" in path else {"prompt": "x"}
+    body = {"model": NAME, "max_tokens": 20, **DEAD_END, **prompt}
+    answer = httpx.post(f"{server.url}/v1/{path}", json=body)
+    choice = answer.json()["choices"][0]
+    assert answer.status_code == 200 and answer.headers["x-dspark-guide"] == "incomplete"
+    assert (choice["finish_reason"], choice["guide"]) == ("stop", "incomplete")
+    assert "once" in (choice.get("text"), choice.get("message", {}).get("content"))
+    lines = httpx.post(f"{server.url}/v1/{path}", json=body | {"stream": True}).text.splitlines()
+    last = [json.loads(line[6:]) for line in lines if line.startswith("data: {")][-1]["choices"][0]
+    assert (last["finish_reason"], last["guide"]) == ("stop", "incomplete")
+    assert "data: [DONE]" in lines
 
 
 def test_a_grammar_that_takes_too_long(opened: Bundle) -> None:

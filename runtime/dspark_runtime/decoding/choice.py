@@ -19,11 +19,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from dspark_runtime.arrays import FloatArray
 from dspark_runtime.decoding.request import Request
 from dspark_runtime.drafters.base import Draft
-from dspark_runtime.errors import BackendError
 from dspark_runtime.speculation.sampling import Sampler
 
 
@@ -43,7 +43,8 @@ class TokenChoice:
     """Draws the tokens of one request in the order of its text.
 
     ``adjusted``: whether logits are changed before a token is drawn; what is drafted must then not be verified
-    without them. ``guide_end``: tokens of the text that complete the guide's grammar; -1 while there are more to come.
+    without them. ``guide_end``: tokens of the text behind which the guide allows no other; -1 while there are more to
+    come. ``dead_end``: its grammar is not complete there.
     """
 
     def __init__(self, request: Request) -> None:
@@ -51,7 +52,8 @@ class TokenChoice:
         self.sampler = Sampler(params, request.seed, request.key)
         self._params = params
         self._guide = params.guide.start() if params.guide is not None else None
-        self.guide_end = -1
+        self._allowed: npt.NDArray[np.bool_] | None = None  # of the next token, once the last one came
+        self.guide_end, self.dead_end = -1, False
         self._counts: Counter[int] = Counter()
         self._seen = set(request.prompt) if params.repetition_penalty != 1 else set[int]()
         bias = params.biases
@@ -67,11 +69,19 @@ class TokenChoice:
         self._counts[token] += 1
         if self._params.repetition_penalty != 1:
             self._seen.add(token)
-        if self._guide is not None and not self._guide.stopped:
-            self._guide.advance(token)
-            if self._guide.stopped:
-                self.guide_end = self._counts.total()
+        if self.guided:
+            self._advance(token, len(logits))
         return token
+
+    def _advance(self, token: int, vocab_size: int) -> None:
+        """Move the guide on. A text that no token may follow ends here, so that none is drawn from nothing."""
+        assert self._guide is not None
+        self._guide.advance(token)
+        if not self._guide.stopped:
+            self._allowed = self._guide.allowed()[:vocab_size]
+            self.dead_end = not self._allowed.any()
+        if self._guide.stopped or self.dead_end:
+            self.guide_end = self._counts.total()
 
     def logprob(self, logits: FloatArray, token: int) -> TokenLogprob:
         """Log probability of ``token`` and of the most likely ones in one row of logits [vocab]."""
@@ -86,11 +96,11 @@ class TokenChoice:
     @property
     def guided(self) -> bool:
         """Whether a guide restricts the next token."""
-        return self._guide is not None and not self._guide.stopped
+        return self._guide is not None and not self._guide.stopped and not self.dead_end
 
     def allowed_part(self, draft: Draft) -> Draft | None:
         """``draft`` without the tokens that the guide would refuse, and what follows them; None if none is left."""
-        if self._guide is None or self._guide.stopped:
+        if self._guide is None or not self.guided:
             return draft
         tokens, parents = draft.tree.tokens, draft.tree.parents
         if draft.tree.is_chain:
@@ -105,7 +115,7 @@ class TokenChoice:
 
     def forced(self) -> list[int]:
         """Tokens that the guide lets follow and no others; empty where there is a choice or no guide."""
-        return [] if self._guide is None or self._guide.stopped else self._guide.forced()
+        return self._guide.forced() if self._guide is not None and self.guided else []
 
     def _adjust(self, logits: FloatArray) -> FloatArray:
         params, logits = self._params, logits.copy()
@@ -119,10 +129,8 @@ class TokenChoice:
             said = np.fromiter(self._counts, np.int64, len(self._counts))
             times = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             logits[said] -= np.float32(params.frequency_penalty) * times + np.float32(params.presence_penalty)
-        if self._guide is not None and not self._guide.stopped:
-            allowed = self._guide.allowed()
-            if not allowed.any():
-                raise BackendError("the guide of this request allows no token at all; its grammar has a dead end")
-            logits[: len(allowed)][~allowed[: len(logits)]] = -np.inf
+        if self._guide is not None and self.guided:
+            allowed = self._guide.allowed()[: len(logits)] if self._allowed is None else self._allowed
+            logits[: len(allowed)][~allowed] = -np.inf
             logits[len(allowed) :] = -np.inf
         return logits

@@ -114,6 +114,7 @@ def make_request(
     if max_new_tokens is not None:
         max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     stops = _checked_stops(stop if own.stop is None else own.stop)
+    _check_guide(own, limits)
     tokens = _checked_prompt(prompt, limits)
     number = occurrence(tokens) if callable(occurrence) else occurrence
     return Request(
@@ -145,6 +146,14 @@ def _checked_settings(params: object, prompts: int, limits: Limits) -> list[Samp
     for own in settings:
         own.check_vocabulary(limits.vocab_size)
     return settings
+
+
+def _check_guide(params: SamplingParams, limits: Limits) -> None:
+    if params.guide is None:
+        return
+    state = params.guide.start()
+    if not state.stopped and not state.allowed()[: limits.vocab_size].any():
+        raise UsageError("guide: its grammar allows no token to begin with; give one that some text fits")
 
 
 def _checked_seed(seed: object) -> int:

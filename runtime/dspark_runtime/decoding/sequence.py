@@ -16,7 +16,8 @@ from dspark_runtime.speculation.sampling import Sampler
 from dspark_runtime.speculation.verify import Verdict
 from dspark_runtime.text.stream import TextStream
 
-FinishReason = Literal["eos", "stop", "length", "cancelled"]
+FinishReason = Literal["eos", "stop", "length", "cancelled", "dead_end"]
+"""``dead_end``: the guide of the request allowed no further token, and its grammar is not complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ class SequenceState:
                 if self._stops.stopped:
                     self._finish = "stop"
             if self._finish is None and self.emitted == self.choice.guide_end:
-                self._finish = "stop"
+                self._finish = "dead_end" if self.choice.dead_end else "stop"
             if self._finish is None and self.remaining == 0:
                 self._finish = "length"
             if self._finish is not None:

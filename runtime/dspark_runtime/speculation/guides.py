@@ -17,7 +17,10 @@ class GuideState(Protocol):
         """The grammar is complete and nothing may follow."""
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """The tokens that may come next, bool [vocab]; valid until the next call."""
+        """The tokens that may come next, bool [vocab]; valid until the next call of this or of :meth:`advance`.
+
+        None at all where the grammar has a dead end, or cannot be followed further: the text then ends.
+        """
 
     def advance(self, token: int) -> None:
         """``token`` came; it was allowed."""

@@ -18,7 +18,7 @@ from dspark_runtime.decoding.request import Limits, make_request
 from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.ngram import NgramDrafter
 from dspark_runtime.drafters.self_draft import SelfDrafter
-from dspark_runtime.errors import BackendError, UsageError
+from dspark_runtime.errors import UsageError
 from dspark_runtime.speculation.sampling import SamplingParams
 from tests.runtime.conftest import Tiny
 from tests.runtime.decoding.test_loop import PROMPTS, WildTrees, full_texts
@@ -198,17 +198,36 @@ def _drawn(choice: TokenChoice) -> list[int]:
     return sorted(choice._counts.elements())
 
 
-def test_a_dead_end_is_said(tiny: Tiny) -> None:
-    class Nothing(PatternState):
-        def allowed(self) -> npt.NDArray[np.bool_]:
-            return np.zeros(1000, np.bool_)
+class Dead(Pattern):
+    """Lets ``length`` tokens come, and then none, though it is not complete."""
 
-    class Dead(Pattern):
-        def start(self) -> PatternState:
-            return Nothing(self)
+    def start(self) -> PatternState:
+        class Nothing(PatternState):
+            @property
+            def stopped(self) -> bool:
+                return False
 
-    with pytest.raises(BackendError, match="dead end"):
-        tiny.generate([PROMPTS[0]], params=SamplingParams(guide=Dead(1000, 5)), tokens=5)
+            def allowed(self) -> npt.NDArray[np.bool_]:
+                return super().allowed() & (self._count < self._pattern.length)
+
+        return Nothing(self)
+
+
+@pytest.mark.parametrize("fixed", [0, 3])
+def test_a_dead_end_ends_its_text_and_no_other(tiny: Tiny, fixed: int) -> None:
+    params = [SamplingParams(guide=Dead(1000, 5)), SamplingParams(guide=Dead(1000, 1)), SamplingParams()]
+    plain = tiny.generate(PROMPTS[:3], params=params, tokens=9)
+    drafters = [WildTrees(full_texts(plain, PROMPTS[:3]))] if fixed else []
+    dead, at_once, free = tiny.generate(PROMPTS[:3], drafters, params=params, tokens=9, fixed=fixed)
+    assert (len(dead.tokens), dead.finish_reason) == (5, "dead_end")
+    assert [token % 3 for token in dead.tokens] == [0, 1, 2, 0, 1]
+    assert (len(at_once.tokens), at_once.finish_reason) == (1, "dead_end")
+    assert (len(free.tokens), free.finish_reason) == (9, "length")
+
+
+def test_a_guide_without_a_beginning_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(UsageError, match="no token to begin with"):
+        tiny.generate([PROMPTS[0]], params=SamplingParams(guide=Dead(1000, 0)), tokens=5)
 
 
 @pytest.mark.parametrize(
