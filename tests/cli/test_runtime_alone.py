@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -169,6 +170,10 @@ def test_a_fresh_environment(wheel: Path, bundle: Path, expected: str, tmp_path:
     size = _bytes(site) - before
     print(f"dspark-runtime[{extras}] takes {size / 1e6:.0f} MB")
     assert size < MOST_BYTES[extras]
+    if extras == "cpu":
+        for text in (ROOT / "README.md", ROOT / "docs" / "python-api.md"):
+            (said,) = re.findall(r"dspark-runtime\[cpu\]\"`[^.]*?(\d+) MB", text.read_text(encoding="utf-8"))
+            assert size / 1e6 == pytest.approx(int(said), rel=0.05), f"{text.name} says {said} MB"
 
 
 def _bytes(folder: Path) -> int:
