@@ -469,7 +469,8 @@ class DecodingLoop:
         for sequence in flight.sequences:
             sequence.stats.seconds.add(draft=drafting, verify=passing, host=host)
         batch, rows = flight.buffers.input_ids.shape
-        self.schedule.observe(batch, rows, emitted, pass_s * 1e3, (drafting + passing + host) * 1e3)
+        context = flight.buffers.attention_mask.shape[-1]
+        self.schedule.observe(batch, rows, emitted, pass_s * 1e3, (drafting + passing + host) * 1e3, context)
 
     # Retire --------------------------------------------------------------------------------------------------------
 

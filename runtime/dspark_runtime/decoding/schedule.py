@@ -29,7 +29,7 @@ from dspark_runtime.speculation.tree import TokenTree
 
 MARGIN = 1.02  # a proposal must promise this much more speed than plain decoding
 ALLOWANCE = 0.015  # share of decode time that wrong estimates may cost
-HOST_MS = 0.1  # host time of a round, whatever its rows
+HOST_MS = 0.1  # host time of a round before any was seen
 
 PLAIN_EVERY = 64  # at least one round in this many is plain
 PROBE_SHARE = 0.005  # share of decode time for drafts of a drafter that does not pay, to see whether it would by now
@@ -131,11 +131,14 @@ class Schedule:
         self._lost_ms = 0.0
         self._all_ms = 0.0
         self._since_plain = PLAIN_EVERY  # rounds since the last plain one, whatever the batch
+        self._host_ms = HOST_MS
+        self._asked: dict[str, float] = {}  # milliseconds of the passes of drafters that draft for the coming round
+        self._beside: dict[str, float] = {}  # what drafting takes, in such passes, by drafter
         self._unprobed_ms: dict[str, float] = {}  # decode time since a drafter drafted last
 
     def round_ms(self, batch: int, rows: int = 1) -> float:
         """Expected milliseconds of a round in which each of ``batch`` sequences has ``rows`` rows; 1 is plain."""
-        return self.costs.ms(batch * max(rows, self.min_rows)) + HOST_MS
+        return self.costs.ms(batch * max(rows, self.min_rows), batch) + self._host_ms
 
     @property
     def throttled(self) -> bool:
@@ -156,7 +159,7 @@ class Schedule:
         longest = min(max(len(order) for order, _ in ranked), self.most_rows - 1)
         if self.fixed is not None:
             rows = min(longest, self.fixed)
-        elif longest == 0 or self.throttled or self._plain_due():
+        elif longest == 0 or self.throttled or self._plain_due(batch):
             rows = 0
         else:
             rows = self._best_rows([values for _, values in ranked], longest, batch)
@@ -166,8 +169,9 @@ class Schedule:
             for proposal, (order, _) in zip(proposals, ranked, strict=True)
         ]
 
-    def _plain_due(self) -> bool:
-        return self._since_plain >= PLAIN_EVERY
+    def _plain_due(self, batch: int) -> bool:
+        """Whether the next round has to be plain: none was for long, or never with this many sequences."""
+        return self._since_plain >= PLAIN_EVERY or not self.costs.knows(batch)
 
     def _best_rows(self, values: Sequence[Sequence[float]], longest: int, batch: int) -> int:
         gain = float(batch)
@@ -221,8 +225,9 @@ class Schedule:
         """
         if self.fixed is not None:
             return [min(limit, self.fixed) for limit in limits]
-        if self.throttled or self._plain_due() or not any(limits):
+        if self.throttled or self._plain_due(batch) or not any(limits):
             return [0] * len(limits)
+        beside = self._beside.get(drafter.name, 1.0)
         values = [self._ranked(proposal)[1] for proposal in proposals]
         rates = [self.acceptance.rate(drafter, _ANY, request) for request in requests]
         most = max(limits)
@@ -239,7 +244,7 @@ class Schedule:
         without = max(gain / self.round_ms(batch, rows + 1) for rows, gain in enumerate(known))
         best, length = without * MARGIN, 0
         for rows in range(1, min(most, longest) + 1):
-            speed = own[rows] / (self.round_ms(batch, rows + 1) + drafter.draft_ms(rows))
+            speed = own[rows] / (self.round_ms(batch, rows + 1) + beside * drafter.draft_ms(rows))
             if speed > best:
                 best, length = speed, rows
         if not length and self._may_probe(drafter, batch):
@@ -248,6 +253,8 @@ class Schedule:
             self._unprobed_ms[drafter.name] = 0.0
         if length and drafter.draft_ms(most) <= drafter.draft_ms(1):
             length = most
+        if length:
+            self._asked[drafter.name] = drafter.draft_ms(length)
         return [min(limit, length) for limit in limits]
 
     def _may_probe(self, drafter: Drafter, batch: int) -> bool:
@@ -261,10 +268,12 @@ class Schedule:
         """Chance of being accepted below which one more token of ``drafter`` costs more than it brings."""
         if self.fixed is not None:
             return 0.0
-        row_ms = (self.costs.ms(4 * batch) - self.costs.ms(2 * batch)) / 2
+        row_ms = (self.costs.ms(4 * batch, batch) - self.costs.ms(2 * batch, batch)) / 2
         return min((drafter.pass_ms + row_ms) / self.round_ms(batch), 1.0)
 
-    def observe(self, batch: int, rows: int, emitted: int, pass_ms: float, round_ms: float) -> None:
+    def observe(
+        self, batch: int, rows: int, emitted: int, pass_ms: float, round_ms: float, context: int | None = None
+    ) -> None:
         """Account for one round.
 
         Args:
@@ -273,10 +282,12 @@ class Schedule:
             emitted: tokens of all sequences together.
             pass_ms: time of the pass alone.
             round_ms: time of the whole round, drafting included.
+            context: cache slots of each sequence that the pass read, where known.
         """
-        expected = self.costs.ms(batch * rows)
+        expected = self.costs.ms(batch * rows, batch)
         is_plain = rows <= self.min_rows
-        self.costs.observe(batch * rows, pass_ms, is_plain)
+        self.costs.observe(batch * rows, pass_ms, is_plain, batch, context)
+        self._learn_rest(round_ms - pass_ms)
         self._all_ms += round_ms
         if is_plain:
             self._since_plain = 0
@@ -286,6 +297,20 @@ class Schedule:
         plain = emitted / batch * self.round_ms(batch)
         # Gains are remembered up to a point: they must not pay for a long stretch of losses.
         self._lost_ms = max(self._lost_ms + spent - plain, -5.0 * plain)
+
+    def _learn_rest(self, ms: float) -> None:
+        """What a round takes beside its pass: the host's work, and drafting, which is more than the drafters' passes
+        say: new context is read first, and trees are made."""
+        asked, self._asked = self._asked, {}
+        if not asked:
+            self._host_ms += 0.05 * (min(max(ms, 0.0), 4 * self._host_ms) - self._host_ms)
+            return
+        passes = sum(asked.values())
+        if passes > 0:
+            found = min(max((ms - self._host_ms) / passes, 1.0), 8.0)
+            for name in asked:
+                known = self._beside.get(name, 1.0)
+                self._beside[name] = known + 0.05 * (found - known)
 
 
 def _chain(rate: float, length: int) -> float:
