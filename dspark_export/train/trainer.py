@@ -1,7 +1,8 @@
 """The training loop: sampled anchors, Muon or AdamW with warm-up and cosine, an average of the weights, exact resume.
 
 Everything random follows from (seed, step), so a resumed training needs only the step and continues as if it had never
-stopped. State is kept in safetensors files; nothing is pickled.
+stopped. Of the batch that follows from them, each of several processes computes its share, so the losses are those of
+one process with the whole batch. State is kept in safetensors files; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dspark_export.train.evaluate import Evaluation, evaluate
 from dspark_export.train.features import Batch, FeatureStore, Sample, collate
@@ -26,6 +29,7 @@ from dspark_export.train.losses import Slots, Terms, terms
 from dspark_export.train.module import TrainableDrafter
 from dspark_export.train.optimizer import DrafterOptimizer
 from dspark_export.train.options import TrainOptions
+from dspark_export.train.processes import Processes
 from dspark_runtime.errors import UsageError
 
 _STATE, _LOG = "state.json", "log.jsonl"
@@ -52,6 +56,9 @@ class StepReport:
 class Trainer:
     """Trains ``model`` on ``samples``; keeps its state in ``folder`` and goes on from there.
 
+    ``options.batch`` samples in each of ``processes`` (None: this one alone) are one batch. A training may go on with
+    another number of processes if their batches have as many samples together.
+
     Raises:
         UsageError: the folder holds the state of a training with other options, or no sample is long enough.
     """
@@ -63,15 +70,26 @@ class Trainer:
         held_out: list[Sample],
         options: TrainOptions,
         folder: Path,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes(torch.device("cpu"))
         self.model, self.samples, self.held_out, self.options, self.folder = model, samples, held_out, options, folder
         self._dtype = getattr(torch, options.dtype)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._optimizer = DrafterOptimizer(self._parameters, options)
         self._average = {n: p.detach().clone() for n, p in self._parameters.items()}
-        self._usable = [i for i in range(len(samples)) if _spans(samples[i])]
-        if not self._usable:
-            raise UsageError("no response is long enough to learn from; make longer ones")
+        spans = {i: _spans(samples[i]) for i in range(len(samples))}
+        self._spans = {i: span for i, span in spans.items() if span}
+        self._usable = list(self._spans)
+        if len(self._usable) < self.processes.count:
+            raise UsageError(
+                f"{len(self._usable)} responses are long enough to learn from, and each of {self.processes.count} "
+                "processes needs one; make more or longer ones"
+            )
+        losses = _Losses(model, options, self._dtype)
+        self._losses: _Losses | DistributedDataParallel = losses
+        if self.processes.count > 1:
+            self._losses = DistributedDataParallel(losses, broadcast_buffers=False)  # they never change
         self.step = 0
         self.log: list[dict[str, Any]] = []
         self._resume()
@@ -85,12 +103,11 @@ class Trainer:
         """
         goal = self.options.steps if until is None else min(until, self.options.steps)
         if not self.log:
-            found = self.evaluate()
-            self.log.append({"step": 0, "seconds": 0.0, **_judged(found)})
+            self.log.append({"step": 0, "seconds": 0.0, **self._judged()})
         while self.step < goal:
             report = self._one()
             if self.step % self.options.evaluate_every == 0 or self.step == self.options.steps:
-                report = StepReport(**{**vars(report), **_judged(self.evaluate())})
+                report = StepReport(**{**vars(report), **self._judged()})
                 self._write(report)
                 self.save()
             else:
@@ -107,14 +124,16 @@ class Trainer:
         for part in range(options.accumulate):
             random = np.random.default_rng((options.seed, self.step, part))
             batch, anchors = self._draw(random)
-            found = self._terms(batch, anchors)
-            weight = found.weight.clamp_min(1e-6)
-            loss = (
-                options.ce * found.ce + options.tv * found.distance + options.confidence * found.confidence
-            ) / weight
-            (loss / options.accumulate).backward()  # type: ignore[no-untyped-call]
-            values = (found.ce, found.distance, found.confidence, found.agreement)
-            sums += [float(loss.detach()), *(float((v / weight).detach()) for v in values)]
+            with self._sharing(part + 1 == options.accumulate):
+                found: Terms = self._losses(batch, anchors)
+                weight = self.processes.total(found.weight).clamp_min(1e-6)
+                loss = (
+                    options.ce * found.ce + options.tv * found.distance + options.confidence * found.confidence
+                ) / weight
+                # Gradients are averaged over the processes, and the loss is the sum of what each of them has.
+                (loss * self.processes.count / options.accumulate).backward()  # type: ignore[no-untyped-call]
+            values = (loss, *(v / weight for v in (found.ce, found.distance, found.confidence, found.agreement)))
+            sums += self.processes.total(torch.stack([value.detach().float() for value in values])).cpu().numpy()
         torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), options.clip or math.inf)
         self._optimizer.step(rate)
         self.step += 1
@@ -127,41 +146,29 @@ class Trainer:
         took = time.perf_counter() - began
         return StepReport(self.step, loss_, ce, distance, confidence, agreement, rate, took)
 
+    def _sharing(self, last: bool) -> AbstractContextManager[None]:
+        """Where gradients are added up over the processes only in the ``last`` pass of a step."""
+        if isinstance(self._losses, DistributedDataParallel) and not last:
+            return self._losses.no_sync()
+        return nullcontext()
+
     def _draw(self, random: np.random.Generator) -> tuple[Batch, Tensor]:
-        options = self.options
-        chosen = random.choice(self._usable, min(options.batch, len(self._usable)), replace=False)
-        samples = [self.samples[int(i)] for i in chosen]
-        anchors = np.zeros((len(samples), options.anchors), np.int64)  # 0: no block; a block needs a row before it
-        for row, sample in enumerate(samples):
-            low, high = _spans(sample)  # type: ignore[misc]
-            count = min(options.anchors, high - low)
-            anchors[row, :count] = np.sort(random.choice(np.arange(low, high), count, replace=False))
+        """This process's share of a batch. What comes from ``random`` is the same in all of them."""
+        options, count = self.options, self.processes.count
+        share = min(options.batch, len(self._usable) // count)
+        chosen = random.choice(self._usable, share * count, replace=False)
+        mine = range(self.processes.rank * share, (self.processes.rank + 1) * share)
+        samples = []
+        anchors = np.zeros((share, options.anchors), np.int64)  # 0: no block; a block needs a row before it
+        for place, number in enumerate(chosen):
+            low, high = self._spans[int(number)]
+            blocks = min(options.anchors, high - low)
+            found = np.sort(random.choice(np.arange(low, high), blocks, replace=False))
+            if place in mine:
+                anchors[place - mine.start, :blocks] = found
+                samples.append(self.samples[int(number)])
         device = self.model.fc.weight.device
         return collate(samples, self._dtype, device), torch.from_numpy(anchors).to(device)
-
-    def _terms(self, batch: Batch, anchors: Tensor) -> Terms:
-        safe = anchors.clamp_min(1)
-        device_type = anchors.device.type
-        with torch.autocast(device_type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
-            hidden = self.model(batch.features, batch.ids, safe)
-            return terms(self.model, hidden, self._slots(batch, anchors, safe), self.options.chunk)
-
-    def _slots(self, batch: Batch, anchors: Tensor, safe: Tensor) -> Slots:
-        block, length = self.model.geometry.block, batch.ids.shape[1]
-        offsets = torch.arange(block, device=anchors.device)
-        rows = safe[..., None] + offsets  # row p says what follows position p
-        inside = (rows + 1 < batch.lengths[:, None, None]) & (anchors > 0)[..., None]
-        rows = rows.clamp_max(length - 1)
-
-        def at(source: Tensor, places: Tensor) -> Tensor:
-            flat = places.flatten(1)
-            index = flat if source.dim() == 2 else flat[..., None].expand(-1, -1, source.shape[2])
-            found = source.gather(1, index)
-            return found.view(*places.shape, *source.shape[2:])
-
-        labels = at(batch.ids, (rows + 1).clamp_max(length - 1))
-        weights = inside.cumprod(-1) * torch.exp(-offsets / self.options.decay)
-        return Slots(labels, at(batch.ids, rows), weights, at(batch.top_ids, rows), at(batch.top_probs, rows))
 
     # Evaluation ----------------------------------------------------------------------------------------------------
 
@@ -169,6 +176,13 @@ class Trainer:
         """Accepted length of the averaged weights on the held-out samples."""
         with self.averaged():
             return evaluate(self.model, self.held_out, torch.float32)
+
+    def _judged(self) -> dict[str, Any]:
+        """What the first process finds; the others have no use for it."""
+        if not self.processes.first:
+            return {}
+        found = self.evaluate()
+        return {"accepted_length": found.accepted_length, "survival": found.survival}
 
     def averaged(self) -> _Swapped:
         """A context in which the model has the averaged weights."""
@@ -181,7 +195,12 @@ class Trainer:
         self.log.append(line)
 
     def save(self) -> None:
-        """Write weights, average, moments, log and step; the step last, so that a kill leaves the state before."""
+        """Write weights, average, moments, log and step; the step last, so that a kill leaves the state before.
+
+        Of several processes the first one does.
+        """
+        if not self.processes.first:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         tag = f"{self.step:08d}"
         contents = {
@@ -192,7 +211,7 @@ class Trainer:
         }
         for name, tensors in contents.items():
             save_file({n: t.contiguous() for n, t in tensors.items()}, self.folder / f"{name}.{tag}.safetensors")
-        state = {"step": self.step, "options": self.options.fingerprint(), "log": self.log}
+        state = {"step": self.step, "options": self._fingerprint(), "log": self.log}
         partial = self.folder / f".{_STATE}.partial"
         with partial.open("w", encoding="utf-8") as file:
             json.dump(state, file)
@@ -203,12 +222,16 @@ class Trainer:
             if f".{tag}." not in path.name:
                 path.unlink()
 
+    def _fingerprint(self) -> dict[str, Any]:
+        options = self.options.fingerprint()
+        return options | {"batch": options["batch"] * self.processes.count}
+
     def _resume(self) -> None:
         path = self.folder / _STATE
         if not path.exists():
             return
         state = json.loads(path.read_text("utf-8"))
-        ours, theirs = json.loads(json.dumps(self.options.fingerprint())), state["options"]
+        ours, theirs = json.loads(json.dumps(self._fingerprint())), state["options"]
         changed = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
         if changed:
             raise UsageError(
@@ -225,8 +248,37 @@ class Trainer:
         self.step, self.log = int(state["step"]), list(state["log"])
 
 
-def _judged(found: Evaluation) -> dict[str, Any]:
-    return {"accepted_length": found.accepted_length, "survival": found.survival}
+class _Losses(nn.Module):
+    """The terms of the loss of a batch, as one call: what several processes share is the gradient of that."""
+
+    def __init__(self, model: TrainableDrafter, options: TrainOptions, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self._options, self._mixed = options, dtype == torch.bfloat16
+
+    def forward(self, batch: Batch, anchors: Tensor) -> Terms:
+        """``anchors`` [batch, anchors]: positions of blocks, 0 for none."""
+        safe = anchors.clamp_min(1)
+        with torch.autocast(anchors.device.type, torch.bfloat16, enabled=self._mixed):
+            hidden = self.model(batch.features, batch.ids, safe)
+            return terms(self.model, hidden, self._slots(batch, anchors, safe), self._options.chunk)
+
+    def _slots(self, batch: Batch, anchors: Tensor, safe: Tensor) -> Slots:
+        block, length = self.model.geometry.block, batch.ids.shape[1]
+        offsets = torch.arange(block, device=anchors.device)
+        rows = safe[..., None] + offsets  # row p says what follows position p
+        inside = (rows + 1 < batch.lengths[:, None, None]) & (anchors > 0)[..., None]
+        rows = rows.clamp_max(length - 1)
+
+        def at(source: Tensor, places: Tensor) -> Tensor:
+            flat = places.flatten(1)
+            index = flat if source.dim() == 2 else flat[..., None].expand(-1, -1, source.shape[2])
+            found = source.gather(1, index)
+            return found.view(*places.shape, *source.shape[2:])
+
+        labels = at(batch.ids, (rows + 1).clamp_max(length - 1))
+        weights = inside.cumprod(-1) * torch.exp(-offsets / self._options.decay)
+        return Slots(labels, at(batch.ids, rows), weights, at(batch.top_ids, rows), at(batch.top_probs, rows))
 
 
 class _Swapped:
