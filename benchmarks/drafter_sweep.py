@@ -40,7 +40,7 @@ from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.train.evaluate import evaluate, tree_lengths
 from dspark_export.train.features import FeatureStore, Sample
 from dspark_export.train.module import TrainableDrafter
-from dspark_export.train.responses import ResponseFile
+from dspark_export.train.responses import read_responses
 from dspark_export.train.saving import load_drafter
 from dspark_export.train.targets import embedding_and_head, frequent_tokens
 from dspark_runtime import Bundle
@@ -140,7 +140,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--vocabularies", default="", help="sizes, with commas; the trained one is always measured")
     parser.add_argument("--blocks", default="", help="lengths, with commas; the trained one is always measured")
     parser.add_argument("--precisions", default="fp32", help=f"with commas: {', '.join(PRECISIONS)}")
-    parser.add_argument("--responses", type=Path, help="default: WORK/responses.jsonl")
+    parser.add_argument("--responses", type=Path, help="default: WORK/responses.packed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -156,7 +156,7 @@ def main() -> int:
     target = PassCosts({int(rows): ms for rows, ms in costs.ms["target"].items()})
     checkpoint = resolve(arguments.model)
     tables = embedding_and_head(checkpoint.load_model(torch.float32))
-    responses = list(ResponseFile(arguments.responses or arguments.work / "responses.jsonl", read_only=True))
+    responses = list(read_responses(arguments.responses or arguments.work / "responses.packed"))
     rows: list[Row] = []
     for folder in arguments.drafters:
         draft = recognise(str(folder))

@@ -49,6 +49,7 @@ FLOORS = {
         ("names",),
     ),
     "dspark_export": (
+        ("__main__",),
         ("cli",),
         ("validate",),
         ("build", "train"),

@@ -11,14 +11,17 @@ import typer
 
 from dspark_export.cli.arguments import AsJson, Model, Progress, Revision, Seed, UnsafeCheckpoint
 from dspark_export.cli.progress import ProgressForm, bars, terminable, write_step
-from dspark_export.train.options import TREE, Arithmetic, DrafterShape, Markov, Optimizer, TrainOptions
+from dspark_export.prompts import ROWS
+from dspark_export.train.options import TREE, Arithmetic, DrafterShape, FeatureReader, Markov, Optimizer, TrainOptions
 from dspark_runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from dspark_export.checkpoints.trust import Trust
     from dspark_export.train.card import TrainedDrafter
     from dspark_export.train.pipeline import OnProgress
 
 _Number = TypeVar("_Number")
+_WRITER = "writer.dspark"
 
 _DESCRIPTIONS = {
     "prompts": "letting the model ask",
@@ -39,12 +42,23 @@ def train_drafter(
         list[Path] | None, typer.Option(help="Answer these prompts: lines, or JSON lines. Repeatable.")
     ] = None,
     synthesise: Annotated[int, typer.Option(help="Let the model write this many prompts itself.")] = 0,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Let this bundle of MODEL write the texts (default: one in w8a8, built in --work)."),
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Keep the responses in this file, and go on with it (default: in --work).")
+    ] = None,
     responses: Annotated[
         list[Path] | None,
         typer.Option(help="Train on token ids of prompts and responses instead of answering prompts. Repeatable."),
     ] = None,
     count: Annotated[int, typer.Option(help="Make this many responses.")] = 2000,
     max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens per response.")] = 256,
+    features: Annotated[
+        FeatureReader, typer.Option(help="Read them with the model, in float32, or with the bundle in its precision.")
+    ] = "model",
+    rows: Annotated[int, typer.Option(help="Write this many responses at once.")] = ROWS,
     temperatures: Annotated[str, typer.Option(help="Answer prompts at these temperatures, in turns.")] = "0,0.7",
     steps: Annotated[int, typer.Option(help="Train for this many steps.")] = 2000,
     batch: Annotated[int, typer.Option(help="Put this many responses into a pass.")] = 16,
@@ -133,17 +147,23 @@ def train_drafter(
     generation = Plan(
         count=count,
         max_new_tokens=max_new_tokens,
+        rows=rows,
         temperatures=_numbers("--temperatures", temperatures, float),
         synthesise=synthesise,
         seed=seed,
     )
+    work = work or out.with_name(f"{out.name}.work")
+    trust = Trust.opened() if allow_unsafe_checkpoint else Trust.closed()
     job = DrafterJob(
         model=model,
         out=out,
-        work=work or out.with_name(f"{out.name}.work"),
+        work=work,
         options=options,
         generation=generation,
         prompts=tuple(prompts or ()),
+        bundle=bundle or (lambda: _writer(model, revision, work / _WRITER, init, threads, trust)),
+        answers=answers,
+        features=features,
         responses=tuple(responses or ()),
         init=init,
         held_out=held_out,
@@ -152,14 +172,30 @@ def train_drafter(
         threads=threads,
         card=CardFacts(license_, base_model, note),
         overwrite=overwrite,
-        trust=Trust.opened() if allow_unsafe_checkpoint else Trust.closed(),
+        trust=trust,
     )
     with terminable(), _shown(progress) as on_progress:
         trained = run(job, on_progress)
+    if trained is None:  # another process writes
+        return
     if as_json:
         typer.echo((trained.out / "training.json").read_text("utf-8").rstrip())
     else:
         _print(trained, model)
+
+
+def _writer(model: str, revision: str | None, out: Path, init: Path | None, threads: int | None, trust: Trust) -> Path:
+    """A bundle of ``model`` that is quick with many texts at once; one that is there already is taken."""
+    # onnx_ir: only when a bundle is built
+    from dspark_export.build.options import BuildOptions
+    from dspark_export.build.pipeline import build
+
+    if not out.exists():
+        drafts = () if init is None else (str(init),)
+        build(
+            BuildOptions(model, out, revision, "w8a8", self_draft="none", drafts=drafts, threads=threads, trust=trust)
+        )
+    return out
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], _Number]) -> tuple[_Number, ...]:

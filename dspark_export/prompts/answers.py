@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from dspark_export.prompts import ROWS
 from dspark_runtime import Bundle, SamplingParams, ServiceOptions
 from dspark_runtime.errors import ChatTemplateError, UsageError
 from dspark_runtime.serving.handle import Handle
@@ -17,8 +18,6 @@ from dspark_runtime.text.codec import TextCodec
 
 PROMPT_TOKENS = 96
 """Most tokens of a prompt that a model writes."""
-ROWS = 32
-"""Texts that are written at once, by default."""
 _AHEAD = 4  # requests under way, in rows: none stays empty while the oldest text takes its time
 _OWN_PROMPTS = SamplingParams(temperature=1.0, top_p=0.95)
 _Wanted = tuple[Sequence[int], SamplingParams, int]  # prompt, how to draw, its number among equal prompts

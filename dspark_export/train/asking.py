@@ -1,32 +1,30 @@
-"""Lets the target answer prompts, some of which it writes itself.
+"""Lets a bundle of the target answer prompts, some of which it writes itself.
 
-Files grow by whole lines; a killed run resumes after the last complete one.
+What is done is in the file of responses; a run that was killed goes on with the rest, and writes the same file.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dspark_export.prompts.answers import Response, opening
+from dspark_export.prompts import ROWS
+from dspark_export.prompts.answers import answer, self_prompts
+from dspark_export.prompts.packed import Origin, PackedResponses
 from dspark_export.prompts.sets import load_sets
-from dspark_export.train.decode import DecodeOptions, Question, decode
-from dspark_export.train.features import Rows
-from dspark_export.train.responses import EVERY, ResponseFile, drop_torn_line, prompt_number
-from dspark_runtime.errors import ChatTemplateError, UsageError
-from dspark_runtime.speculation.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from dspark_runtime.text.codec import TextCodec
+from dspark_export.prompts.texts import encode
+from dspark_export.train.responses import EVERY, prompt_number
+from dspark_runtime import Bundle, SamplingParams
+from dspark_runtime.bundle.files import TOKENIZER_DIR
+from dspark_runtime.errors import UsageError
 
 OnStep = Callable[[int], None]
-_PROMPT_TOKENS = 96  # of a prompt the target writes
+_SHORTEST = 4  # characters of a prompt that is worth an answer
+_LONGEST = 1024  # tokens of one, or half of the model's positions: room is reserved for the longest in every row
 
 
 def read_prompts(files: Sequence[Path]) -> list[str]:
@@ -36,12 +34,12 @@ def read_prompts(files: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How responses are made: ``count`` of them, ``max_new_tokens`` each, ``slots`` at once. A prompt's temperature
-    is one of ``temperatures``, by the prompt alone."""
+    """How responses are made: ``count`` of them, ``max_new_tokens`` each, ``rows`` at once, ``synthesise`` of them to
+    prompts that the model wrote. A prompt's temperature is one of ``temperatures``, by the prompt alone."""
 
     count: int
     max_new_tokens: int = 256
-    slots: int = 64
+    rows: int = ROWS
     temperatures: tuple[float, ...] = (0.0, 0.7)
     synthesise: int = 0
     seed: int = 0
@@ -50,7 +48,7 @@ class Plan:
         for option, value, low in (
             ("--count", self.count, 1),
             ("--max-new-tokens", self.max_new_tokens, 2),
-            ("--slots", self.slots, 1),
+            ("--rows", self.rows, 1),
             ("--synthesise", self.synthesise, 0),
         ):
             if value < low:
@@ -64,83 +62,68 @@ class Plan:
         return 0.0 if number % EVERY == 0 else self.temperatures[number // EVERY % len(self.temperatures)]
 
 
-class PromptFile:
-    """Prompts the target wrote itself, a JSON line each; like :class:`ResponseFile` it grows by whole lines."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        drop_torn_line(path)
-
-    def __iter__(self) -> Iterator[str]:
-        if self._path.exists():
-            with self._path.open(encoding="utf-8") as file:
-                yield from (str(json.loads(line)["prompt"]) for line in file)
-
-    def append(self, text: str) -> None:
-        """Add a prompt."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"prompt": text}) + "\n")
+def origin_of(bundle: Bundle, plan: Plan) -> Origin:
+    """What responses of ``bundle`` by ``plan`` depend on."""
+    manifest = bundle.manifest
+    return Origin(
+        model=manifest.source.id,
+        files=dict(manifest.source.files),
+        tokenizer=manifest.files[f"{TOKENIZER_DIR}/tokenizer.json"].sha256,
+        precision=manifest.precision.weights,
+        vocab_size=manifest.model.vocab_size,
+        seed=plan.seed,
+        temperatures=plan.temperatures,
+        max_new_tokens=plan.max_new_tokens,
+    )
 
 
-def synthesise_prompts(
-    model: PreTrainedModel,
-    codec: TextCodec,
-    file: PromptFile,
-    plan: Plan,
-    ends: Sequence[int],
-    on_step: OnStep = lambda _: None,
-) -> None:
-    """Extend ``file`` to ``plan.synthesise`` prompts: the target continues its own chat template where a user's turn
-    begins."""
-    made = len(list(file))
-    if made >= plan.synthesise:
+def write_prompts(bundle: Bundle, file: PackedResponses, plan: Plan, on_step: OnStep = lambda _: None) -> None:
+    """Extend the prompts in ``file`` that the model wrote to ``plan.synthesise``."""
+    first = len(file.own_prompts)
+    if first >= plan.synthesise:
         return
-    params = SamplingParams(temperature=1.0, top_p=0.95)
-    start = tuple(opening(codec) or ends[:1])
-    questions = (Question(start, params, number) for number in range(made, plan.synthesise))
-    options = DecodeOptions(plan.slots, _PROMPT_TOKENS, tuple(ends), plan.seed)
-    for answer in decode(model, questions, options):
-        said = answer.tokens[:-1] if answer.tokens[-1] in ends else answer.tokens
-        file.append(codec.decode(said).strip())
-        made += 1
-        on_step(made)
+    written = self_prompts(bundle, plan.synthesise, plan.seed, first=first, rows=plan.rows)
+    for number, text in enumerate(written, first + 1):
+        file.add_prompt(text)
+        on_step(number)
+    file.sync()
 
 
-def make_responses(
-    model: PreTrainedModel,
-    codec: TextCodec,
-    prompts: Sequence[str],
-    file: ResponseFile,
-    plan: Plan,
-    ends: Sequence[int],
-    taps: Sequence[int] = (),
-    top: int = 64,
-    on_answer: Callable[[Response, Rows | None], None] = lambda *_: None,
+def write_responses(
+    bundle: Bundle, prompts: Sequence[str], file: PackedResponses, plan: Plan, on_step: OnStep = lambda _: None
 ) -> None:
-    """Extend ``file`` to ``plan.count`` responses, or to one for every prompt; goes on where an earlier run stopped.
+    """Extend ``file`` to ``plan.count`` responses, or to one for every prompt: first to those that the model wrote.
 
-    ``on_answer`` gets every response once it is in the file, with the rows of it if there are ``taps``. Raises
-    UsageError if there are no prompts at all.
+    Raises:
+        UsageError: there are no prompts at all.
     """
-    if not prompts:
+    own = file.own_prompts[: plan.synthesise]
+    if not prompts and not own:
         raise UsageError(
             "there are no prompts: name files with --prompts, or let the model write some with --synthesise"
         )
+    file.add_source({"prompts": len(prompts), "sha256": _digest(prompts), "own": len(own)})
+    asked = list(prompts)
+    random.Random(plan.seed).shuffle(asked)
     done = {item.prompt for item in file}
-    rendered = list(dict.fromkeys(tuple(_render(codec, text)) for text in prompts if len(text) > 3))
-    random.Random(plan.seed).shuffle(rendered)
-    wanted = [ids for ids in rendered if ids and ids not in done][: max(0, plan.count - len(done))]
-    questions = (Question(ids, SamplingParams(temperature=plan.temperature(ids))) for ids in wanted)
-    options = DecodeOptions(plan.slots, plan.max_new_tokens, tuple(ends), plan.seed, tuple(taps), top)
-    for answer in decode(model, questions, options):
-        if len(answer.tokens) > 1:
-            response = Response(answer.question.prompt, answer.tokens, answer.question.params.temperature)
-            file.append([response])
-            on_answer(response, answer.rows)
+    wanted = list(itertools.islice(_unanswered(bundle, [*own, *asked], done), max(0, plan.count - len(file))))
+    params = [SamplingParams(temperature=plan.temperature(prompt)) for prompt in wanted]
+    answers = answer(bundle, wanted, params, max_new_tokens=plan.max_new_tokens, seed=plan.seed, rows=plan.rows)
+    for item in answers:
+        file.add(item)
+        on_step(len(file))
+    file.sync()
 
 
-def _render(codec: TextCodec, text: str) -> list[int]:
-    try:
-        return codec.encode_chat([{"role": "user", "content": text}])
-    except ChatTemplateError:
-        return codec.encode(text)
+def _unanswered(bundle: Bundle, texts: Sequence[str], done: set[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    seen = set(done)
+    most = min(_LONGEST, bundle.limits.positions // 2)
+    for text in texts:
+        prompt = tuple(encode(bundle, text)) if len(text) >= _SHORTEST else ()
+        if prompt and len(prompt) <= most and prompt not in seen:
+            seen.add(prompt)
+            yield prompt
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).hexdigest()

@@ -71,10 +71,6 @@ class Rows:
     top_ids: Tensor
     top_probs: Tensor
 
-    def cut(self, length: int) -> Rows:
-        """The first ``length`` rows."""
-        return Rows(self.features[:length], self.top_ids[:length], self.top_probs[:length])
-
 
 class TappedTarget:
     """The frozen target, reading whole texts."""
@@ -115,19 +111,20 @@ class Sample:
 class FeatureStore:
     """Samples in flat files under ``folder``: bfloat16 features as their bits, ids, probabilities.
 
-    A kill in the middle loses the sample that was being written, nothing else.
+    A kill in the middle loses the sample that was being written, nothing else. ``read_only`` leaves the files alone.
     """
 
-    def __init__(self, folder: Path, width: int, top: int) -> None:
+    def __init__(self, folder: Path, width: int, top: int, read_only: bool = False) -> None:
         self._folder, self._width, self._top = folder, width, top
         folder.mkdir(parents=True, exist_ok=True)
         self._spans: list[tuple[int, int, int]] = []  # first row, rows, start of the response
         index = folder / _INDEX
         if index.exists():
             self._spans = [tuple(json.loads(line)) for line in index.read_text("utf-8").split("\n")[:-1]]
-        self._rows = 0
+        self._rows = sum(span[1] for span in self._spans)
         self._maps: list[np.ndarray] | None = None
-        self._keep(len(self._spans))
+        if not read_only:
+            self._keep()
 
     def _sizes(self) -> dict[Path, int]:
         names = (("ids", 4), ("features", 2 * self._width), ("top_ids", 4 * self._top), ("top_probs", 2 * self._top))
@@ -162,15 +159,8 @@ class FeatureStore:
         self._rows += len(ids)
         self._maps = None
 
-    def cut(self, count: int) -> None:
-        """Drop all samples but the first ``count``."""
-        if count < len(self):
-            self._keep(count)
-
-    def _keep(self, count: int) -> None:
-        """The first ``count`` samples, and nothing behind them in any file."""
-        self._spans, self._maps = self._spans[:count], None
-        self._rows = sum(span[1] for span in self._spans)
+    def _keep(self) -> None:
+        """Cut what is behind the known samples in any file."""
         lines = (json.dumps(span) + "\n" for span in self._spans)
         (self._folder / _INDEX).write_text("".join(lines), "utf-8")
         for path, size in self._sizes().items():
@@ -191,13 +181,16 @@ class FeatureStore:
 
 def fill(
     store: FeatureStore,
-    target: TappedTarget,
+    target: Callable[[Sequence[int], int, int], Rows],
     responses: Sequence[Response],
     max_length: int,
     top: int,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Add the samples of ``responses`` that ``store`` does not have yet; it holds them in the same order."""
+    """Add the samples of ``responses`` that ``store`` does not have yet; it holds them in the same order.
+
+    ``target`` gives the rows of (token ids, where the response begins, ``top``).
+    """
     for place in range(len(store), len(responses)):
         ids, start = responses[place].span(max_length)
         store.add(ids, start, target(ids, start, top))

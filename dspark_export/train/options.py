@@ -10,6 +10,7 @@ from dspark_runtime.errors import UsageError
 Markov = Literal["none", "vanilla", "gated", "rnn"]
 Optimizer = Literal["muon", "adamw"]
 Arithmetic = Literal["float32", "bfloat16"]
+FeatureReader = Literal["model", "bundle"]
 TREE = 15
 """Drafts of the trees that a finished drafter is judged by, beside its chain."""
 _RATES: dict[Optimizer, float] = {"muon": 5e-3, "adamw": 1e-3}

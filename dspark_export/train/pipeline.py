@@ -22,20 +22,23 @@ import torch
 from dspark_export.checkpoints import resolve
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.prompts.answers import Response
-from dspark_export.train.asking import Plan, PromptFile, make_responses, read_prompts, synthesise_prompts
+from dspark_export.prompts.packed import PackedResponses
+from dspark_export.train.asking import Plan, origin_of, read_prompts, write_prompts, write_responses
+from dspark_export.train.bundle_features import BundleTarget
 from dspark_export.train.calibration import Calibration, calibrated
 from dspark_export.train.card import CardFacts, TrainedDrafter, record, write_card
 from dspark_export.train.curves import draw_curves
 from dspark_export.train.evaluate import Evaluation, tree_lengths
-from dspark_export.train.features import FeatureStore, Rows, TappedTarget, fill
+from dspark_export.train.features import FeatureStore, TappedTarget, fill
 from dspark_export.train.module import DraftGeometry, TrainableDrafter
-from dspark_export.train.options import TREE, TrainOptions
-from dspark_export.train.responses import ResponseFile, split, teaches
+from dspark_export.train.options import TREE, FeatureReader, TrainOptions
+from dspark_export.train.processes import Processes
+from dspark_export.train.responses import read_responses, split
 from dspark_export.train.saving import load_drafter_like, save_drafter
 from dspark_export.train.targets import embedding_and_head, frequent_tokens, geometry_for
 from dspark_export.train.trainer import StepReport, Trainer
+from dspark_runtime import Bundle
 from dspark_runtime.errors import BundleBusy, BundleNotWritten, UsageError
-from dspark_runtime.text.codec import TextCodec
 
 if TYPE_CHECKING:
     from dspark_export.checkpoints import Checkpoint
@@ -45,8 +48,8 @@ _Result = TypeVar("_Result")
 OnProgress = Callable[[str, int, int, str], None]
 """Called with a stage (``prompts``, ``responses``, ``features``, ``training``), how much is done, of what, a remark."""
 
-_FEATURES, _HELD_OUT, _TRAINING, _RESPONSES, _LOCK = "features", "held_out", "training", "responses.jsonl", ".lock"
-_MADE_FOR, _TOKENIZER, _PROMPTS = "made_for.json", "tokenizer", "prompts.jsonl"
+_FEATURES, _HELD_OUT, _TRAINING, _RESPONSES, _LOCK = "features", "held_out", "training", "responses.packed", ".lock"
+_MADE_FOR = "made_for.json"
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,10 @@ class DrafterJob:
     """What to train, and from what.
 
     ``model`` is a hub id, folder or GGUF file. ``out``: the drafter's new folder; ``work``: what is kept between runs.
-    ``prompts`` are files; ``responses`` are files of token ids that were made before, and then nothing is generated.
-    ``init``: a drafter of the same shape to begin with, whose vocabulary is kept; None for random weights.
+    ``prompts`` are files. ``bundle``, one of the same model or what gives its path, answers them into ``answers``
+    (None: a file in ``work``). ``responses`` are files of token ids that were made before; then nothing is generated.
+    ``features``: read by the model in float32, or by the bundle in its precision. ``init``: a drafter of the same shape
+    to begin with, whose vocabulary is kept; None for random weights.
     ``held_out``: greedy responses that are kept for evaluation and calibration. ``card``: more for the model card.
     """
 
@@ -65,7 +70,10 @@ class DrafterJob:
     options: TrainOptions = field(default_factory=TrainOptions)
     generation: Plan = field(default_factory=lambda: Plan(count=2000))
     prompts: tuple[Path, ...] = ()
+    bundle: Path | Callable[[], Path] | None = None
+    answers: Path | None = None
     responses: tuple[Path, ...] = ()
+    features: FeatureReader = "model"
     init: Path | None = None
     held_out: int = 64
     revision: str | None = None
@@ -82,15 +90,22 @@ class DrafterJob:
             raise UsageError(f"--threads {self.threads}: give at least 1")
 
 
-def train_drafter(job: DrafterJob, on_progress: OnProgress = lambda *_: None) -> TrainedDrafter:
-    """Train a drafter as ``job`` says.
+def train_drafter(job: DrafterJob, on_progress: OnProgress = lambda *_: None) -> TrainedDrafter | None:
+    """Train a drafter as ``job`` says; of several processes that ``torchrun`` started, all but the first return None.
 
     Raises:
         UsageError: no prompts, options that do not fit the model or the work folder, no such device.
         CheckpointError: the target cannot be used.
         BundleBusy, BundleNotWritten: another run has the work folder, or the drafter cannot be written.
     """
-    device = _device(job.device)
+    processes = Processes(_device(job.device))
+    try:
+        return _train(job, processes, on_progress if processes.first else lambda *_: None)
+    finally:
+        processes.close()
+
+
+def _train(job: DrafterJob, processes: Processes, on_progress: OnProgress) -> TrainedDrafter | None:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     _check_out(job)
@@ -102,11 +117,12 @@ def train_drafter(job: DrafterJob, on_progress: OnProgress = lambda *_: None) ->
         raise BundleNotWritten(f"cannot make the work folder {job.work}: {error.strerror or error}") from error
     lock = filelock.FileLock(job.work / _LOCK, timeout=0)
     try:
-        lock.acquire()
+        if processes.first:
+            lock.acquire()
     except filelock.Timeout as error:
         raise BundleBusy(f"another training works in {job.work}; wait until it ends, or name another --work") from error
     try:
-        return _Run(job, checkpoint, geometry, device, on_progress).finish()
+        return _Run(job, checkpoint, geometry, processes, on_progress).finish()
     finally:
         lock.release()
 
@@ -117,20 +133,40 @@ class _Run:
         job: DrafterJob,
         checkpoint: Checkpoint,
         geometry: DraftGeometry,
-        device: torch.device,
+        processes: Processes,
         on_progress: OnProgress,
     ) -> None:
-        self._job, self._checkpoint, self._geometry, self._device = job, checkpoint, geometry, device
+        self._job, self._checkpoint, self._geometry, self._processes = job, checkpoint, geometry, processes
         self._on_progress = on_progress
         self._seconds: dict[str, float] = {}
-        self._require_same_target()
-        self._model = checkpoint.load_model(torch.float32).to(device)
+        self._opened: Bundle | None = None
+        self._source = checkpoint.source()
+        if processes.first:
+            self._require_same_target()
+        self._model = checkpoint.load_model(torch.float32).to(processes.device)
 
-    def finish(self) -> TrainedDrafter:
-        learn, judge = self._timed("responses", self._responses)
-        samples, held_out = self._timed("features", lambda: self._features(learn, judge))
+    def finish(self) -> TrainedDrafter | None:
+        """Every stage. What slow ones make, the first process writes and the others read."""
+        learn, judge = self._shared("responses", self._make_responses, self._read_responses)
+        samples, held_out = self._shared("features", lambda: self._features(learn, judge), self._stores)
         trainer = self._trainer(samples, held_out, learn)
         self._timed("training", lambda: self._train(trainer))
+        trained = self._judge_and_write(trainer, learn, judge) if self._processes.first else None
+        self._processes.wait()
+        return trained
+
+    def _shared(self, stage: str, make: Callable[[], _Result], read: Callable[[], _Result]) -> _Result:
+        """What the first process makes; the others read it when it is done."""
+        if self._processes.first:
+            result = self._timed(stage, make)
+            self._processes.wait()
+            return result
+        self._processes.wait()
+        return read()
+
+    def _judge_and_write(
+        self, trainer: Trainer, learn: Sequence[Response], judge: Sequence[Response]
+    ) -> TrainedDrafter:
         found = trainer.evaluate()
         with trainer.averaged():
             trees = tree_lengths(trainer.model, trainer.held_out, torch.float32, (TREE,))
@@ -163,11 +199,12 @@ class _Run:
         options = self._job.options
         ours = {
             "model": self._checkpoint.id,
-            "files": self._checkpoint.source().files,
+            "files": self._source.files,
             "taps": list(self._geometry.taps),
             "max_length": options.max_length,
             "target_top": options.target_top,
             "held_out": self._job.held_out,
+            "features": self._job.features,
             "init": None if self._job.init is None else str(self._job.init),
         }
         path = self._job.work / _MADE_FOR
@@ -181,19 +218,24 @@ class _Run:
         else:
             path.write_text(json.dumps(ours, indent=2) + "\n", "utf-8")
 
-    def _responses(self) -> tuple[list[Response], list[Response]]:
-        job = self._job
-        if job.responses:
-            missing = [str(path) for path in job.responses if not path.is_file()]
-            if missing:
-                raise UsageError(f"--responses {missing[0]}: no such file")
-            given = [item for path in job.responses for item in ResponseFile(path, read_only=True)]
-            vocab = self._checkpoint.vocab_size
-            if wrong := [t for item in given for t in (*item.prompt, *item.response) if not 0 <= t < vocab]:
-                raise UsageError(f"--responses: token {wrong[0]} is outside the vocabulary of {vocab}")
-            items = list(dict.fromkeys(given))
-        else:
-            items = self._answer(ResponseFile(job.work / _RESPONSES))
+    def _make_responses(self) -> tuple[list[Response], list[Response]]:
+        job, plan = self._job, self._job.generation
+        if not job.responses:
+            bundle = self._bundle()
+            with PackedResponses(self._answers, origin_of(bundle, plan)) as file:
+                write_prompts(bundle, file, plan, lambda done: self._on_progress("prompts", done, plan.synthesise, ""))
+                texts = read_prompts(job.prompts)
+                write_responses(
+                    bundle, texts, file, plan, lambda done: self._on_progress("responses", done, plan.count, "")
+                )
+        return self._read_responses()
+
+    def _read_responses(self) -> tuple[list[Response], list[Response]]:
+        """Those to learn from and those to judge by."""
+        job, vocab = self._job, self._checkpoint.vocab_size
+        items = list(dict.fromkeys(item for path in job.responses or (self._answers,) for item in read_responses(path)))
+        if wrong := [t for item in items for t in (*item.prompt, *item.response) if not 0 <= t < vocab]:
+            raise UsageError(f"--responses: token {wrong[0]} is outside the vocabulary of {vocab}")
         learn, judge = split(items, job.held_out)
         if not learn or len(judge) < 4:
             raise UsageError(
@@ -202,47 +244,30 @@ class _Run:
             )
         return learn, judge
 
-    def _answer(self, file: ResponseFile) -> list[Response]:
-        """Let the target answer; its layers' outputs go into the feature stores."""
-        job, options, ends = self._job, self._job.options, self._checkpoint.eos_token_ids
-        codec, plan = self._codec(), job.generation
-        own = PromptFile(job.work / _PROMPTS)
-        synthesise_prompts(
-            self._model, codec, own, plan, ends, lambda done: self._on_progress("prompts", done, plan.synthesise, "")
-        )
-        items = list(file)
-        kept = split(items, job.held_out)
-        for store, parts in zip(self._stores(), kept, strict=True):
-            store.cut(len(parts))  # responses that were lost from the end of the file are made again
-        learn, judge = self._features(*kept)
+    @property
+    def _answers(self) -> Path:
+        return self._job.answers or self._job.work / _RESPONSES
 
-        def keep(item: Response, rows: Rows | None) -> None:
-            items.append(item)
-            self._on_progress("responses", len(items), plan.count, "")
-            if rows is None or (not teaches(item) and (item.temperature or len(judge) >= job.held_out)):
-                return
-            ids, start = item.span(options.max_length)
-            (learn if teaches(item) else judge).add(ids, start, rows.cut(len(ids)))
-
-        texts = [*read_prompts(job.prompts), *own]
-        taps, top = self._geometry.taps, options.target_top
-        make_responses(self._model, codec, texts, file, plan, ends, taps, top, keep)
-        return items
-
-    def _codec(self) -> TextCodec:
-        if self._checkpoint.tokenizer is None:
+    def _bundle(self) -> Bundle:
+        """The bundle that writes and, where asked, reads; it was built from the checkpoint's files."""
+        if self._opened is not None:
+            return self._opened
+        job = self._job
+        if job.bundle is None:
+            raise UsageError("no responses and nothing to make them with: give --bundle, or --responses of token ids")
+        path = job.bundle() if callable(job.bundle) else job.bundle
+        self._opened = Bundle.open(path, threads=job.threads)
+        if self._opened.manifest.source.files != self._source.files:
             raise UsageError(
-                f"{self._checkpoint.id} has no tokenizer, so no prompts can be read: give --responses of token ids"
+                f"--bundle {path} was built from other files than {job.model}: build it from the same model"
             )
-        folder = self._job.work / _TOKENIZER
-        folder.mkdir(exist_ok=True)
-        self._checkpoint.save_tokenizer(folder)
-        return TextCodec(folder)
+        _ = self._opened.codec  # which says what to do where there is no tokenizer
+        return self._opened
 
     def _features(self, learn: Sequence[Response], judge: Sequence[Response]) -> tuple[FeatureStore, FeatureStore]:
         options, work = self._job.options, self._job.work
-        stores = self._stores()
-        target = TappedTarget(self._model, self._geometry.taps)
+        stores = self._stores(grow=True)
+        target = self._reader()
         whole = len(learn) + len(judge)
         for store, items, before in ((stores[1], judge, 0), (stores[0], learn, len(judge))):
             if len(store) > len(items) or not store.begins(item.span(options.max_length)[0] for item in items):
@@ -255,15 +280,21 @@ class _Run:
                 options.target_top,
                 functools.partial(self._feature_progress, before, whole),
             )
-        target.release()
+        if isinstance(target, TappedTarget):
+            target.release()
         return stores
+
+    def _reader(self) -> TappedTarget | BundleTarget:
+        taps = self._geometry.taps
+        return BundleTarget(self._bundle(), taps) if self._job.features == "bundle" else TappedTarget(self._model, taps)
 
     def _feature_progress(self, before: int, whole: int, done: int) -> None:
         self._on_progress("features", before + done, whole, "")
 
-    def _stores(self) -> tuple[FeatureStore, FeatureStore]:
+    def _stores(self, grow: bool = False) -> tuple[FeatureStore, FeatureStore]:
         width, top = len(self._geometry.taps) * self._geometry.hidden, self._job.options.target_top
-        learn, judge = (FeatureStore(self._job.work / name, width, top) for name in (_FEATURES, _HELD_OUT))
+        names = (_FEATURES, _HELD_OUT)
+        learn, judge = (FeatureStore(self._job.work / name, width, top, read_only=not grow) for name in names)
         return learn, judge
 
     def _trainer(self, samples: FeatureStore, held_out: FeatureStore, learn: Sequence[Response]) -> Trainer:
@@ -276,8 +307,9 @@ class _Run:
             model = TrainableDrafter(self._geometry, embedding.cpu(), head.cpu(), ids)
         else:
             model = load_drafter_like(self._job.init, self._geometry, embedding.cpu(), head.cpu())
-        model = model.to(self._device)
-        return Trainer(model, samples, [held_out[i] for i in range(len(held_out))], options, self._job.work / _TRAINING)
+        model = model.to(self._processes.device)
+        judged = [held_out[i] for i in range(len(held_out))]
+        return Trainer(model, samples, judged, options, self._job.work / _TRAINING, self._processes)
 
     def _train(self, trainer: Trainer) -> None:
         whole = self._job.options.steps

@@ -1,4 +1,4 @@
-"""Responses of the target: token ids of prompts and answers in a file of JSON lines, and which of them are held out.
+"""Responses of the target: token ids of prompts and answers in files, and which of them are held out.
 
 Text that the target did not write teaches a drafter little: it has to predict the target, not the world.
 """
@@ -13,43 +13,26 @@ from pathlib import Path
 import numpy as np
 
 from dspark_export.prompts.answers import Response
+from dspark_export.prompts.packed import PackedResponses, is_packed
 from dspark_runtime.errors import UsageError
 
 EVERY = 32
 """One prompt in this many is held out of training."""
 
 
-class ResponseFile:
-    """Responses in a file of JSON lines, ``prompt``, ``response`` and ``temperature`` each."""
+def read_responses(path: Path) -> Iterator[Response]:
+    """Responses of a file: packed ones, or JSON lines with ``prompt``, ``response`` and ``temperature`` (default: 0).
 
-    def __init__(self, path: Path, read_only: bool = False) -> None:
-        self.path = path
-        if not read_only:
-            drop_torn_line(path)
-
-    def __iter__(self) -> Iterator[Response]:
-        if not self.path.exists():
-            return
-        with self.path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield _parse(line, f"{self.path}:{number}")
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def append(self, responses: Sequence[Response]) -> None:
-        """Add lines at the end."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for item in responses:
-                fields = {"prompt": item.prompt, "response": item.response, "temperature": item.temperature}
-                file.write(json.dumps(fields) + "\n")
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut what a killed run left behind the last complete line."""
-    if path.exists():
-        with path.open("rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+    Raises UsageError if there is no such file, or it holds something else.
+    """
+    if not path.is_file():
+        raise UsageError(f"--responses {path}: no such file")
+    if is_packed(path):
+        yield from PackedResponses(path)
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            yield _parse(line, f"{path}:{number}")
 
 
 def _parse(line: str, where: str) -> Response:
