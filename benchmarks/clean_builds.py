@@ -20,6 +20,7 @@ from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.run import validate
 from dspark_runtime.bundle.precisions import PRECISIONS, Weights
 from tests import tiny_models
+from tests.checkpoints import quantized_samples
 
 BUILDS: tuple[tuple[str, Weights], ...] = (
     *(("llama", weights) for weights in PRECISIONS),
@@ -51,6 +52,8 @@ BUILDS: tuple[tuple[str, Weights], ...] = (
 def clean_build(arch: str, precision: Weights, folder: Path, threads: int = 1) -> Report:
     """Build and validate one, against PyTorch."""
     tiny_models.save_checkpoint(arch, folder / "model")
+    if PRECISIONS[precision].kept:
+        quantized_samples.quantize(folder / "model", *quantized_samples.CASES["gptq 4 bits"])
     model, bundle = str(folder / "model"), folder / "bundle"
     build(BuildOptions(model=model, out=bundle, precision=precision, self_draft="layers=0,2", threads=threads))
     return validate(ValidateOptions(bundle, model=model, threads=threads, against="torch"))

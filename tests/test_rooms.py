@@ -62,6 +62,7 @@ FLOORS = {
         ("checkpoints",),
         ("bundle",),
         ("passes", "prompts", "tracing"),
+        ("grids",),
         ("names",),
     ),
 }

@@ -11,7 +11,7 @@ from benchmarks.peers.protocol import Candidate, Stopwatch, Timed
 from dspark_runtime import Bundle
 from dspark_runtime.bundle.precisions import HALF, PRECISIONS
 
-MEASURED = tuple(name for name in PRECISIONS if name not in HALF)
+MEASURED = tuple(name for name in PRECISIONS if name not in HALF and not PRECISIONS[name].kept)
 """Precisions that differ on a CPU: half-precision weights are widened when they are loaded."""
 PLAIN_EXACT = "plain, exact"
 SETTINGS = (PLAIN_EXACT, "plain, not exact", "speculating, exact", "speculating, not exact")

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from dspark_export.build.options import BuildOptions
 from dspark_export.checkpoints import Checkpoint
 from dspark_export.checkpoints.config import POSITIONS, positions_of
+from dspark_export.checkpoints.inventory import generic
 from dspark_export.passes import kernels_of, without_kernel
+from dspark_export.passes.kept_weights import KeptWeights
 from dspark_runtime.backends.protocol import ROUNDED_ACTIVATIONS
 from dspark_runtime.bundle.contract import CacheLayer, TensorSpec
 from dspark_runtime.bundle.files import GRAPH_DIR
@@ -140,7 +142,7 @@ def drafters(layers: Sequence[int] | None, agreement: float | None) -> tuple[Dra
     )
 
 
-def precision(options: BuildOptions) -> Precision:
+def precision(options: BuildOptions, kept: KeptWeights | None = None) -> Precision:
     """How weights are stored; row noise is added once it was measured."""
     if not options.quantized:
         return Precision(weights=options.precision, exact=options.exact_text)
@@ -151,6 +153,7 @@ def precision(options: BuildOptions) -> Precision:
         embedding=options.embedding_too,
         exact=options.exact_text,
         accuracy_level=ROUNDED_ACTIVATIONS,
+        in_floats={} if kept is None else {generic(name): reason for name, reason in kept.not_kept().items()},
     )
 
 
@@ -182,6 +185,7 @@ def manifest(
     graphs: Sequence[GraphEntry],
     drafter_entries: Sequence[DrafterEntry],
     validation: Mapping[str, float | int | str] | None = None,
+    kept: KeptWeights | None = None,
 ) -> Manifest:
     """The whole manifest except measurements and file digests."""
     return Manifest(
@@ -192,6 +196,6 @@ def manifest(
         model=facts,
         graphs=tuple(graphs),
         drafters=tuple(drafter_entries),
-        precision=precision(options),
+        precision=precision(options, kept),
         validation=dict(validation or {}),
     )

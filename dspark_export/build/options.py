@@ -85,7 +85,7 @@ class BuildOptions:
             raise UsageError(
                 f"--activations applies to {listed(BLOCKED, 'and')}; graphs in {self.precision} compute {computes}"
             )
-        if self.backend is not None and self.kind.integer_products:
+        if self.backend is not None and (self.kind.integer_products or self.kind.kept):
             raise UsageError(
                 f"--precision {self.precision} is for the CPU; for --backend {self.backend} choose "
                 f"{listed((*HALF, *BLOCKED))}"

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from dspark_export.build.calibrate import Calibration
     from dspark_export.checkpoints import Checkpoint
+    from dspark_export.passes.kept_weights import KeptWeights
 
 Stage = Literal["check", "load", "self-draft", "trace", "optimize", "save", "tokenizer", "measure", "compile", "commit"]
 DATA_FILE = "weights.data"
@@ -88,6 +89,8 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
 
         trial = trace_without_weights if options.allow_untested else None
         checkpoint = resolve(options.model, options.revision, options.trust, trial)
+        if options.kind.kept:
+            checkpoint.require_integers()
         layers = _requested_layers(options, checkpoint)
         drafts = open_drafts(checkpoint, options.drafts, options.draft_settings)
         stages.enter("load")
@@ -101,14 +104,15 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         stages.enter("trace")
         graphs = _trace(model, layers, taps_of(drafts))
         stages.enter("optimize")
-        _optimize(graphs, options, _calibrated(model, checkpoint, options))
+        kept = checkpoint.kept_weights(model, minima=options.with_kernels) if options.kind.kept else None
+        _optimize(graphs, options, kept, _calibrated(model, checkpoint, options))
         settings = options.draft_settings
-        exported = export_drafts(drafts, model, settings, lambda graph: _optimize({"": graph}, options))
+        exported = export_drafts(drafts, model, settings, lambda graph: _optimize({"": graph}, options, kept))
         stages.enter("save")
         facts = _facts(checkpoint, model)
         entries = _save(graphs, exported, writer.dir / GRAPH_DIR, options, layers, facts.max_positions, taps_of(drafts))
         write_vocab_maps(exported, writer.dir)
-        manifest = _describe(checkpoint, facts, options, entries, layers, agreement)
+        manifest = _describe(checkpoint, facts, options, entries, layers, agreement, kept)
         manifest = manifest.model_copy(update={"drafters": (*manifest.drafters, *(draft.entry for draft in exported))})
         stages.enter("tokenizer")
         checkpoint.save_tokenizer(writer.dir / TOKENIZER_DIR)
@@ -187,17 +191,22 @@ def _calibrated(
 
 
 def _optimize(
-    graphs: dict[str, ir.Model], options: BuildOptions, calibrated: Callable[[ir.Model], Calibration] | None = None
+    graphs: dict[str, ir.Model],
+    options: BuildOptions,
+    kept: KeptWeights | None,
+    calibrated: Callable[[ir.Model], Calibration] | None = None,
 ) -> None:
     settings = PrecisionSettings(
         options.precision, options.block, head=options.quantize_head, embedding=options.embedding_too
     )
     for graph in graphs.values():
-        optimize(graph)
+        optimize(graph, kept)
     if calibrated is not None:
         calibrated(graphs["target"]).apply(graphs)
     for graph in graphs.values():
-        apply_precision(graph, settings)
+        apply_precision(graph, settings, kept)
+    if kept is not None:
+        kept.require_some()
 
 
 def _save(
@@ -254,11 +263,12 @@ def _describe(
     entries: Sequence[GraphEntry],
     layers: Sequence[int] | None,
     agreement: float | None,
+    kept: KeptWeights | None,
 ) -> Manifest:
     # transformers: only when traced graphs are described
     from dspark_export.build.manifest import drafters, manifest
 
-    return manifest(checkpoint, options, facts, entries, drafters(layers, agreement))
+    return manifest(checkpoint, options, facts, entries, drafters(layers, agreement), kept=kept)
 
 
 def _measure(writer: BundleWriter, manifest: Manifest, options: BuildOptions) -> Manifest:

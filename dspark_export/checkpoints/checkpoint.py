@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dspark_export.checkpoints.config import declared_end_ids
-from dspark_export.checkpoints.fit import explain_report, load_from
+from dspark_export.checkpoints.fit import explain_report, load_from, targets_of
+from dspark_export.checkpoints.gguf_blocks import READERS
 from dspark_export.checkpoints.gguf_file import GgufFile
-from dspark_export.checkpoints.recipes import Recipe, open_weights
+from dspark_export.checkpoints.recipes import Recipe, open_weights, read_grid
 from dspark_export.checkpoints.tokenizer import TokenizerFiles, eos_token_ids
 from dspark_export.checkpoints.trust import Trust
 from dspark_export.checkpoints.weights import WeightFiles, check_finite, read_headers, read_pickles
 from dspark_runtime.bundle.files import sha256_of
 from dspark_runtime.bundle.manifest import Source
+from dspark_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from dspark_export.passes.kept_weights import KeptWeights
 
 Kind = Literal["hub", "local", "gguf"]
 _DIGESTED = (".json", ".jinja", ".txt", ".model", ".py")
@@ -108,6 +113,43 @@ class Checkpoint:
         check_finite(model, self.id)
         return make_rope_static(model).eval().requires_grad_(False)
 
+    def kept_weights(self, model: PreTrainedModel, *, minima: bool) -> KeptWeights:
+        """The integers that the weights of ``model`` are stored as; ``minima``: graphs may have blocks with a minimum.
+
+        Raises UsageError if there are none.
+        """
+        # onnx_ir: only when weights are kept
+        from dspark_export.passes.kept_weights import KeptWeights
+
+        self.require_integers()
+        if self.gguf:
+            sources = self.gguf.grids(self.config)
+        else:
+            assert self.weights is not None
+            found = read_headers(self.weights, self.id)
+            stored = {name: recipe for name, recipe in self.taken.items() if recipe.grid is not None}
+            targets = targets_of(model, stored)
+            sources = {
+                name if targets[name][1] else targets[name][0]: partial(read_grid, recipe, found)
+                for name, recipe in stored.items()
+            }
+        return KeptWeights(sources, _other_names(model, sources), minima)
+
+    def require_integers(self) -> None:
+        """UsageError if no weight is stored as integers, so that there are none to keep."""
+        if self.gguf:
+            kinds = sorted(set(self.gguf.kinds.values()))
+            there = any(kind in READERS for kind in kinds)
+            what = f"stores {', '.join(kinds)}"
+        else:
+            there = any(recipe.grid is not None for recipe in self.taken.values())
+            what = "stores floats" + (" of 8 bits or less" if "quantization_config" in self.unread else "")
+        if not there:
+            raise UsageError(
+                f"--precision keep stores the integers of a quantized checkpoint, and {self.id} {what}; choose "
+                "--precision fp32, which keeps all numbers, or int8 or int4"
+            )
+
     def _state(self, dtype: torch.dtype) -> Mapping[str, Any]:
         """The weights by name, read when transformers asks for them where the file allows it."""
         if self.gguf:
@@ -122,3 +164,15 @@ class Checkpoint:
         """Write the tokenizer, if there is one, so that the runtime can use it without transformers."""
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
+
+
+def _other_names(model: PreTrainedModel, names: Container[str]) -> dict[str, str]:
+    """Names of weights that are the very ones under ``names``: of tied embeddings."""
+    together: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        together.setdefault(id(weight), []).append(name)
+    found: dict[str, str] = {}
+    for group in together.values():
+        known = [name for name in group if name in names]
+        found |= {name: known[0] for name in group if known and name not in names}
+    return found

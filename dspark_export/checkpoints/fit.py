@@ -55,7 +55,7 @@ def fit(
     model, report = load_from(empty, config, name, trust, **options)
     _explain_shapes(report, name)
     inventory = Inventory(stored)
-    targets = _targets(model, stored)
+    targets = targets_of(model, stored)
     _refuse_twins(targets, name)
     inventory.take(*targets)
     for tensor, reason in harmless_tensors(stored, config.get_text_config().num_hidden_layers).items():
@@ -111,7 +111,7 @@ def _reporting_everything() -> Iterator[None]:
         PreTrainedModel._adjust_missing_and_unexpected_keys = filtering
 
 
-def _targets(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+def targets_of(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str, str | None]]:
     """By stored tensor the weight it becomes, as transformers renames it, and the pattern of a conversion of several
     tensors; without those that become nothing."""
     from transformers.conversion_mapping import get_model_conversion_mapping

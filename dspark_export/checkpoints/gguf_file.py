@@ -5,7 +5,7 @@ transformers' own reader skips settings and tensors it does not know; here each 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dspark_export.checkpoints.gguf_families import FAMILIES, Facts, Family
 from dspark_export.checkpoints.gguf_keys import Keys
 from dspark_export.checkpoints.gguf_rope import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, RopeFactors, rope_parameters
-from dspark_export.checkpoints.gguf_weights import Plan, load_weights, plan_weights
+from dspark_export.checkpoints.gguf_weights import Plan, grids, load_weights, plan_weights
 from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_runtime.errors import InvalidConfig, InvalidWeights, UnsupportedArchitecture
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGUFReader
     from transformers import PretrainedConfig
+
+    from dspark_export.grids import Grid
 
 MAGIC = b"GGUF"
 _EMBEDDING = "token_embd.weight"
@@ -188,6 +190,10 @@ class GgufFile:
     def state_dict(self, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The weights under transformers' names, dequantized, in ``dtype``."""
         return dict(load_weights(self.plan(config), self._reader(), self.family, config, dtype))
+
+    def grids(self, config: PretrainedConfig) -> dict[str, Callable[[], Grid]]:
+        """What reads the integers of the weights that are stored as such, under transformers' names."""
+        return grids(self.plan(config), self._reader(), self.family, config)
 
 
 def readable_kinds() -> frozenset[str]:

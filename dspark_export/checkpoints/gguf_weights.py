@@ -8,16 +8,19 @@ tensor without a weight and a wrong shape are errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from dspark_export.checkpoints.gguf_blocks import grid_of
 from dspark_export.checkpoints.gguf_families import Family, Shapes
 from dspark_export.checkpoints.gguf_rope import ROPE_FREQS, ROPE_LONG, ROPE_SHORT
 from dspark_export.checkpoints.inventory import Inventory, generic, some
+from dspark_export.grids import Grid, NotHeld
 from dspark_runtime.errors import InvalidWeights
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Weight = npt.NDArray[np.float32]
+Number = TypeVar("Number", bound=np.generic)
+_FLOATS = ("F32", "F16", "BF16", "F64")
 _MEDIA = re.compile(r"^(v|mm|a)\.")
 _OLD_EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_(gate|down|up)\.\d+\.weight$")
 
@@ -158,6 +163,29 @@ def load_weights(
         yield slot.name, torch.from_numpy(np.array(whole.reshape(slot.shape), dtype=np.float32)).to(dtype)
 
 
+def grids(plan: Plan, reader: GGUFReader, family: Family, config: PretrainedConfig) -> dict[str, Callable[[], Grid]]:
+    """What reads the integers of every weight that is stored as such, by transformers' names."""
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    quantized = [
+        slot for slot in plan.slots if slot.sources and tensors[slot.sources[0]].tensor_type.name not in _FLOATS
+    ]
+    return {slot.name: partial(_grid, slot, tensors, family, config) for slot in quantized}
+
+
+def _grid(slot: Slot, tensors: dict[str, Any], family: Family, config: PretrainedConfig) -> Grid:
+    if len(slot.sources) > 1 or len(slot.shape) != 2:
+        raise NotHeld("the experts of a mixture are read one at a time, from floats")
+    (name,) = slot.sources
+    tensor = tensors[name]
+    inputs, out = (int(size) for size in tensor.shape)
+    found = grid_of(tensor.tensor_type.name, np.asarray(tensor.data, np.uint8), (out, inputs))
+    heads = _heads(name, family, config)
+    if heads is None:
+        return found
+    parts = (found.codes, found.scale, found.zero, found.minimum)
+    return Grid(*(None if part is None else _halves(part, heads) for part in parts))  # type: ignore[arg-type]
+
+
 def _dequantized(tensor: Any) -> Weight:
     from gguf import dequantize
 
@@ -185,13 +213,19 @@ def _restored(name: str, weight: Weight, family: Family, config: PretrainedConfi
         return weight - np.float32(1)
     if kind in family.transposed:
         return weight.T
-    if family.interleaved and kind.startswith(("attn_q.", "attn_k.")):
-        heads = config.num_attention_heads if kind.startswith("attn_q.") else config.num_key_value_heads
-        return _halves(weight, heads)
-    return weight
+    heads = _heads(name, family, config)
+    return weight if heads is None else _halves(weight, heads)
 
 
-def _halves(weight: Weight, heads: int) -> Weight:
+def _heads(name: str, family: Family, config: PretrainedConfig) -> int | None:
+    """How many heads' rotary dimensions a tensor holds interleaved; None where it holds none."""
+    kind = re.sub(r"^blk\.\d+\.", "", name)
+    if not family.interleaved or not kind.startswith(("attn_q.", "attn_k.")):
+        return None
+    return int(config.num_attention_heads if kind.startswith("attn_q.") else config.num_key_value_heads)
+
+
+def _halves(weight: npt.NDArray[Number], heads: int) -> npt.NDArray[Number]:
     """Rotary pairs from neighbours to the halves of a head."""
     rows = weight.shape[0]
     return weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)

@@ -12,17 +12,23 @@ from dspark_export.checkpoints.safetensors_file import StoredTensor
 if TYPE_CHECKING:
     import torch
 
+    from dspark_export.grids import Grid
+
 Found = Mapping[str, tuple[Path, StoredTensor]]
 """Every stored tensor with its file."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One weight: its shape, the tensors it is made of by their roles, and how; ``make`` None: the only one, as is."""
+    """One weight: its shape, the tensors it is made of by their roles, and how; ``make`` None: the only one, as is.
+
+    ``grid``: what gives its integers, where it is stored as such.
+    """
 
     shape: tuple[int, ...]
     parts: Mapping[str, str]
     make: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
+    grid: Callable[[Mapping[str, torch.Tensor]], Grid] | None = None
 
     def made_of(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight, from tensors by their stored names."""
@@ -61,6 +67,13 @@ def open_weights(weights: Mapping[str, Recipe], found: Found) -> dict[str, Any]:
         name: slices[recipe.parts["weight"]] if recipe.make is None else _Made(recipe, slices)
         for name, recipe in weights.items()
     }
+
+
+def read_grid(recipe: Recipe, found: Found) -> Grid:
+    """The integers of a weight that has a ``grid``; NotHeld where they are not in blocks."""
+    assert recipe.grid is not None
+    slices = open_tensors(found, recipe.parts.values())
+    return recipe.grid({role: slices[name][...] for role, name in recipe.parts.items()})
 
 
 def open_tensors(found: Found, names: Iterable[str]) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _recipes(weights: WeightFiles, opened: _Opened, name: str, trust: Trust) -> 
     unread = {**(opened.left_out or {}), **{generic(tensor): reason for tensor, reason in recipes.excused.items()}}
     if opened.quantization:
         method = opened.quantization["quant_method"]
-        unread["quantization_config"] = f"{method}: weights become the floats they stand for"
+        unread["quantization_config"] = f"{method}: says which numbers the stored ones stand for"
     return Recipes(taken, {}), {**unread, **fitted.unread}
 
 

@@ -55,6 +55,8 @@ def _tables(manifest: Manifest, counts: dict[str, dict[str, int]], verified: boo
         tables.insert(2, _standard_nodes(manifest))
     if operators:
         tables += [_operators(file, count) for file, count in counts.items()]
+    if manifest.precision.in_floats:
+        tables.append(_in_floats(manifest))
     if manifest.source.unread:
         tables.append(_unread(manifest))
     if manifest.costs:
@@ -150,6 +152,13 @@ def _drafters(manifest: Manifest) -> Table:
         agreement = "" if drafter.agreement is None else f"{drafter.agreement:.2f}"
         settings = {key: value for key, value in drafter.settings.items() if key != "layers"}  # among the graphs
         table.add_row(drafter.name, drafter.kind, agreement, json.dumps(settings) if settings else "")
+    return table
+
+
+def _in_floats(manifest: Manifest) -> Table:
+    table = _table("integers in the checkpoint, floats in the graphs", "weight", "why")
+    for name, reason in manifest.precision.in_floats.items():
+        table.add_row(name, reason)
     return table
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dspark_export.passes.drop_noops import DropNoops
 from dspark_export.passes.fold_rms_norm import FoldRmsNorm
 from dspark_export.passes.fold_rotary import FoldRotary
+from dspark_export.passes.kept_weights import KeptWeights
 from dspark_export.passes.kernel_attention import KernelAttention
 from dspark_export.passes.kernel_products import KernelProducts
 from dspark_export.passes.kernel_rows import KernelRows
@@ -31,9 +32,13 @@ _ARITHMETIC = {
 }  # fmt: skip
 
 
-def optimize(model: ir.Model) -> ir.Model:
-    """Fold what the tracer decomposed, in place; the graph stays standard operators only. Returns ``model``."""
-    ir.passes.Sequential(FoldRmsNorm(), FoldRotary(), DropNoops(), PackProjections())(model)
+def optimize(model: ir.Model, kept: KeptWeights | None = None) -> ir.Model:
+    """Fold what the tracer decomposed, in place; the graph stays standard operators only. Returns ``model``.
+
+    Of ``kept`` weights, only those stored in the same way are packed together.
+    """
+    pack = PackProjections(alike=None if kept is None else kept.alike)
+    ir.passes.Sequential(FoldRmsNorm(), FoldRotary(), DropNoops(), pack)(model)
     return model
 
 

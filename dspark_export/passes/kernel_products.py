@@ -34,7 +34,7 @@ _EXPERT_LOOP = {"Gather", "Equal", "NonZero", "GatherND", "Gemm", "ScatterND"}
 class _Weight:
     """``kind`` names the format; ``parts`` are initializers with their layouts, the integers or floats first.
 
-    ``points``: zero points of blocks. ``columns``: scales of outputs.
+    ``points``: zero points of blocks. ``columns``: scales of outputs. Minima of blocks are a third part.
     """
 
     kind: str
@@ -211,9 +211,12 @@ def weight_behind(value: ir.Value | None, weights: PackedWeights, turned: bool =
 
     Looks through transposes, casts and dequantization. ``weights`` knows the type that floats are stored in.
     """
-    dequantize = match.producer(value, "DequantizeLinear")
+    added = match.producer(value, "Add")
+    minimum = None if added is None else _spread(added.inputs[1])
+    scaled = value if added is None or minimum is None else added.inputs[0]
+    dequantize = match.producer(scaled, "DequantizeLinear")
     if dequantize is not None:
-        return None if turned else _quantized(dequantize)
+        return None if turned else _quantized(dequantize, minimum)
     source, _, also_turned = _path(value)
     turned ^= also_turned
     if source is None or match.rank(source) != 2 or source.dtype not in _FLOATS:
@@ -225,7 +228,15 @@ def weight_behind(value: ir.Value | None, weights: PackedWeights, turned: bool =
     return _Weight(_FLOATS[stored], width, depth, ((source, layout),))
 
 
-def _quantized(node: ir.Node) -> _Weight | None:
+def _spread(value: ir.Value | None) -> ir.Value | None:
+    """Constant minima [blocks, width] behind a ``Gather`` that gives every input those of its block."""
+    gather = match.producer(value, "Gather")
+    source = None if gather is None else gather.inputs[0]
+    constant = source is not None and source.is_initializer() and source.const_value is not None
+    return source if constant and match.rank(source) == 2 else None
+
+
+def _quantized(node: ir.Node, minimum: ir.Value | None = None) -> _Weight | None:
     weight, scale = node.inputs[:2]
     points = node.inputs[2] if len(node.inputs) > 2 else None
     constants = [v for v in (weight, scale, points) if v is not None]
@@ -239,18 +250,13 @@ def _quantized(node: ir.Node) -> _Weight | None:
         return _Weight("W8A8", width, depth, parts, columns=scale)
     block = node.attributes["block_size"].as_int()
     signed = weight.dtype in (ir.DataType.INT8, ir.DataType.INT4)
-    if block % 16 or depth % block or block > 256 or signed != (points is None):
+    lifted = points is not None or minimum is not None
+    if block % 16 or depth % block or block > 256 or signed == lifted or (points is not None and minimum is not None):
         return None
-    return _Weight(
-        _BLOCKS[weight.dtype],
-        width,
-        depth,
-        (
-            (weight, layouts.tiles_of_blocks(depth, width, weight.dtype, block)),
-            (scale, layouts.tiles_of_scales(depth // block, width, scale.dtype)),
-        ),
-        points,
-    )
+    of_blocks = [scale] if minimum is None else [scale, minimum]
+    parts = tuple((value, layouts.tiles_of_scales(depth // block, width, value.dtype)) for value in of_blocks)
+    integers = (weight, layouts.tiles_of_blocks(depth, width, weight.dtype, block))
+    return _Weight(_BLOCKS[weight.dtype], width, depth, (integers, *parts), points)
 
 
 def _path(value: ir.Value | None) -> tuple[ir.Value | None, ir.Node | None, bool]:

@@ -6,6 +6,8 @@ does the same work in one launch. The packed weight is concatenated when it is w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -15,11 +17,18 @@ GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 
 class PackProjections(ir.passes.InPlacePass):
-    """Packs the named ``groups`` of projections of every layer where all members read the same value."""
+    """Packs the named ``groups`` of projections of every layer where all members read the same value.
 
-    def __init__(self, groups: tuple[str, ...] = ("qkv_proj", "gate_up_proj")) -> None:
+    ``alike`` says of weights, by name, whether they may be packed; None: always.
+    """
+
+    def __init__(
+        self,
+        groups: tuple[str, ...] = ("qkv_proj", "gate_up_proj"),
+        alike: Callable[[Sequence[str]], bool] | None = None,
+    ) -> None:
         super().__init__()
-        self._groups = groups
+        self._groups, self._alike = groups, alike
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return the same model and whether a group was packed."""
@@ -28,12 +37,15 @@ class PackProjections(ir.passes.InPlacePass):
             parts = GROUPS[name]
             for first in [n for n in model.graph if n.op_type == "MatMul" and _weight_name(n, parts[0])]:
                 members = _siblings(first, parts)
-                if members is not None:
+                if members is not None and self._may_pack(members):
                     _pack(model.graph, members, parts[0], name)
                     packed += 1
         if packed:
             match.remove_unused(model)
         return ir.passes.PassResult(model, modified=packed > 0)
+
+    def _may_pack(self, members: list[ir.Node]) -> bool:
+        return self._alike is None or self._alike([str(node.inputs[1].name) for node in members if node.inputs[1]])
 
 
 def _weight_name(node: ir.Node, part: str) -> str | None:

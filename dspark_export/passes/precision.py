@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from dspark_export.passes.quantize_weights import MIN_BLOCK, MIN_ELEMENTS, BlockQuantization, QuantizeWeights
+from dspark_export.grids import MIN_BLOCK
+from dspark_export.passes.keep_blocks import KeepBlocks
+from dspark_export.passes.kept_weights import KeptWeights
+from dspark_export.passes.quantize_weights import MIN_ELEMENTS, BlockQuantization, QuantizeWeights
 from dspark_runtime.bundle.precisions import PRECISIONS, PrecisionKind, Weights
 from dspark_runtime.errors import ExportError, UsageError
 
@@ -46,8 +49,15 @@ class PrecisionReport:
     left_in_float: tuple[str, ...] = field(default=())
 
 
-def apply_precision(model: ir.Model, settings: PrecisionSettings) -> PrecisionReport:
-    """Quantize ``model`` in place as ``settings`` say. Raises ExportError when not one weight could be quantized."""
+def apply_precision(model: ir.Model, settings: PrecisionSettings, kept: KeptWeights | None = None) -> PrecisionReport:
+    """Quantize ``model`` in place as ``settings`` say; ``kept``: the integers of the checkpoint, where they stay.
+
+    Raises ExportError when not one weight could be quantized.
+    """
+    if kept is not None:
+        keep = KeepBlocks(kept, head=settings.head, embedding=settings.embedding)
+        keep(model)
+        return PrecisionReport(tuple(keep.quantized), tuple(sorted(keep.skipped)))
     bits, block = settings.kind.bits, settings.kind.block and (settings.block_size or settings.kind.block)
     if bits is None:
         return PrecisionReport()

@@ -22,11 +22,11 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from dspark_export.grids import fitting_block
 from dspark_export.passes import match
 
 MIN_ELEMENTS = 1 << 12
 TABLE_BLOCK = 32
-MIN_BLOCK = 16  # ONNX Runtime's kernels take no smaller ones
 COLUMN_STEPS = 63
 """Of weights with one scale an output: times 255 and added in pairs, as some processors do, they fit 16 bits."""
 
@@ -79,10 +79,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
         return None
 
     def _quantize_product(self, graph: ir.Graph, node: ir.Node) -> None:
-        weight, transposed = node.inputs[1], False
-        transpose = match.producer(weight, "Transpose")
-        if transpose is not None and transpose.inputs[0] is not None and transpose.inputs[0].is_initializer():
-            weight, transposed = transpose.inputs[0], True
+        weight, transposed = weight_of(node)
         if weight is None or weight.const_value is None or match.rank(weight) != 2:
             return
         tensor = weight.const_value
@@ -143,6 +140,15 @@ class QuantizeWeights(ir.passes.InPlacePass):
         return wanted if self._named[wanted] == 1 else f"{wanted}.{self._named[wanted]}"
 
 
+def weight_of(product: ir.Node) -> tuple[ir.Value | None, bool]:
+    """The second operand of a product, and whether it is the transpose of the value returned."""
+    weight = product.inputs[1]
+    transpose = match.producer(weight, "Transpose")
+    if transpose is not None and transpose.inputs[0] is not None and transpose.inputs[0].is_initializer():
+        return transpose.inputs[0], True
+    return weight, False
+
+
 class _LazyBlocks:
     """Quantizes one weight when the first of its tensors is written, and forgets it after the last."""
 
@@ -197,16 +203,6 @@ def _transposed_rows(tensor: ir.LazyTensor) -> ir.LazyTensor:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=tensor.name)
 
     return ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=shape, name=tensor.name)
-
-
-def fitting_block(depth: int, most: int | None) -> int | None:
-    """The largest block that divides ``depth``, of ``most`` weights or half as many, and so on down to 16.
-
-    0 where none does; None for None, which is a scale for all of an output.
-    """
-    if most is None:
-        return None
-    return next((size for size in (most >> i for i in range(8)) if size >= MIN_BLOCK and depth % size == 0), 0)
 
 
 def quantize_blocks(weight: np.ndarray, settings: BlockQuantization) -> dict[str, np.ndarray]:

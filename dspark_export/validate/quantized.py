@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from dspark_export.passes import match
+from dspark_export.passes.keep_blocks import MINIMUM
 from dspark_export.passes.match import SMOOTHED
 from dspark_export.passes.pack_projections import GROUPS
 
@@ -33,9 +35,22 @@ def quantized_weights(graph: ir.Model) -> tuple[dict[str, Tensor], dict[str, Ten
             continue
         zero = sources[2] if len(sources) > 2 else None
         axis = 1 if looked_up else node.attributes["axis"].as_int()
-        wide = dequantized(sources[0], sources[1], zero, axis, node.attributes.get_int("block_size", 0))
+        block = node.attributes.get_int("block_size", 0)
+        wide = dequantized(sources[0], sources[1], zero, axis, block)
+        minimum = _minimum(node)
+        if minimum is not None:
+            wide += np.repeat(minimum.astype(np.float32), block, axis)
         (tables if looked_up else products)[(node.name or "").removesuffix(SUFFIX)] = wide
     return products, tables
+
+
+def _minimum(node: ir.Node) -> Tensor | None:
+    """What is added to the blocks of ``node``, in the shape of their scales."""
+    added = match.only_consumer(node.outputs[0], "Add")
+    if added is None or not (added.name or "").partition(MINIMUM)[1]:
+        return None
+    gather = match.producer(added.inputs[1], "Gather")
+    return None if gather is None else _source(gather.inputs[0])
 
 
 def _source(value: ir.Value | None) -> Tensor | None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
+    from dspark_export.checkpoints import Checkpoint
+
 
 class Rebuilt:
     """Exports the target and the self-draft of a bundle once more, when first asked; files go when this is closed.
@@ -33,8 +35,8 @@ class Rebuilt:
     ``model`` has the element type of the bundle's standard graphs.
     """
 
-    def __init__(self, files: BundleFiles, model: PreTrainedModel) -> None:
-        self._files, self._model = files, model
+    def __init__(self, files: BundleFiles, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+        self._files, self._model, self._checkpoint = files, model, checkpoint
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._plain: dict[str, npt.NDArray[Any]] = {}
 
@@ -47,8 +49,9 @@ class Rebuilt:
             graphs["self_draft"] = export_self_draft(trace, self._files.graph("self_draft").layers or ())
         stored = self._files.manifest.precision
         settings = PrecisionSettings(stored.weights, stored.block_size, head=stored.head, embedding=stored.embedding)
+        kept = self._checkpoint.kept_weights(self._model, minima=self._has_kernels) if stored.kind.kept else None
         for graph in graphs.values():
-            optimize(graph)
+            optimize(graph, kept)
         calibration = stored_calibration(
             load_plain(self._files.path(self._files.graph("target").file)), graphs["target"]
         )
@@ -56,7 +59,7 @@ class Rebuilt:
             calibration.apply(graphs)
         self._plain = tensors(graphs["target"])
         for graph in graphs.values():
-            apply_precision(graph, settings)
+            apply_precision(graph, settings, kept)
         return graphs
 
     def plain_weights(self) -> dict[str, npt.NDArray[Any]]:
@@ -71,6 +74,10 @@ class Rebuilt:
             self._save(Path(self._folder.name) / "onnx")
         return Path(self._folder.name) / "onnx" / f"{file_stem(entry.name, entry.variant)}.onnx"
 
+    @property
+    def _has_kernels(self) -> bool:
+        return any(graph.variant == "sequence-kernels" for graph in self._files.manifest.graphs)
+
     def close(self) -> None:
         """Remove the files."""
         if self._folder is not None:
@@ -79,9 +86,8 @@ class Rebuilt:
 
     def _save(self, folder: Path) -> None:
         manifest = self._files.manifest
-        kernels = any(graph.variant == "sequence-kernels" for graph in manifest.graphs)
         graphs = {name: graph.clone() for name, graph in self.graphs.items()}
-        forms = all_forms(graphs, manifest.model.max_positions, kernels=kernels)
+        forms = all_forms(graphs, manifest.model.max_positions, kernels=self._has_kernels)
         folder.mkdir()
         save_graphs({file_stem(name, variant): graph for name, variant, graph in forms}, folder, DATA_FILE)
 

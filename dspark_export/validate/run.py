@@ -178,7 +178,7 @@ class _Validation:
 
         dtype = getattr(torch, self.files.graph("target").dtype)
         self.model = self.checkpoint.load_model(dtype)
-        self.rebuilt = Rebuilt(self.files, self.model)
+        self.rebuilt = Rebuilt(self.files, self.model, self.checkpoint)
         yield from self._guarded("numerics.weights", "numerics", partial(check_weights, self.files, self.rebuilt))
         torch.nn.Module.float(self.model)  # transformers' own refuses models from GGUF files
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, dequantize, quants
 from safetensors.numpy import load_file
 
 from tests.checkpoints.checkpoint_samples import CHAT_TEMPLATE, SPECIAL, VOCAB, byte_tokenizer, config, write_checkpoint
@@ -87,8 +88,30 @@ def metadata() -> dict[str, Any]:
     }
 
 
-def write_gguf(path: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray], architecture: str = "llama") -> Path:
-    """Write a GGUF file; fields set to None are left out."""
+def encoded(weight: np.ndarray, kind: GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
+    """``weight`` as the type stores it; for types that only llama.cpp writes, random blocks of small numbers."""
+    try:
+        return quants.quantize(weight, kind)
+    except NotImplementedError:
+        pass
+    values, octets = GGML_QUANT_SIZES[kind]
+    pool = np.zeros((0, octets), np.uint8)
+    while len(pool) < 64:
+        drawn = rng.integers(0, 256, (4096, octets), np.uint8)
+        with np.errstate(all="ignore"):
+            largest = np.abs(dequantize(drawn, kind).reshape(len(drawn), values)).max(1)
+        pool = np.concatenate([pool, drawn[(largest < 0.3) & (largest > 1e-3)]])  # NaN is neither
+    return pool[rng.integers(0, len(pool), weight.size // values)].reshape(weight.shape[0], -1)
+
+
+def write_gguf(
+    path: Path,
+    fields: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    architecture: str = "llama",
+    kinds: Mapping[str, GGMLQuantizationType] | None = None,
+) -> Path:
+    """Write a GGUF file; fields set to None are left out. ``kinds``: types of tensors that are bytes already."""
     writer = GGUFWriter(path, architecture)
     for key, value in fields.items():
         if isinstance(value, bool):
@@ -102,7 +125,7 @@ def write_gguf(path: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray
         elif value is not None:
             writer.add_array(key, value)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
+        writer.add_tensor(name, tensor, raw_dtype=(kinds or {}).get(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

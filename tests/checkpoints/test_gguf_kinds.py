@@ -19,6 +19,7 @@ from dspark_export.validate.llama_cpp import check_llama_cpp, installed
 from dspark_export.validate.options import ValidateOptions
 from dspark_export.validate.run import validate
 from tests.checkpoints.gguf_models import CASES, fields_of, original, tensors_of, texts, write_case
+from tests.checkpoints.gguf_samples import encoded
 
 pytestmark = pytest.mark.skipif(not installed(), reason="no wheel of llama.cpp (pip install xllamacpp)")
 KINDS = sorted(readable_kinds())
@@ -30,22 +31,6 @@ CASES_OF_KINDS = [
     for kind in KINDS
     for name in SETTINGS
 ]
-
-
-def encoded(weight: np.ndarray, kind: gguf.GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
-    """``weight`` as the type stores it; for types that only llama.cpp writes, random blocks of small numbers."""
-    try:
-        return gguf.quants.quantize(weight, kind)
-    except NotImplementedError:
-        pass
-    values, octets = gguf.GGML_QUANT_SIZES[kind]
-    pool = np.zeros((0, octets), np.uint8)
-    while len(pool) < 64:
-        drawn = rng.integers(0, 256, (4096, octets), np.uint8)
-        with np.errstate(all="ignore"):
-            largest = np.abs(gguf.dequantize(drawn, kind).reshape(len(drawn), values)).max(1)
-        pool = np.concatenate([pool, drawn[(largest < 0.3) & (largest > 1e-3)]])  # NaN is neither
-    return pool[rng.integers(0, len(pool), weight.size // values)].reshape(weight.shape[0], -1)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES_OF_KINDS)

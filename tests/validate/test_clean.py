@@ -11,7 +11,14 @@ from benchmarks.clean_builds import clean_build
 
 @pytest.mark.parametrize(
     ("arch", "precision"),
-    [("llama", "int4"), ("gemma3_text", "bf16"), ("deepseek_v2", "fp32"), ("gpt2", "int8"), ("qwen3", "w8a8")],
+    [
+        ("llama", "int4"),
+        ("gemma3_text", "bf16"),
+        ("deepseek_v2", "fp32"),
+        ("gpt2", "int8"),
+        ("qwen3", "w8a8"),
+        ("llama", "keep"),
+    ],
 )
 def test_a_clean_build_passes(arch: str, precision: str, tmp_path: Path) -> None:
     report = clean_build(arch, precision, tmp_path)

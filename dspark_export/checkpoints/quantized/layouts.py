@@ -62,13 +62,14 @@ def gptq(parts: Parts, bits: int, zero_offset: int) -> torch.Tensor:
 
 def awq(parts: Parts) -> torch.Tensor:
     """AWQ, version gemm: qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]."""
-    codes, zeros = (_in_order(unpacked(parts[name], 4)).float() for name in ("qweight", "qzeros"))
+    codes, zeros = (in_order(unpacked(parts[name], 4)).float() for name in ("qweight", "qzeros"))
     scales = parts["scales"].float()
     size = codes.shape[0] // scales.shape[0]
     return ((codes - zeros.repeat_interleave(size, 0)) * scales.repeat_interleave(size, 0)).T
 
 
-def _in_order(codes: torch.Tensor) -> torch.Tensor:
+def in_order(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of AWQ's words [rows, outputs] by output."""
     rows, columns = codes.shape
     return codes.reshape(rows, -1, 8)[..., list(AWQ_NIBBLES)].reshape(rows, columns)
 
@@ -111,13 +112,18 @@ def packed_fp4(parts: Parts, group: int) -> torch.Tensor:
 
     ``multiplier`` multiplies (NVIDIA ModelOpt), ``divisor`` divides (compressed-tensors).
     """
+    return fp4(parts["packed"]) * fp4_scales(parts).repeat_interleave(group, -1)
+
+
+def fp4_scales(parts: Parts) -> torch.Tensor:
+    """What the values of a group are multiplied by."""
     scale = parts["scale"]
     scales = exponents(scale) if scale.dtype == torch.uint8 else scale.float()
     if "multiplier" in parts:
         scales = scales * parts["multiplier"].float()
     if "divisor" in parts:
         scales = scales / parts["divisor"].float()
-    return fp4(parts["packed"]) * scales.repeat_interleave(group, -1)
+    return scales
 
 
 def _spread(

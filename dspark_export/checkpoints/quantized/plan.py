@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from dspark_export.checkpoints.quantized import layouts
+from dspark_export.checkpoints.quantized import grids, layouts
 from dspark_export.checkpoints.quantized.methods import Settings, check_method, groups_of
 from dspark_export.checkpoints.recipes import Found, Recipe, Recipes, open_tensors
 from dspark_runtime.errors import InvalidWeights
@@ -100,8 +100,8 @@ class _Planner:
         inputs = rows * 32 // bits
         self._require(groups <= inputs, parts["scales"], f"more groups than the {inputs} inputs")
         offset = 0 if self.settings.get("checkpoint_format") == "gptq_v2" else 1
-        make = partial(layouts.gptq, bits=bits, zero_offset=offset)
-        return f"{stem}.weight", Recipe((out, inputs), parts, make)
+        make, grid = (partial(to.gptq, bits=bits, zero_offset=offset) for to in (layouts, grids))
+        return f"{stem}.weight", Recipe((out, inputs), parts, make, grid)
 
     def awq(self, stem: str) -> Made:
         parts = self._parts(stem, {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}, {})
@@ -109,7 +109,7 @@ class _Planner:
         groups, out = self._shape(parts["scales"])
         self._require(words * 8 == out and inputs % groups == 0, parts["qweight"], "which is not AWQ's gemm layout")
         self._require(self._shape(parts["qzeros"]) == (groups, words), parts["qzeros"], f"expected {[groups, words]}")
-        return f"{stem}.weight", Recipe((out, inputs), parts, layouts.awq)
+        return f"{stem}.weight", Recipe((out, inputs), parts, layouts.awq, grids.awq)
 
     def scaled(self, stem: str, scale: str) -> Made:
         """``stem`` is the weight itself."""
@@ -124,7 +124,8 @@ class _Planner:
         if not (block and scales[-2:] == tuple(math.ceil(n / size) for n, size in zip(shape[-2:], block, strict=True))):
             block = None
         self._require(block is not None or _fits(scales, shape), parts["scale"], f"for a weight {list(shape)}")
-        return stem, Recipe(shape, parts, partial(layouts.scaled, block=block))
+        grid = partial(grids.scaled, block=block) if self._dtype(stem) == "I8" else None
+        return stem, Recipe(shape, parts, partial(layouts.scaled, block=block), grid)
 
     def _block(self) -> tuple[int, int] | None:
         sizes = {tuple(size) for size in [self.settings.get("weight_block_size")] if size}
@@ -150,7 +151,8 @@ class _Planner:
         bits = [size for size in declared if math.ceil(shape[-1] * size / 32) == words]
         self._require(len(bits) == 1, parts["packed"], f"not {list(shape)} in {declared} bits")
         self._require(_fits(self._shape(parts["scale"]), shape), parts["scale"], f"for a weight {list(shape)}")
-        return f"{stem}.weight", Recipe(shape, parts, partial(layouts.packed_integers, bits=bits[0], shape=shape))
+        make, grid = (partial(to.packed_integers, bits=bits[0], shape=shape) for to in (layouts, grids))
+        return f"{stem}.weight", Recipe(shape, parts, make, grid)
 
     def _packed_fp4(self, stem: str) -> Made:
         needed = {"packed": ".weight_packed", "scale": ".weight_scale"}
@@ -170,7 +172,8 @@ class _Planner:
         group = 2 * half // groups
         kind = self._dtype(parts["scale"])
         self._require((kind, group) in (("F8_E4M3", 16), ("U8", 32)), parts["scale"], f"a scale for {group} inputs")
-        return Recipe((*lead, 2 * half), parts, partial(layouts.packed_fp4, group=group))
+        make, grid = (partial(to.packed_fp4, group=group) for to in (layouts, grids))
+        return Recipe((*lead, 2 * half), parts, make, grid)
 
     def mxfp4(self, stem: str) -> Made:
         parts = self._parts(stem, {"blocks": "_blocks", "scales": "_scales"}, {})

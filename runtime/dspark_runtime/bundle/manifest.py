@@ -176,7 +176,11 @@ class RowNoise(Record):
 
 
 class Precision(Record):
-    """Weight storage. ``block_size`` applies to int8 and int4 only, ``head`` and ``embedding`` to w8a8 as well."""
+    """Weight storage. ``block_size`` applies to int8 and int4 only, ``head`` and ``embedding`` to w8a8 as well.
+
+    ``in_floats``: weights that the checkpoint has as integers and a bundle that keeps those does not, numbers in names
+    replaced by ``*``, with the reason.
+    """
 
     weights: Weights
     block_size: Positive | None = None
@@ -185,6 +189,7 @@ class Precision(Record):
     exact: bool = True
     accuracy_level: Count | None = None
     row_noise: RowNoise | None = None
+    in_floats: dict[str, str] = Field(default_factory=dict)
 
     @property
     def kind(self) -> PrecisionKind:

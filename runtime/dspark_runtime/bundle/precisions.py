@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Weights = Literal["fp32", "fp16", "bf16", "w8a8", "int8", "int4"]
+Weights = Literal["fp32", "fp16", "bf16", "w8a8", "int8", "int4", "keep"]
 FloatType = Literal["float32", "float16", "bfloat16"]
 Activations = Literal["fp32", "fp16", "bf16"]
 
@@ -30,6 +30,7 @@ class PrecisionKind:
             is asked for; the standard form alone has float products.
         exact_by_default: speculative text equals plain text by the bundle's own setting. Otherwise it does so behind a
             draft only, where nearly every pass has several rows anyway, and only if rows were measured to agree.
+        kept: weights are the checkpoint's own integers, with its own scales.
         draft_within: how far outputs of a quantized drafter may be from PyTorch's before quantization, as
             ``stored_within``. None: the limit of float graphs.
     """
@@ -40,12 +41,13 @@ class PrecisionKind:
     block: int | None = None
     integer_products: bool = False
     exact_by_default: bool = True
+    kept: bool = False
     draft_within: float | None = None
 
     @property
     def quantized(self) -> bool:
         """Whether weights are stored as integers."""
-        return self.bits is not None
+        return self.bits is not None or self.kept
 
     @property
     def blocked(self) -> bool:
@@ -73,6 +75,8 @@ PRECISIONS: Mapping[Weights, PrecisionKind] = {
     "int8": PrecisionKind(stored_within=0.02, bits=8, block=64, exact_by_default=False, draft_within=0.08),
     # The same in 7 steps: about 0.09 for normally distributed weights. Blocks of 64 cost too much.
     "int4": PrecisionKind(stored_within=0.20, bits=4, block=32, exact_by_default=False, draft_within=0.60),
+    # Nothing is rounded. Drafters share what they read of the target, and have floats otherwise.
+    "keep": PrecisionKind(stored_within=0.0, kept=True, exact_by_default=False),
 }
 
 QUANTIZED = tuple(name for name, kind in PRECISIONS.items() if kind.quantized)

@@ -23,9 +23,11 @@ def test_every_name_has_a_row() -> None:
 @pytest.mark.parametrize("weights", PRECISIONS)
 def test_a_row_is_of_floats_or_of_integers(weights: Weights) -> None:
     kind = PRECISIONS[weights]
-    assert (kind.dtype is None) == kind.quantized == (kind.draft_within is not None)
-    assert not kind.blocked or kind.quantized
-    assert kind.integer_products == (kind.quantized and not kind.blocked)
+    assert (kind.dtype is None) == kind.quantized
+    assert (kind.draft_within is not None) == (kind.bits is not None)
+    assert not kind.blocked or kind.bits
+    assert kind.integer_products == (kind.bits is not None and not kind.blocked)
+    assert not kind.kept or (kind.quantized and kind.bits is None and kind.stored_within == 0)
     assert Precision(weights=weights).quantized == kind.quantized
 
 
