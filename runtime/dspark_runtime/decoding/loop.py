@@ -154,6 +154,11 @@ class DecodingLoop:
         """Sequences that take part in the next round."""
         return len(self.batch.running)
 
+    @property
+    def prompts(self) -> int:
+        """Sequences whose first token is to come."""
+        return len(self.batch) - len(self.batch.running)
+
     def admit(self, request: Request) -> SequenceState:
         """Let a request in, between any two steps. Its prompt waits for its turn; indices count the requests from 0.
 

@@ -21,9 +21,9 @@ class ServiceOptions:
         capacity: most tokens of prompt and text of one request; None for 4096, or what the model has if that is less.
         queue: requests that may wait beside those that run; one more is refused.
         chunk: most prompt tokens that are computed between two rounds while other requests run.
-        prefill_share: how long such a chunk may take, in rounds of the others; 1 slows them to half their speed at
-            most while a prompt is on its way. Where a row's bits depend on the size of its pass, every chunk has
-            ``chunk`` tokens instead.
+        prefill_share: how much time prompts get beside the rounds of the others. With 1 a prompt takes about twice as
+            long as alone; with less it takes longer and slows the others less. Where a row's bits depend on the size
+            of its pass, every chunk has ``chunk`` tokens instead.
         speculate: drafters, as for :meth:`Bundle.generate`: ``auto``, ``off`` or names joined with ``+``.
         drafting: how trained drafters draft. Rejection sampling is refused: what it draws depends on the schedule.
         reuse_prefixes: keep the context of finished requests for later ones that begin alike.

@@ -9,8 +9,9 @@ ended     finished, cancelled, too late or failed; its sender was told so, once
 ========= ==============================================================================================
 
 Between two steps the thread takes cancellations and passed deadlines, and gives free rows to waiting requests. While
-some requests run and others have prompts to compute, chunks of prompts and rounds take turns, so that no text waits for
-more than one chunk. A row has room for the longest request there may be: what was admitted never runs out of memory.
+some requests run and others have prompts to compute, prompts and rounds take turns, so that no text waits for more than
+one turn (see :mod:`.chunks`). A row has room for the longest request there may be: what was admitted never runs out of
+memory.
 
 A step that fails ends the requests it was about, and no others. When the next one fails too, the service gives up:
 every request is told, and none is taken any more.
@@ -40,7 +41,7 @@ from dspark_runtime.errors import (
     ServiceUnhealthy,
     UsageError,
 )
-from dspark_runtime.serving.chunks import ChunkSize
+from dspark_runtime.serving.chunks import FEWEST, ChunkSize
 from dspark_runtime.serving.events import Failed, Finished, Listener, Started, Tokens
 from dspark_runtime.serving.handle import Counts, Handle, Health, ServiceStats
 from dspark_runtime.serving.observer import ServiceObserver
@@ -98,7 +99,7 @@ class Service:
         self._numbers = itertools.count()
         self._flushes: list[Callable[[], None]] = []
         self._running: dict[int, Handle] = {}  # by sequence index; of the engine's thread alone from here on
-        self._round_next = False
+        self._round_next, self._turn_left = False, 0
         self._failures = 0
         self._beat = _clock()
         self._thread: threading.Thread | None = None
@@ -366,14 +367,18 @@ class Service:
 
     def _step(self) -> None:
         loop, began = self._loop, _clock()
-        beside = loop.running > 0
+        most = self._turn_left or self._chunks.tokens(loop.running, loop.prompts)
         try:
-            chunks = loop.step(rounds_first=self._round_next, chunk=self._chunks.tokens(beside))
+            chunks = loop.step(rounds_first=self._round_next, chunk=most)
         except DsparkError as error:
             self._recover(error)
             return
         seconds = _clock() - began
-        self._round_next = not self._round_next
+        # What a prompt that ends leaves of its turn is for the next one.
+        self._turn_left = most - loop.prompt_tokens if loop.prompt_tokens and not self._chunks.fixed else 0
+        if self._turn_left < FEWEST or not loop.prompts:
+            self._turn_left = 0
+        self._round_next = loop.prompt_tokens > 0 and not self._turn_left
         self._failures = 0
         self._chunks.observe(loop.prompt_tokens, seconds)
         self.observer.stepped(loop.prompt_tokens > 0, seconds)
