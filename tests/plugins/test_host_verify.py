@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 
-from dspark_export.graphs.verify import build_verify_chain_model, build_verify_model
 from dspark_runtime.errors import BackendError, InvalidTree
 from dspark_runtime.speculation.sampling import SamplingParams, distribution, draw_token, inverse_cdf
 from dspark_runtime.speculation.tree import TokenTree
 from dspark_runtime.speculation.verify import verify_chain, verify_tree
 from tests.plugins.host_library import DTYPES, Array, HostLibrary, rounded, sampling_inputs
+from tests.shared.verification import Scripted, session
 
 VOCAB = 24
 LAST = float(np.float32(1 - 2**-24))
-
-
-@cache
-def session(kind: str) -> ort.InferenceSession:
-    model = build_verify_model() if kind == "tree" else build_verify_chain_model()
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = 1
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings)
 
 
 def random_params(rng: np.random.Generator) -> SamplingParams:
@@ -163,22 +152,6 @@ def chain_inputs(rng: np.random.Generator, logits: Array, params: list[SamplingP
         "draw_uniforms": rng.random((batch, rows)).astype(np.float32),
         **sampling_inputs(params),
     }
-
-
-class Scripted:
-    """Stands in for a Sampler, with given random numbers."""
-
-    def __init__(self, params: SamplingParams, accept: Array, draw: Array) -> None:
-        self.params, self._accept, self._draw = params, accept, draw
-
-    def accept_at(self, position: int) -> float:
-        return float(self._accept[position - 1])
-
-    def draw_from(self, weights: Array, position: int) -> int:
-        return inverse_cdf(weights, float(self._draw[position - 1]))
-
-    def draw(self, logits: Array, position: int) -> int:
-        return draw_token(logits, self.params, float(self._draw[position - 1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

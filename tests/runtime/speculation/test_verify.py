@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import product
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 
-from dspark_export.graphs.verify import build_verify_chain_model, build_verify_model
 from dspark_runtime.errors import InvalidTree
-from dspark_runtime.speculation.sampling import SamplingParams, distribution, draw_token, inverse_cdf
+from dspark_runtime.speculation.sampling import SamplingParams, distribution, draw_token
 from dspark_runtime.speculation.tree import TokenTree
 from dspark_runtime.speculation.verify import verify_chain, verify_tree
+from tests.plugins.host_library import sampling_inputs
 from tests.references.laws import ChainLaw, token_law
+from tests.shared.verification import Scripted, session
 
 VOCAB = 24
 ROWS = np.arange(64, dtype=np.float32)[:, None]  # stand-in logits: each row holds its own number
 Array = np.ndarray[Any, Any]
-
-
-@cache
-def session(kind: str) -> ort.InferenceSession:
-    model = build_verify_model() if kind == "tree" else build_verify_chain_model()
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = 1
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings)
 
 
 def random_params(rng: np.random.Generator) -> SamplingParams:
@@ -40,15 +30,6 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
         top_p=float(rng.choice([1.0, 0.9, 0.4])),
         min_p=float(rng.choice([0.0, 0.1])),
     )
-
-
-def feeds(params: list[SamplingParams]) -> dict[str, Array]:
-    return {
-        "temperature": np.array([p.temperature for p in params], np.float32),
-        "top_k": np.array([p.top_k for p in params], np.int64),
-        "top_p": np.array([p.top_p for p in params], np.float32),
-        "min_p": np.array([p.min_p for p in params], np.float32),
-    }
 
 
 def settled(logits: Array, params: SamplingParams, uniform: float) -> bool:
@@ -87,7 +68,13 @@ def test_tree_function_equals_reference(seed: int) -> None:
             ancestors[i, : len(tree), : len(tree)] = tree.ancestors()
         params = [random_params(rng) for _ in range(batch)]
         numbers = rng.random((batch, rows)).astype(np.float32)
-        inputs = {"logits": logits, "tokens": tokens, "ancestors": ancestors, "uniforms": numbers, **feeds(params)}
+        inputs = {
+            "logits": logits,
+            "tokens": tokens,
+            "ancestors": ancestors,
+            "uniforms": numbers,
+            **sampling_inputs(params),
+        }
         path, emitted, accepted = session("tree").run(None, inputs)
         for i, tree in enumerate(trees):
             if not all(settled(logits[i, r], params[i], float(numbers[i, r])) for r in range(len(tree))):
@@ -100,22 +87,6 @@ def test_tree_function_equals_reference(seed: int) -> None:
             assert accepted[i] == len(verdict.path) - 1
             compared += 1
     assert compared > 250
-
-
-class Scripted:
-    """Stands in for a Sampler, with given random numbers."""
-
-    def __init__(self, params: SamplingParams, accept: Array, draw: Array) -> None:
-        self.params, self._accept, self._draw = params, accept, draw
-
-    def accept_at(self, position: int) -> float:
-        return float(self._accept[position - 1])
-
-    def draw_from(self, weights: Array, position: int) -> int:
-        return inverse_cdf(weights, float(self._draw[position - 1]))
-
-    def draw(self, logits: Array, position: int) -> int:
-        return draw_token(logits, self.params, float(self._draw[position - 1]))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -135,7 +106,7 @@ def test_chain_function_equals_reference(seed: int) -> None:
         draw = rng.random((batch, rows)).astype(np.float32)
         params = [random_params(rng) for _ in range(batch)]
         inputs = {"logits": logits, "tokens": tokens, "draft_probs": probs, "drafted": drafted}
-        inputs |= {"accept_uniforms": accept, "draw_uniforms": draw, **feeds(params)}
+        inputs |= {"accept_uniforms": accept, "draw_uniforms": draw, **sampling_inputs(params)}
         path, emitted, accepted = session("chain").run(None, inputs)
         for i, count in enumerate(drafted.tolist()):
             verdicts = []
