@@ -63,7 +63,7 @@ def measure(files: BundleFiles, threads: int | None = None) -> Measurements:
         if drafter.trained:
             ms[drafter.graph_name] = {"1": round(_draft_ms(files, drafter, options, context), 4)}
     return Measurements(
-        StepCosts(threads=threads or default_threads(), device=_device(), context=context, ms=ms), noise
+        StepCosts(threads=threads or default_threads(), device=measured_device(), context=context, ms=ms), noise
     )
 
 
@@ -112,6 +112,7 @@ def _zeros(graph: GraphEntry, new: int, slots: int, context: int, wanted: set[st
     return inputs
 
 
-def _device() -> str:
+def measured_device() -> str:
+    """The processor that passes are measured on, as the manifest names it."""
     names = [found["model name"] for found in described_processors() if "model name" in found]
     return names[0] if names else platform.processor() or platform.machine()
