@@ -23,6 +23,7 @@ from dspark_export.build.options import BuildOptions
 from dspark_export.build.pipeline import Stage, build
 from dspark_export.checkpoints import resolve
 from dspark_runtime.errors import DsparkError
+from tests.shared import traces
 
 STAGES: tuple[Stage, ...] = (
     "check",
@@ -97,6 +98,7 @@ def run(model: str, out: Path, listener: Callable[[Stage], None], user: int | No
 
 def trace_once(model: str) -> None:
     """Trace here what every child would trace again; the graphs are not what the faults are about."""
+    traces.share()
     graphs = building._trace(resolve(model).load_model(torch.float32), None, ())
     building._trace = lambda model, layers, taps: graphs
 
