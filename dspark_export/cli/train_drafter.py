@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -18,7 +20,7 @@ from dspark_runtime.errors import UsageError
 if TYPE_CHECKING:
     from dspark_export.checkpoints.trust import Trust
     from dspark_export.train.card import TrainedDrafter
-    from dspark_export.train.pipeline import OnProgress
+    from dspark_export.train.pipeline import OnProgress, WrittenAnswers
 
 _Number = TypeVar("_Number")
 _WRITER = "writer.dspark"
@@ -49,6 +51,9 @@ def train_drafter(
     answers: Annotated[
         Path | None, typer.Option(help="Keep the responses in this file, and go on with it (default: in --work).")
     ] = None,
+    answers_only: Annotated[
+        bool, typer.Option("--answers-only", help="Write the responses and train nothing.")
+    ] = False,
     responses: Annotated[
         list[Path] | None,
         typer.Option(help="Train on token ids of prompts and responses instead of answering prompts. Repeatable."),
@@ -59,6 +64,9 @@ def train_drafter(
         FeatureReader, typer.Option(help="Read them with the model, in float32, or with the bundle in its precision.")
     ] = "model",
     rows: Annotated[int, typer.Option(help="Write this many responses at once.")] = ROWS,
+    actors: Annotated[
+        int, typer.Option(help="Write responses with this many actors of Ray Data, a copy of the bundle in each.")
+    ] = 0,
     temperatures: Annotated[str, typer.Option(help="Answer prompts at these temperatures, in turns.")] = "0,0.7",
     steps: Annotated[int, typer.Option(help="Train for this many steps.")] = 2000,
     batch: Annotated[int, typer.Option(help="Put this many responses into a pass.")] = 16,
@@ -117,7 +125,7 @@ def train_drafter(
     from dspark_export.checkpoints.trust import Trust
     from dspark_export.train.asking import Plan
     from dspark_export.train.card import CardFacts
-    from dspark_export.train.pipeline import DrafterJob
+    from dspark_export.train.pipeline import DrafterJob, write_answers
     from dspark_export.train.pipeline import train_drafter as run
 
     shape = DrafterShape(
@@ -148,6 +156,7 @@ def train_drafter(
         count=count,
         max_new_tokens=max_new_tokens,
         rows=rows,
+        actors=actors,
         temperatures=_numbers("--temperatures", temperatures, float),
         synthesise=synthesise,
         seed=seed,
@@ -175,7 +184,13 @@ def train_drafter(
         trust=trust,
     )
     with terminable(), _shown(progress) as on_progress:
-        trained = run(job, on_progress)
+        if answers_only:
+            written = write_answers(job, on_progress)
+        else:
+            trained = run(job, on_progress)
+    if answers_only:
+        _print_answers(written, as_json)
+        return
     if trained is None:  # another process writes
         return
     if as_json:
@@ -229,6 +244,17 @@ def _shown(progress: ProgressForm) -> Iterator[OnProgress]:
             shown.update(tasks[stage], completed=done, total=whole, remark=remark)
 
         yield on_progress
+
+
+def _print_answers(written: WrittenAnswers, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({**asdict(written), "path": str(written.path)}))
+        return
+    rate = written.tokens / max(written.seconds, 1e-9)
+    typer.echo(
+        f"wrote {written.written} responses, {written.tokens} tokens, in {written.seconds:.0f} s: {rate:.0f} tokens/s"
+    )
+    typer.echo(f"  {written.responses} responses are in {written.path}, {written.path.stat().st_size / 1e6:.1f} MB")
 
 
 def _print(trained: TrainedDrafter, model: str) -> None:

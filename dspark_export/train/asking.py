@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspark_export.prompts import ROWS
-from dspark_export.prompts.answers import answer, self_prompts
+from dspark_export.prompts.answers import Response, answer, self_prompts
 from dspark_export.prompts.packed import Origin, PackedResponses
 from dspark_export.prompts.sets import load_sets
+from dspark_export.prompts.spread import Copy, answer_with_actors
 from dspark_export.prompts.texts import encode
 from dspark_export.train.responses import EVERY, prompt_number
 from dspark_runtime import Bundle, SamplingParams
@@ -35,7 +36,8 @@ def read_prompts(files: Sequence[Path]) -> list[str]:
 @dataclass(frozen=True)
 class Plan:
     """How responses are made: ``count`` of them, ``max_new_tokens`` each, ``rows`` at once, ``synthesise`` of them to
-    prompts that the model wrote. A prompt's temperature is one of ``temperatures``, by the prompt alone."""
+    prompts that the model wrote. A prompt's temperature is one of ``temperatures``, by the prompt alone. ``actors`` of
+    Ray Data write, each ``rows`` at once; 0: this process."""
 
     count: int
     max_new_tokens: int = 256
@@ -43,6 +45,7 @@ class Plan:
     temperatures: tuple[float, ...] = (0.0, 0.7)
     synthesise: int = 0
     seed: int = 0
+    actors: int = 0
 
     def __post_init__(self) -> None:
         for option, value, low in (
@@ -50,6 +53,7 @@ class Plan:
             ("--max-new-tokens", self.max_new_tokens, 2),
             ("--rows", self.rows, 1),
             ("--synthesise", self.synthesise, 0),
+            ("--actors", self.actors, 0),
         ):
             if value < low:
                 raise UsageError(f"{option} {value}: give at least {low}")
@@ -107,12 +111,20 @@ def write_responses(
     random.Random(plan.seed).shuffle(asked)
     done = {item.prompt for item in file}
     wanted = list(itertools.islice(_unanswered(bundle, [*own, *asked], done), max(0, plan.count - len(file))))
-    params = [SamplingParams(temperature=plan.temperature(prompt)) for prompt in wanted]
-    answers = answer(bundle, wanted, params, max_new_tokens=plan.max_new_tokens, seed=plan.seed, rows=plan.rows)
-    for item in answers:
+    for item in _answers(bundle, wanted, plan):
         file.add(item)
         on_step(len(file))
     file.sync()
+
+
+def _answers(bundle: Bundle, prompts: Sequence[tuple[int, ...]], plan: Plan) -> Iterator[Response]:
+    temperatures = [plan.temperature(prompt) for prompt in prompts]
+    if plan.actors:
+        root, threads = str(bundle.files.root.resolve()), bundle.engine_options.threads
+        copy = Copy(root, threads, plan.rows, plan.max_new_tokens, plan.seed)
+        return answer_with_actors(copy, prompts, temperatures, plan.actors)
+    params = [SamplingParams(temperature=temperature) for temperature in temperatures]
+    return answer(bundle, prompts, params, max_new_tokens=plan.max_new_tokens, seed=plan.seed, rows=plan.rows)
 
 
 def _unanswered(bundle: Bundle, texts: Sequence[str], done: set[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:

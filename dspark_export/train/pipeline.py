@@ -42,6 +42,7 @@ from dspark_runtime.errors import BundleBusy, BundleNotWritten, UsageError
 
 if TYPE_CHECKING:
     from dspark_export.checkpoints import Checkpoint
+    from dspark_runtime.bundle.manifest import Source
 
 _Result = TypeVar("_Result")
 
@@ -89,6 +90,22 @@ class DrafterJob:
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads}: give at least 1")
 
+    @property
+    def answers_file(self) -> Path:
+        """``answers``, or where they are by default."""
+        return self.answers or self.work / _RESPONSES
+
+
+@dataclass(frozen=True)
+class WrittenAnswers:
+    """``responses`` in the file ``path``, of which ``written`` are new, with ``tokens`` tokens in ``seconds``."""
+
+    path: Path
+    responses: int
+    written: int
+    tokens: int
+    seconds: float
+
 
 def train_drafter(job: DrafterJob, on_progress: OnProgress = lambda *_: None) -> TrainedDrafter | None:
     """Train a drafter as ``job`` says; of several processes that ``torchrun`` started, all but the first return None.
@@ -103,6 +120,19 @@ def train_drafter(job: DrafterJob, on_progress: OnProgress = lambda *_: None) ->
         return _train(job, processes, on_progress if processes.first else lambda *_: None)
     finally:
         processes.close()
+
+
+def write_answers(job: DrafterJob, on_progress: OnProgress = lambda *_: None) -> WrittenAnswers:
+    """Write the responses of a job and train nothing. Raises what :func:`train_drafter` raises."""
+    checkpoint = resolve(job.model, job.revision, job.trust)
+    bundle = _open_writer(job, checkpoint.source())
+    before = list(PackedResponses(job.answers_file)) if job.answers_file.exists() else []
+    began = time.perf_counter()
+    _answer(job, bundle, on_progress)
+    seconds = time.perf_counter() - began
+    file = PackedResponses(job.answers_file)
+    new = list(file)[len(before) :]
+    return WrittenAnswers(file.path, len(file), len(new), sum(len(item.response) for item in new), seconds)
 
 
 def _train(job: DrafterJob, processes: Processes, on_progress: OnProgress) -> TrainedDrafter | None:
@@ -219,21 +249,16 @@ class _Run:
             path.write_text(json.dumps(ours, indent=2) + "\n", "utf-8")
 
     def _make_responses(self) -> tuple[list[Response], list[Response]]:
-        job, plan = self._job, self._job.generation
-        if not job.responses:
-            bundle = self._bundle()
-            with PackedResponses(self._answers, origin_of(bundle, plan)) as file:
-                write_prompts(bundle, file, plan, lambda done: self._on_progress("prompts", done, plan.synthesise, ""))
-                texts = read_prompts(job.prompts)
-                write_responses(
-                    bundle, texts, file, plan, lambda done: self._on_progress("responses", done, plan.count, "")
-                )
+        if not self._job.responses:
+            _answer(self._job, self._bundle(), self._on_progress)
         return self._read_responses()
 
     def _read_responses(self) -> tuple[list[Response], list[Response]]:
         """Those to learn from and those to judge by."""
         job, vocab = self._job, self._checkpoint.vocab_size
-        items = list(dict.fromkeys(item for path in job.responses or (self._answers,) for item in read_responses(path)))
+        items = list(
+            dict.fromkeys(item for path in job.responses or (job.answers_file,) for item in read_responses(path))
+        )
         if wrong := [t for item in items for t in (*item.prompt, *item.response) if not 0 <= t < vocab]:
             raise UsageError(f"--responses: token {wrong[0]} is outside the vocabulary of {vocab}")
         learn, judge = split(items, job.held_out)
@@ -244,24 +269,9 @@ class _Run:
             )
         return learn, judge
 
-    @property
-    def _answers(self) -> Path:
-        return self._job.answers or self._job.work / _RESPONSES
-
     def _bundle(self) -> Bundle:
-        """The bundle that writes and, where asked, reads; it was built from the checkpoint's files."""
-        if self._opened is not None:
-            return self._opened
-        job = self._job
-        if job.bundle is None:
-            raise UsageError("no responses and nothing to make them with: give --bundle, or --responses of token ids")
-        path = job.bundle() if callable(job.bundle) else job.bundle
-        self._opened = Bundle.open(path, threads=job.threads)
-        if self._opened.manifest.source.files != self._source.files:
-            raise UsageError(
-                f"--bundle {path} was built from other files than {job.model}: build it from the same model"
-            )
-        _ = self._opened.codec  # which says what to do where there is no tokenizer
+        """The bundle that writes and, where asked, reads."""
+        self._opened = self._opened or _open_writer(self._job, self._source)
         return self._opened
 
     def _features(self, learn: Sequence[Response], judge: Sequence[Response]) -> tuple[FeatureStore, FeatureStore]:
@@ -368,6 +378,27 @@ class _Run:
             raise BundleNotWritten(f"cannot write the drafter to {out}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_writer(job: DrafterJob, source: Source) -> Bundle:
+    """The job's bundle, which was built from the files of ``source``, the model's."""
+    if job.bundle is None:
+        raise UsageError("no responses and nothing to make them with: give --bundle, or --responses of token ids")
+    path = job.bundle() if callable(job.bundle) else job.bundle
+    bundle = Bundle.open(path, threads=job.threads)
+    if bundle.manifest.source.files != source.files:
+        raise UsageError(f"--bundle {path} was built from other files than {job.model}: build it from the same model")
+    _ = bundle.codec  # which says what to do where there is no tokenizer
+    return bundle
+
+
+def _answer(job: DrafterJob, bundle: Bundle, on_progress: OnProgress) -> None:
+    """Bring the file of responses to what the job asks for."""
+    plan = job.generation
+    with PackedResponses(job.answers_file, origin_of(bundle, plan)) as file:
+        write_prompts(bundle, file, plan, lambda done: on_progress("prompts", done, plan.synthesise, ""))
+        texts = read_prompts(job.prompts)
+        write_responses(bundle, texts, file, plan, lambda done: on_progress("responses", done, plan.count, ""))
 
 
 def _check_out(job: DrafterJob) -> None:

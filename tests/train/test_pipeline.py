@@ -324,6 +324,17 @@ def test_killed_while_responses_are_written(writer: Path, prompts: Path, tmp_pat
         PackedResponses(parts, origin_of(bundle, longer))
 
 
+def test_answers_alone(target: Path, writer: Path, prompts: Path, tmp_path: Path, invoke: Invoke) -> None:  # noqa: F811
+    kept = tmp_path / "kept.packed"
+    words = ("train-drafter", target, "--out", tmp_path / "d", "--bundle", writer, "--answers", kept, "--answers-only")
+    words = (*words, "--prompts", prompts, "--max-new-tokens", 6, "--threads", 1)
+    first = invoke(*words, "--count", 12)
+    assert first.exit_code == 0 and "wrote 12 responses" in first.stdout and "tokens/s" in first.stdout
+    again = json.loads(invoke(*words, "--count", 15, "--json").stdout)
+    assert (again["written"], again["responses"], again["path"]) == (3, 15, str(kept))
+    assert not (tmp_path / "d").exists() and len(list(read_responses(kept))) == 15
+
+
 def test_a_bundle_of_another_model_does_not_write(target: Path, prompts: Path, tmp_path: Path) -> None:
     other = built_llama(tmp_path / "other")
     wrong = job(target, tmp_path, other, responses=(), bundle=other, prompts=(prompts,))
