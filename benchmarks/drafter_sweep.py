@@ -33,9 +33,10 @@ from dspark_export.checkpoints import resolve
 from dspark_export.drafts.extras import stored_vocabulary
 from dspark_export.drafts.formats import recognise
 from dspark_export.drafts.formats.draft import BlockConfig, DraftCheckpoint
-from dspark_export.drafts.graphs.block import export_block_drafter, hide_inner_values
+from dspark_export.drafts.graphs.block import export_block_drafter
 from dspark_export.drafts.modules.beams import BEAMS, CANDIDATES
 from dspark_export.passes import optimize, ort_cpu_variants
+from dspark_export.passes.inner_values import hide_inner_values
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.train.evaluate import evaluate, tree_lengths
 from dspark_export.train.features import FeatureStore, Sample

@@ -222,8 +222,8 @@ def _save(
     # torch, transformers: only when traced graphs are written
     from dspark_export.build.manifest import file_stem, graph_entry
     from dspark_export.bundle.weights import save_graphs
-    from dspark_export.drafts.graphs.block import hide_inner_values
     from dspark_export.graphs.verify import build_verify_model
+    from dspark_export.passes.inner_values import hide_inner_values
 
     caches = {name: draft.cache for draft in drafts for name in draft.graphs}
     made = {**graphs, **{name: g for draft in drafts for name, g in draft.graphs.items()}}

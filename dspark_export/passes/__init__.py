@@ -13,6 +13,7 @@ from dspark_export.passes.fold_rms_norm import FoldRmsNorm
 from dspark_export.passes.fold_rotary import FoldRotary
 from dspark_export.passes.kept_weights import KeptWeights
 from dspark_export.passes.kernel_attention import KernelAttention
+from dspark_export.passes.kernel_draft import KernelDraft
 from dspark_export.passes.kernel_products import KernelProducts
 from dspark_export.passes.kernel_rows import KernelRows
 from dspark_export.passes.ort_cpu_attention import OrtCpuAttention
@@ -63,7 +64,7 @@ def for_kernels(model: ir.Model, max_positions: int, weights: PackedWeights) -> 
     from dspark_export.passes.kernel_functions import add_kernel_functions
 
     variant = model.clone()
-    rewrites = (KernelAttention(max_positions), KernelRows(), KernelProducts(weights))
+    rewrites = (KernelAttention(max_positions), KernelRows(), KernelProducts(weights), KernelDraft())
     ir.passes.Sequential(WidenToFloat32(), DropNoops(), *rewrites, DropNoops())(variant)
     return add_kernel_functions(variant)
 

@@ -2,18 +2,21 @@
 
 It writes new keys and values into the cache in place, and adds keys by their place in the sequence, so that a row's
 bits do not depend on the slots its ancestors lie in. It takes any mask of the graph contract, several sequences and
-widths that differ. An attention over anything but the cache itself keeps its standard form, such as one over keys that
-are made of cached latents in every pass (DeepSeek).
+widths that differ. In a block drafter, more rows are written than ask: the block's rows behind those of the context. An
+attention over anything but the cache itself keeps its standard form, such as one over keys that are made of cached
+latents in every pass (DeepSeek).
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from dspark_export.passes import match
 from dspark_export.passes.ort_cpu_attention import MAX_TABLE_ROWS, cache_update, float_attribute, tabulate_positions
 from dspark_runtime.backends.ort_kernels import DOMAIN
 from dspark_runtime.bundle import contract
+from dspark_runtime.bundle.draft_contract import BLOCK_POSITIONS, FEATURE_POSITIONS
 
 _MOST_WIDTH = 512
 _TOKENS_FIRST = [0, 2, 1, 3]
@@ -32,14 +35,22 @@ class KernelAttention(ir.passes.InPlacePass):
         self._graph = model.graph
         self._inputs = {v.name: v for v in model.graph.inputs}
         self._tables: dict[int, ir.Value] = {}
-        needed = {contract.WRITE_INDICES, contract.POSITION_IDS}
-        if not needed <= self._inputs.keys():
+        positions = self._inputs.get(contract.POSITION_IDS) or self._block_positions()
+        if positions is None or contract.WRITE_INDICES not in self._inputs:
             return ir.passes.PassResult(model, modified=False)
+        self._positions = positions
         fused = sum(self._fuse(node) for node in list(model.graph) if node.op_type == "Attention")
         if fused:
             model.opset_imports[DOMAIN] = 1
             match.remove_unused(model)
         return ir.passes.PassResult(model, modified=fused > 0)
+
+    def _block_positions(self) -> ir.Value | None:
+        """Positions of the rows a block drafter writes, those of the context first; None in other graphs."""
+        parts = [self._inputs.get(name) for name in (FEATURE_POSITIONS, BLOCK_POSITIONS)]
+        joined = (n for n in self._graph if n.op_type == "Concat" and list(n.inputs) == parts)
+        found = next(joined, None)
+        return None if found is None else found.outputs[0]
 
     def _fuse(self, attention: ir.Node) -> bool:
         query, keys, values, mask = attention.inputs[:4]
@@ -72,7 +83,7 @@ class KernelAttention(ir.passes.InPlacePass):
                 cached_value.inputs[0],
                 mask,
                 self._inputs[contract.WRITE_INDICES],
-                self._inputs[contract.POSITION_IDS],
+                self._positions,
                 *rotary,
             ],
             attributes=attributes,
@@ -93,22 +104,35 @@ class KernelAttention(ir.passes.InPlacePass):
         """(cos and sin by row, or nothing), query and key before rotation, and whether pairs are neighbours."""
         on_query, on_key = match.producer(query, "RotaryEmbedding"), match.producer(key, "RotaryEmbedding")
         plain: tuple[list[ir.Value], ir.Value, ir.Value, int] = ([], query, key, 0)
-        if on_query is None or on_key is None or list(on_query.inputs[1:]) != list(on_key.inputs[1:]):
+        if on_query is None or on_key is None or not self._same_angles(on_query, on_key):
             return plain
         interleaved = {
             n.attributes["interleaved"].as_int() if "interleaved" in n.attributes else 0 for n in (on_query, on_key)
         }
         if len(interleaved) != 1 or len([i for i in on_query.inputs if i is not None]) != 3:
             return plain
-        rows = [self._by_row(v) for v in on_query.inputs[1:3]]
+        rows = [self._by_row(v) for v in on_key.inputs[1:3]]
         return rows, on_query.inputs[0], on_key.inputs[0], interleaved.pop()
+
+    def _same_angles(self, on_query: ir.Node, on_key: ir.Node) -> bool:
+        """Whether both turn a position by the same angle. A block's positions are the last of those of all rows."""
+        if list(on_query.inputs[1:]) == list(on_key.inputs[1:]):
+            return True
+        block = self._inputs.get(BLOCK_POSITIONS)
+        if block is None or self._rows > MAX_TABLE_ROWS:
+            return False
+        tables = [
+            (tabulate_positions(query, block, self._rows), tabulate_positions(key, self._positions, self._rows))
+            for query, key in zip(on_query.inputs[1:3], on_key.inputs[1:3], strict=True)
+        ]
+        return all(a is not None and b is not None and np.array_equal(a, b) for a, b in tables)
 
     def _by_row(self, value: ir.Value) -> ir.Value:
         """``value`` [batch, tokens, width] looked up in a table of positions: no cosine, whose rounding may depend on
         the number of rows. As it is where it depends on more than positions, or the table would be too long."""
         if id(value) in self._tables:
             return self._tables[id(value)]
-        positions = self._inputs[contract.POSITION_IDS]
+        positions = self._positions
         array = tabulate_positions(value, positions, self._rows) if self._rows <= MAX_TABLE_ROWS else None
         found = value
         if array is not None:
@@ -117,19 +141,35 @@ class KernelAttention(ir.passes.InPlacePass):
             gather = ir.node("Gather", [table, positions], attributes={"axis": 0}, num_outputs=1, name=f"{name}/Gather")
             found = gather.outputs[0]
             found.shape, found.type = value.shape, ir.TensorType(ir.DataType.FLOAT)
-            self._graph.insert_before(self._graph[0], [gather])
+            maker = positions.producer()
+            if maker is None:
+                self._graph.insert_before(self._graph[0], [gather])
+            else:
+                self._graph.insert_after(maker, [gather])
         self._tables[id(value)] = found
         return found
 
     def _source(self, value: ir.Value, anchor: ir.Node) -> tuple[ir.Value, int]:
         """[batch, heads, tokens, width] as [batch, tokens, ...] and the column at which its heads begin there."""
+        norm = match.producer(value, "RMSNormalization")
+        if norm is not None and _over_heads(norm) and _tokens_first(match.producer(norm.inputs[0], "Transpose")):
+            return self._normed_before(norm), 0
         transpose = match.producer(value, "Transpose")
-        if transpose is not None and list(transpose.attributes["perm"].as_ints()) == _TOKENS_FIRST:
+        if _tokens_first(transpose):
             return _packed(transpose.inputs[0])
         back = ir.node("Transpose", [value], attributes={"perm": _TOKENS_FIRST}, num_outputs=1)
         back.outputs[0].shape, back.outputs[0].type = ir.Shape([value.shape[i] for i in _TOKENS_FIRST]), value.type
         match.insert_before(anchor, [back])
         return back.outputs[0], 0
+
+    def _normed_before(self, norm: ir.Node) -> ir.Value:
+        """The norm of every head before heads and tokens change places, which is not needed then."""
+        rows = norm.inputs[0].producer().inputs[0]
+        inputs = [rows, *norm.inputs[1:]]
+        moved = ir.node("RMSNormalization", inputs, attributes=dict(norm.attributes), num_outputs=1, name=norm.name)
+        moved.outputs[0].shape, moved.outputs[0].type = rows.shape, rows.type
+        match.insert_before(norm, [moved])
+        return moved.outputs[0]
 
     def _replace_output(self, attention: ir.Node, output: ir.Value, heads: int, width: int) -> None:
         """The kernel's output is [batch, tokens, heads * width]: skip the transpose and reshape behind it."""
@@ -144,6 +184,17 @@ class KernelAttention(ir.passes.InPlacePass):
         back = ir.node("Transpose", [split.outputs[0]], attributes={"perm": _TOKENS_FIRST}, num_outputs=1)
         match.insert_before(attention, [split, back])
         match.replace_value(attention.outputs[0], back.outputs[0])
+
+
+def _tokens_first(transpose: ir.Node | None) -> bool:
+    """Whether heads and tokens change places."""
+    return transpose is not None and list(transpose.attributes["perm"].as_ints()) == _TOKENS_FIRST
+
+
+def _over_heads(norm: ir.Node) -> bool:
+    """Whether a norm is over the width of a head."""
+    axis = norm.attributes["axis"].as_int() if "axis" in norm.attributes else -1
+    return match.is_last_axis([axis], norm.inputs[0])
 
 
 def _packed(value: ir.Value) -> tuple[ir.Value, int]:

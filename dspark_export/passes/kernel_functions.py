@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnxscript import script
 from onnxscript.values import Opset
 
+from dspark_export.passes.kernel_draft import PLAIN, WITH_MARKOV
 from dspark_runtime.backends.ort_kernels import DOMAIN
 from dspark_runtime.bundle.contract import OPSET
 
@@ -178,6 +179,8 @@ def Turn(x, cos, sin, position_ids, interleaved: int):
     one = op.Constant(value_ints=[1])
     half = op.Shape(cos, start=-1)
     ids = op.Shape(position_ids)
+    added = op.Shape(position_ids, start=1)
+    first = added - op.Shape(x, start=2, end=3)  # of the rows that ask, which are the last
     if op.Squeeze(op.Shape(op.Shape(cos))) == 2:
         c3 = op.Gather(cos, position_ids)
         s3 = op.Gather(sin, position_ids)
@@ -185,8 +188,8 @@ def Turn(x, cos, sin, position_ids, interleaved: int):
         c3 = op.Reshape(cos, op.Concat(ids, half, axis=0))
         s3 = op.Reshape(sin, op.Concat(ids, half, axis=0))
     heads = op.Concat(op.Shape(x, start=0, end=3), half, axis=0)
-    c = op.Expand(op.Unsqueeze(c3, one), heads)
-    s = op.Expand(op.Unsqueeze(s3, one), heads)
+    c = op.Expand(op.Unsqueeze(op.Slice(c3, first, added, one), one), heads)
+    s = op.Expand(op.Unsqueeze(op.Slice(s3, first, added, one), one), heads)
     end = half * 2
     head = op.Slice(x, op.Constant(value_ints=[0]), end, last)
     rest = op.Slice(x, end, op.Shape(x, start=-1), last)
@@ -407,13 +410,15 @@ def _functions() -> dict[str, onnx.FunctionProto]:
 
 def kernel_names() -> frozenset[str]:
     """Operators with a kernel; the other functions are parts of their bodies."""
+    drafts = {PLAIN, *(f"{WITH_MARKOV}{form}" for form in (*_FORMATS, "W8A8"))}  # each graph has a body of its own
     parts = set(_SCRIPTS) - {"ProductW8A8", "RMSNorm", "SkipRMSNorm", "LayerNorm", "Silu", "Gelu", "GeluTanh"}
-    return frozenset(_functions()) - (parts - {"Sigmoid", "Tanh", "Softcap"})
+    return (frozenset(_functions()) | drafts) - (parts - {"Sigmoid", "Tanh", "Softcap"})
 
 
 def add_kernel_functions(model: ir.Model) -> ir.Model:
     """Give ``model`` the functions of every kernel it calls, and those that they call. Returns ``model``."""
-    wanted = [node.op_type for graph in model.graphs() for node in graph if node.domain == DOMAIN]
+    graphs = [*model.graphs(), *(function.graph for function in model.functions.values())]
+    wanted = [node.op_type for graph in graphs for node in graph if node.domain == DOMAIN]
     known = _functions()
     added: set[str] = set()
     while wanted:

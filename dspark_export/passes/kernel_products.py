@@ -201,9 +201,8 @@ class KernelProducts(ir.passes.InPlacePass):
 
 def _is_linear(gemm: ir.Node) -> bool:
     """x W + b: nothing is transposed but the weight, nothing scaled."""
-    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
     scaled = gemm.attributes.get_float("alpha", 1.0) != 1.0 or gemm.attributes.get_float("beta", 1.0) != 1.0
-    return not gemm.attributes.get_int("transA", 0) and not scaled and (bias is None or match.rank(bias) == 1)
+    return not gemm.attributes.get_int("transA", 0) and not scaled
 
 
 def weight_behind(value: ir.Value | None, weights: PackedWeights, turned: bool = False) -> _Weight | None:

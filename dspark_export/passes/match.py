@@ -10,6 +10,8 @@ import onnx_ir as ir
 STANDARD_DOMAIN = ""
 RANGES = "dspark.activation_ranges"
 """Metadata of a graph: JSON of the magnitudes that products' activations are rounded with, by the product's weight."""
+DRAFTS = "dspark.block_drafts"
+"""Metadata of a block drafter's graph: kind of its Markov head; absent where that corrects chosen tokens only."""
 SMOOTHED = "dspark.smoothed_norms"
 """Metadata of a graph: JSON list of the gains whose channels were smoothed."""
 

@@ -13,6 +13,7 @@ constexpr int kRows = 8;          // rows a product holds in registers at most
 constexpr int kChunk = 256;       // places of a sequence that are summed before they are merged
 constexpr int kGroups = kChunk / 16;
 constexpr int kRowBlock = 48;     // rows (token x head) that share one reading of a chunk's keys
+constexpr int kColumns = 1024;    // logits of a slot whose statistics are taken together
 constexpr int kMaxWidth = 512;    // of an attention head
 constexpr int kMaxBlock = 256;    // of a quantized weight
 
@@ -107,6 +108,10 @@ struct Set {
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t n, float epsilon, float* y);
   void (*gate)(Activation, const float* gate, const float* up, int64_t n, float* y);
   void (*unary)(Activation, const float* x, int64_t n, float cap, float* y);
+  // kernels/draft.h says what these do
+  void (*likely)(float* x, const float* base, const float* added, int64_t n, float* maximum, float* sum);
+  float (*spread)(const float* x, int64_t n, float heat, float maximum, float* y);
+  int64_t (*top)(const float* x, int64_t n, int64_t first, int64_t k, int64_t have, float* values, int32_t* columns);
 };
 
 // Floats of scratch memory that attend needs.

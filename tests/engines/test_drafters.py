@@ -9,11 +9,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from dspark_export.drafts.graphs.block import export_block_drafter, hide_inner_values
+from dspark_export.drafts.graphs.block import export_block_drafter
 from dspark_export.drafts.graphs.draft_model import export_draft_model
 from dspark_export.graphs.decoder import DecoderTrace
 from dspark_export.graphs.target import export_target
 from dspark_export.passes import optimize
+from dspark_export.passes.inner_values import hide_inner_values
 from tests import tiny_models
 from tests.engines.graphs import RANGES, save
 from tests.engines.test_compile import check

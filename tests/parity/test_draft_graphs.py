@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from dspark_export.bundle.weights import save_graphs
 from dspark_export.drafts.formats.draft import DraftCheckpoint, DraftLayers, EagleConfig, Rope
-from dspark_export.drafts.graphs.block import block_module, export_block_drafter, hide_inner_values
+from dspark_export.drafts.graphs.block import block_module, export_block_drafter
 from dspark_export.drafts.graphs.draft_model import export_draft_model
 from dspark_export.drafts.graphs.eagle3 import eagle_modules, export_eagle3
 from dspark_export.graphs.target import export_target
 from dspark_export.passes import optimize, ort_cpu_variants
+from dspark_export.passes.inner_values import hide_inner_values
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
 from dspark_export.tracing.geometry import probe
 from dspark_runtime.bundle.contract import GraphContract, decoder_contract

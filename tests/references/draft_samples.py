@@ -24,6 +24,7 @@ def random_block(
     windows: tuple[int | None, ...] | None = None,
     causal: bool = False,
     hidden: int = HIDDEN,
+    rank: int = RANK,
     vocab: int = VOCAB,
     taps: tuple[int, ...] = (0, 1, 2),
     seed: int = 0,
@@ -65,7 +66,7 @@ def random_block(
         vocab,
         vocab,
         markov,  # type: ignore[arg-type]
-        RANK if has_markov else 0,
+        rank if has_markov else 0,
         confidence,
         confidence and has_markov,
         causal,
@@ -91,14 +92,14 @@ def random_block(
         w |= {f"{p}mlp.{name}_proj.weight": make(INNER, hidden) for name in ("gate", "up")}
         w[f"{p}mlp.down_proj.weight"] = make(hidden, INNER)
     if has_markov:
-        w |= {f"markov_head.markov_w{n}.weight": make(vocab, RANK) * 3 for n in (1, 2)}
+        w |= {f"markov_head.markov_w{n}.weight": make(vocab, rank) * 3 for n in (1, 2)}
     if markov == "gated":
-        w["markov_head.gate_proj.weight"], w["markov_head.gate_proj.bias"] = make(RANK, hidden + RANK), make(RANK)
+        w["markov_head.gate_proj.weight"], w["markov_head.gate_proj.bias"] = make(rank, hidden + rank), make(rank)
     if markov == "rnn":
-        w["markov_head.joint_proj.weight"] = make(3 * RANK, 2 * RANK + hidden)
-        w["markov_head.joint_proj.bias"] = make(3 * RANK)
+        w["markov_head.joint_proj.weight"] = make(3 * rank, 2 * rank + hidden)
+        w["markov_head.joint_proj.bias"] = make(3 * rank)
     if confidence:
-        w["confidence_head.proj.weight"] = make(1, hidden + (RANK if has_markov else 0))
+        w["confidence_head.proj.weight"] = make(1, hidden + (rank if has_markov else 0))
         w["confidence_head.proj.bias"] = make(1)
     shape = Shape(
         layers,

@@ -26,6 +26,7 @@ from dspark_export.drafts.opened import (
     source_of,
     vocab_map,
 )
+from dspark_export.passes import match
 from dspark_export.tracing.to_onnx import trace
 from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES, GraphContract, TensorSpec
 from dspark_runtime.bundle.draft_contract import (
@@ -143,7 +144,7 @@ def export_block_drafter(
     markov_topk: int | None = None,
     embedding_scale: float = 1.0,
 ) -> ir.Model:
-    """The graph of ``checkpoint``, with its inner values as further outputs (see :func:`hide_inner_values`).
+    """The graph of ``checkpoint``, with inner values as further outputs, see :mod:`dspark_export.passes.inner_values`.
 
     Args:
         embedding: the target's, [vocab, hidden]; referenced, not copied.
@@ -173,7 +174,10 @@ def export_block_drafter(
         markov_topk=markov_topk,
         embedding_scale=embedding_scale,
     )
-    return trace(module, contract, example_inputs(contract))
+    graph = trace(module, contract, example_inputs(contract))
+    if markov_topk is None:
+        graph.metadata_props[match.DRAFTS] = _config(checkpoint).markov
+    return graph
 
 
 def block_module(
@@ -236,13 +240,6 @@ def inner_outputs(config: BlockConfig, dtype: str, draft_vocab: int) -> list[Ten
         shape = ("batch", "features", layers.kv_heads, layers.head_dim)
         specs += [TensorSpec(f"ctx_keys.{i}", dtype, shape), TensorSpec(f"ctx_values.{i}", dtype, shape)]
     return specs
-
-
-def hide_inner_values(model: ir.Model) -> ir.Model:
-    """Make the inner values plain values again, under their names; returns ``model``. Nothing else changes."""
-    inner = (CTX_FEATURES, BLOCK_HIDDEN, BASE_LOGITS, CORRECTED_LOGITS, "ctx_keys.", "ctx_values.")
-    model.graph.outputs[:] = [value for value in model.graph.outputs if not (value.name or "").startswith(inner)]
-    return model
 
 
 def example_inputs(contract: GraphContract) -> Sequence[torch.Tensor]:

@@ -8,6 +8,8 @@
 #include "lookup.h"
 #include "attention.h"
 #include "rows.h"
+#include "draft.h"
 
 #define DSPARK_SET(name) \
-  {name, quantize_blocks, quantize_row, product, lookup, turn, attend, merge, finish, mask_bits, rms_norm, layer_norm, gate, unary}
+  {name, quantize_blocks, quantize_row, product, lookup, turn, attend, merge, finish, mask_bits, rms_norm, layer_norm, gate, unary, \
+   likely, spread, top}

@@ -13,6 +13,9 @@ constexpr int64_t kMaxPartial = 16 << 20;  // floats of unmerged chunks
 
 struct Sizes {
   int64_t batch, tokens, heads, kv_heads, group, key_width, value_width, capacity, kv_len, rows;  // rows: tokens * group
+  int64_t added;  // new rows of the cache; the tokens that ask are the last of them
+
+  int64_t before() const { return added - tokens; }
 };
 
 struct Rotary {
@@ -20,9 +23,9 @@ struct Rotary {
   int64_t turned = 0;
   bool table = false, shared = false;  // shared: one sequence's angles for all
 
-  const float* row(const float* from, const Sizes& s, int64_t b, int64_t t, int64_t position) const {
+  const float* row(const float* from, const Sizes& s, int64_t b, int64_t t, int64_t position) const {  // t: of the new rows
     if (!from) return nullptr;
-    return from + (table ? position : (shared ? 0 : b * s.tokens) + t) * (turned / 2);
+    return from + (table ? position : (shared ? 0 : b * s.added) + t) * (turned / 2);
   }
 };
 
@@ -51,12 +54,12 @@ class AttentionKernel : public Kernel {
     const Tensor query = call.input(0, "query"), key = call.input(1, "key"), value = call.input(2, "value");
     const Tensor past_key = call.input(3, "past_key"), past_value = call.input(4, "past_value"), mask = call.input(5, "attention_mask");
     const Tensor starts = call.input(6, "write_indices"), positions = call.input(7, "position_ids");
-    const Sizes s = sizes(query, past_key, past_value, mask);
-    check_new(query, s, offsets_[0], s.heads * s.key_width);
-    check_new(key, s, offsets_[1], s.kv_heads * s.key_width);
-    check_new(value, s, offsets_[2], s.kv_heads * s.value_width);
+    const Sizes s = sizes(query, key, past_key, past_value, mask);
+    check_new(query, s, s.tokens, offsets_[0], s.heads * s.key_width);
+    check_new(key, s, s.added, offsets_[1], s.kv_heads * s.key_width);
+    check_new(value, s, s.added, offsets_[2], s.kv_heads * s.value_width);
     need(starts.shape == Shape{s.batch}, starts.text() + " must be [" + number(s.batch) + "]");
-    need(positions.shape == Shape({s.batch, s.tokens}), positions.text() + " must be " + Shape({s.batch, s.tokens}).text());
+    need(positions.shape == Shape({s.batch, s.added}), positions.text() + " must be " + Shape({s.batch, s.added}).text());
     for (int64_t b = 0; b < s.batch; b++) check_start(starts.as<int64_t>()[b], s);
     const Rotary rotary = form_ & WithRotary ? read_rotary(call, s, positions) : Rotary();
     const float* sinks = form_ & WithSinks ? read_sinks(call, s) : nullptr;
@@ -64,7 +67,7 @@ class AttentionKernel : public Kernel {
     float* y = static_cast<float*>(call.output(0, {s.batch, s.tokens, s.heads * s.value_width}));
     float* keys = cache(call, 1, past_key);
     float* values = cache(call, 2, past_value);
-    if (!s.batch || !s.tokens) return;
+    if (!s.batch || !s.added) return;
 
     Pieces pieces;
     const int64_t mask_chunks = (s.kv_len + kChunk - 1) / kChunk;
@@ -97,12 +100,13 @@ class AttentionKernel : public Kernel {
 
   // Shapes
 
-  Sizes sizes(const Tensor& query, const Tensor& past_key, const Tensor& past_value, const Tensor& mask) const {
+  Sizes sizes(const Tensor& query, const Tensor& key, const Tensor& past_key, const Tensor& past_value, const Tensor& mask) const {
     need(query.shape.rank == 3 || query.shape.rank == 4, query.text() + " must be [batch, tokens, columns] or [batch, tokens, heads, columns]");
     const Shape &k = past_key.shape, &v = past_value.shape, &m = mask.shape;
     need(k.rank == 4 && v.rank == 4 && k[0] == v[0] && k[1] == v[1] && k[2] == v[2],
          past_key.text() + " and " + past_value.text() + " must be [batch, kv_heads, capacity, width], equal but for the width");
-    Sizes s = {query.shape[0], query.shape[1], heads_, k[1], 0, k[3], v[3], k[2], 0, 0};
+    need(key.shape.rank >= 2 && key.shape[1] >= query.shape[1], key.text() + " must have the tokens of " + query.text() + " or more");
+    Sizes s = {query.shape[0], query.shape[1], heads_, k[1], 0, k[3], v[3], k[2], 0, 0, key.shape[1]};
     need(k[0] == s.batch, past_key.text() + " has another batch than " + query.text());
     need(s.kv_heads > 0 && s.heads % s.kv_heads == 0, number(s.heads) + " heads are not a multiple of the " + number(s.kv_heads) + " of " + past_key.text());
     for (const int64_t width : {s.key_width, s.value_width})
@@ -111,29 +115,29 @@ class AttentionKernel : public Kernel {
          mask.text() + " must be [" + number(s.batch) + ", 1, " + number(s.tokens) + ", kv_len]");
     s.kv_len = m[3];
     need(s.kv_len <= s.capacity, mask.text() + " is longer than the capacity " + number(s.capacity));
-    need(s.capacity < INT32_MAX / 2 && s.tokens * s.heads < INT32_MAX, "more slots or rows than can be numbered");
+    need(s.capacity < INT32_MAX / 2 && s.added * s.heads < INT32_MAX, "more slots or rows than can be numbered");
     s.group = s.heads / s.kv_heads;
     s.rows = s.tokens * s.group;
     return s;
   }
 
-  static void check_new(const Tensor& t, const Sizes& s, int64_t offset, int64_t columns) {
-    need((t.shape.rank == 3 || t.shape.rank == 4) && t.shape[0] == s.batch && t.shape[1] == s.tokens,
-         t.text() + " must begin with [" + number(s.batch) + ", " + number(s.tokens) + "]");
+  static void check_new(const Tensor& t, const Sizes& s, int64_t tokens, int64_t offset, int64_t columns) {
+    need((t.shape.rank == 3 || t.shape.rank == 4) && t.shape[0] == s.batch && t.shape[1] == tokens,
+         t.text() + " must begin with [" + number(s.batch) + ", " + number(tokens) + "]");
     need(offset + columns <= t.shape.size(2), t.text() + " has no columns " + number(offset) + ".." + number(offset + columns));
   }
 
   static void check_start(int64_t start, const Sizes& s) {
-    need(start >= 0 && start <= s.kv_len - s.tokens,
-         "write_indices " + number(start) + " and " + number(s.tokens) + " tokens do not fit kv_len " + number(s.kv_len));
+    need(start >= 0 && start <= s.kv_len - s.added,
+         "write_indices " + number(start) + " and " + number(s.added) + " tokens do not fit kv_len " + number(s.kv_len));
   }
 
   static Rotary read_rotary(const Call& call, const Sizes& s, const Tensor& positions) {
     const Tensor cos = call.input(8, "cos"), sin = call.input(9, "sin");
     const Shape& c = cos.shape;
     need(sin.shape == c, cos.text() + " and " + sin.text() + " differ");
-    need(c.rank == 2 || (c.rank == 3 && (c[0] == s.batch || c[0] == 1) && c[1] == s.tokens),
-         cos.text() + " must be [positions, width / 2] or [" + number(s.batch) + ", " + number(s.tokens) + ", width / 2]");
+    need(c.rank == 2 || (c.rank == 3 && (c[0] == s.batch || c[0] == 1) && c[1] == s.added),
+         cos.text() + " must be [positions, width / 2] or [" + number(s.batch) + ", " + number(s.added) + ", width / 2]");
     const int64_t turned = 2 * c[c.rank - 1];
     need(turned <= s.key_width, cos.text() + " turns " + number(turned) + " columns of a head of " + number(s.key_width));
     if (c.rank == 2)
@@ -175,10 +179,10 @@ class AttentionKernel : public Kernel {
   static int64_t count_others(const Tensor& mask, const Sizes& s, const Tensor& starts, const Tensor& positions) {
     int64_t count = 0;
     for (int64_t b = 0; b < s.batch; b++) {
-      const int64_t lead = leading(positions.as<int64_t>() + b * s.tokens, s.tokens);
-      for (int64_t t = 0; lead < s.tokens && t < s.tokens; t++) {
+      const int64_t lead = leading(positions.as<int64_t>() + b * s.added, s.added);
+      for (int64_t t = 0; lead < s.added && t < s.tokens; t++) {
         const uint8_t* seen = mask_row(mask, s, b, t) + starts.as<int64_t>()[b];
-        for (int64_t i = lead; i < s.tokens; i++) count += seen[i] != 0;
+        for (int64_t i = lead; i < s.added; i++) count += seen[i] != 0;
       }
     }
     return count;
@@ -186,16 +190,16 @@ class AttentionKernel : public Kernel {
 
   static Sequence order(const Tensor& mask, const Sizes& s, int64_t b, const Tensor& starts, const Tensor& positions, int32_t* first, Visible* others) {
     const int64_t start = starts.as<int64_t>()[b];
-    const int64_t* position = positions.as<int64_t>() + b * s.tokens;
-    const int64_t lead = leading(position, s.tokens), direct = start + lead;
+    const int64_t* position = positions.as<int64_t>() + b * s.added;
+    const int64_t lead = leading(position, s.added), direct = start + lead;
     int64_t end = direct;
     int32_t count = 0;
     for (int64_t t = 0; t < s.tokens; t++) {
       first[t] = count;
-      if (lead == s.tokens) continue;
+      if (lead == s.added) continue;
       const uint8_t* seen = mask_row(mask, s, b, t) + start;
-      const bool ascending = ascends(seen, position, s.tokens);
-      for (int64_t i = lead; i < s.tokens; i++) {
+      const bool ascending = ascends(seen, position, s.added);
+      for (int64_t i = lead; i < s.added; i++) {
         if (!seen[i]) continue;
         const int64_t place = start + (ascending ? static_cast<int64_t>(after(position, i)) : i);
         others[count++] = {static_cast<int32_t>(start + i), static_cast<int32_t>(place)};
@@ -206,7 +210,7 @@ class AttentionKernel : public Kernel {
     return {start, direct, (end + kChunk - 1) / kChunk, (direct + kChunk - 1) / kChunk, nullptr, others, first};
   }
 
-  // Whether the new rows that a row sees have ascending places among those of the pass.
+  // Whether the new rows that a row sees have ascending places among those of the pass, `tokens` of them.
   static bool ascends(const uint8_t* seen, const int64_t* position, int64_t tokens) {
     int64_t last = -1;
     for (int64_t i = 0; i < tokens; i++) {
@@ -223,24 +227,25 @@ class AttentionKernel : public Kernel {
   void write_new(const Call& call, const Sizes& s, const Tensor& query, const Tensor& key, const Tensor& value, const Rotary& rotary,
                  const Tensor& positions, const Sequence* sequence, const Tensor& mask, float* turned, uint16_t* bits, int64_t mask_chunks,
                  float* keys, float* values) const {
-    const int64_t all = s.batch * s.tokens;
+    const int64_t all = s.batch * s.added;
     const int64_t tasks = tasks_for(all * ((s.heads + 2 * s.kv_heads) * s.key_width / 4 + s.kv_len / 16), all);
     call.parallel(tasks, [&](int64_t task) {
       for (int64_t i = all * task / tasks; i < all * (task + 1) / tasks; i++) {
-        const int64_t b = i / s.tokens, t = i % s.tokens, position = positions.as<int64_t>()[i], slot = sequence[b].start + t;
-        const float* cos = rotary.row(rotary.cos, s, b, t, position);
-        const float* sin = rotary.row(rotary.sin, s, b, t, position);
-        const float* q = query.as<float>() + i * query.shape.size(2) + offsets_[0];
+        const int64_t b = i / s.added, row = i % s.added, t = row - s.before(), position = positions.as<int64_t>()[i], slot = sequence[b].start + row;
+        const float* cos = rotary.row(rotary.cos, s, b, row, position);
+        const float* sin = rotary.row(rotary.sin, s, b, row, position);
         const float* k = key.as<float>() + i * key.shape.size(2) + offsets_[1];
         const float* v = value.as<float>() + i * value.shape.size(2) + offsets_[2];
-        for (int64_t h = 0; h < s.heads; h++) {
-          float* to = turned + ((b * s.kv_heads + h / s.group) * s.rows + t * s.group + h % s.group) * s.key_width;
-          set_.turn({q + h * s.key_width, cos, sin, to, s.key_width, rotary.turned, interleaved_, scale_});
-        }
         for (int64_t h = 0; h < s.kv_heads; h++) {
           const int64_t at = (b * s.kv_heads + h) * s.capacity + slot;
           set_.turn({k + h * s.key_width, cos, sin, keys + at * s.key_width, s.key_width, rotary.turned, interleaved_, 1.0f});
           std::memcpy(values + at * s.value_width, v + h * s.value_width, static_cast<size_t>(s.value_width) * sizeof(float));
+        }
+        if (t < 0) continue;
+        const float* q = query.as<float>() + (b * s.tokens + t) * query.shape.size(2) + offsets_[0];
+        for (int64_t h = 0; h < s.heads; h++) {
+          float* to = turned + ((b * s.kv_heads + h / s.group) * s.rows + t * s.group + h % s.group) * s.key_width;
+          set_.turn({q + h * s.key_width, cos, sin, to, s.key_width, rotary.turned, interleaved_, scale_});
         }
         const uint8_t* seen = mask_row(mask, s, b, t);
         uint16_t* to = bits + b * s.tokens * mask_chunks * kGroups + t * sequence[b].bits_chunks * kGroups;
@@ -264,7 +269,7 @@ class AttentionKernel : public Kernel {
     a.key = keys + head * s.capacity * s.key_width;
     a.value = values + head * s.capacity * s.value_width;
     a.key_width = s.key_width, a.value_width = s.value_width, a.group = s.group, a.softcap = softcap_;
-    a.direct = q.direct, a.start = q.start, a.tokens = s.tokens;
+    a.direct = q.direct, a.start = q.start, a.tokens = s.added;
     a.bits = q.bits, a.bits_chunks = q.bits_chunks, a.others = q.others, a.first = q.first;
     return a;
   }
@@ -278,6 +283,7 @@ class AttentionKernel : public Kernel {
 
   void run(const Call& call, const Sizes& s, const Sequence* sequence, const float* turned, const float* keys, const float* values,
            const float* sinks, const Results& results, float* y) const {
+    if (!s.tokens) return;
     int64_t chunks = 1;
     for (int64_t b = 0; b < s.batch; b++) chunks = std::max(chunks, sequence[b].chunks);
     const int64_t streams = s.batch * s.kv_heads;
@@ -294,7 +300,7 @@ class AttentionKernel : public Kernel {
         const int64_t b = i / blocks / s.kv_heads, h = i / blocks % s.kv_heads, r0 = begin(i % blocks), r1 = begin(i % blocks + 1);
         Attend a = task(s, sequence[b], b, h, turned, keys, values);
         Pieces mine;
-        const size_t scratch = mine.add<float>(attend_scratch(s.key_width, s.value_width, s.tokens)), state = mine.add<float>(kRowBlock * s.value_width);
+        const size_t scratch = mine.add<float>(attend_scratch(s.key_width, s.value_width, s.added)), state = mine.add<float>(kRowBlock * s.value_width);
         float maximum[kRowBlock], sum[kRowBlock];
         mine.take(Memory::Task);
         a.row0 = r0, a.row1 = r1, a.chunk1 = sequence[b].chunks, a.merge = true;
@@ -309,7 +315,7 @@ class AttentionKernel : public Kernel {
       if (c >= sequence[b].chunks) return;
       Attend a = task(s, sequence[b], b, stream % s.kv_heads, turned, keys, values);
       Pieces mine;
-      const size_t scratch = mine.add<float>(attend_scratch(s.key_width, s.value_width, s.tokens));
+      const size_t scratch = mine.add<float>(attend_scratch(s.key_width, s.value_width, s.added));
       mine.take(Memory::Task);
       a.row0 = begin(i % blocks), a.row1 = begin(i % blocks + 1), a.chunk0 = c, a.chunk1 = c + 1;
       const int64_t at = (stream * chunks + c) * s.rows + a.row0;

@@ -109,6 +109,7 @@ struct Operator {
 void add_products(std::vector<Operator>& to);
 void add_attention(std::vector<Operator>& to);
 void add_rows(std::vector<Operator>& to);
+void add_drafts(std::vector<Operator>& to);
 
 [[noreturn]] void refuse(const std::string& text);
 inline void need(bool ok, const std::string& text) {

@@ -82,6 +82,7 @@ const std::vector<std::unique_ptr<Registered>>& registered() {
     add_products(operators);
     add_attention(operators);
     add_rows(operators);
+    add_drafts(operators);
     std::vector<std::unique_ptr<Registered>> all;
     for (Operator& op : operators)
       if (std::strcmp(op.name, DSPARK_WITHOUT) != 0) all.push_back(std::make_unique<Registered>(std::move(op)));

@@ -158,6 +158,26 @@ static void rows(const std::vector<const Set*>& sets) {
   }
 }
 
+static void drafts(const std::vector<const Set*>& sets) {
+  for (int round = 0; round < 60; round++) {
+    const int64_t n = number(1, kColumns), k = number(1, 20);
+    const auto x = floats(n, 3), base = floats(n), added = floats(n);
+    const auto run = [&](const Set& set) {
+      std::vector<float> y = x, found(static_cast<size_t>(n + k + 3), 0);
+      std::vector<int32_t> columns(static_cast<size_t>(k));
+      float* values = &found[static_cast<size_t>(n)];
+      set.likely(y.data(), base.data(), round % 2 ? added.data() : nullptr, n, values + k, values + k + 1);
+      const int64_t half = n / 2, have = set.top(y.data(), half, 0, k, 0, values, columns.data());
+      set.top(&y[static_cast<size_t>(half)], n - half, half, k, have, values, columns.data());
+      values[k + 2] = set.spread(y.data(), n, 0.7f, values[k] / 0.7f, found.data());
+      for (const int32_t column : columns) found.push_back(static_cast<float>(column));
+      found.insert(found.end(), y.begin(), y.end());
+      return found;
+    };
+    for (const Set* set : sets) equal(*set, "drafts", run(*set), run(kPortable));
+  }
+}
+
 int main() {
   const auto sets = others();
   std::printf("against portable:");
@@ -166,6 +186,7 @@ int main() {
   products(sets);
   attention(sets);
   rows(sets);
+  drafts(sets);
   std::printf("%d differences\n", failures);
   return failures > 100 ? 100 : failures;
 }

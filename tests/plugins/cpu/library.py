@@ -37,6 +37,9 @@ _TYPES = {
     np.dtype(bool): TensorProto.BOOL,
 }
 
+DRAFT_TYPES = (np.int64, np.float32) * 4
+"""Element types of what MarkovDraft and BlockDraft give."""
+
 
 def own_flags(source: Path) -> list[str]:
     """The flags that a file of sets/ asks for in its first line."""
@@ -112,9 +115,16 @@ class Kernels:
         return options
 
     def session(
-        self, operator: str, inputs: dict[str, Array], outputs: int = 1, *, threads: int = 1, **attributes: Any
+        self,
+        operator: str,
+        inputs: dict[str, Array],
+        outputs: int = 1,
+        *,
+        threads: int = 1,
+        output_types: tuple[Any, ...] = (),
+        **attributes: Any,
     ) -> ort.InferenceSession:
-        """A model of one node; ``inputs`` in order. bfloat16 inputs become constants."""
+        """A model of one node; ``inputs`` in order. bfloat16 inputs become constants. Outputs are floats by default."""
         names = [f"out{i}" for i in range(outputs)]
         node = helper.make_node(operator, list(inputs), names, domain="dspark", **attributes)
         fed = [
@@ -122,7 +132,8 @@ class Kernels:
             for name, a in inputs.items()
             if a.dtype != ml_dtypes.bfloat16
         ]
-        made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+        types = [_TYPES[np.dtype(t)] for t in output_types] or [TensorProto.FLOAT] * outputs
+        made = [helper.make_tensor_value_info(name, t, None) for name, t in zip(names, types, strict=True)]
         constants = [numpy_helper.from_array(a, n) for n, a in inputs.items() if a.dtype == ml_dtypes.bfloat16]
         graph = helper.make_graph([node], operator, fed, made, constants)
         model = helper.make_model(
@@ -133,10 +144,17 @@ class Kernels:
         )
 
     def run(
-        self, operator: str, inputs: dict[str, Array], outputs: int = 1, *, threads: int = 1, **attributes: Any
+        self,
+        operator: str,
+        inputs: dict[str, Array],
+        outputs: int = 1,
+        *,
+        threads: int = 1,
+        output_types: tuple[Any, ...] = (),
+        **attributes: Any,
     ) -> list[Array]:
         """Outputs of one run."""
-        session = self.session(operator, inputs, outputs, threads=threads, **attributes)
+        session = self.session(operator, inputs, outputs, threads=threads, output_types=output_types, **attributes)
         result: list[Array] = session.run(None, {n: a for n, a in inputs.items() if a.dtype != ml_dtypes.bfloat16})
         return result
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.plugins.cpu.library import Kernels
+from tests.plugins.cpu.library import DRAFT_TYPES, Kernels
 from tests.plugins.cpu.packing import FORMATS
 
 Array = np.ndarray[Any, Any]
@@ -97,3 +97,31 @@ def test_attention(best: Kernels, data: st.DataObject) -> None:
     attempt(
         best, operator, inputs, 3, heads=heads, scale=1.0, query_offset=draw(st.sampled_from([0, 0, 0, 3, 1 << 62]))
     )
+
+
+@quiet
+@given(data=st.data())
+def test_drafts(best: Kernels, data: st.DataObject) -> None:
+    draw = data.draw
+    batch, slots, vocab, rank = (draw(st.integers(0, n)) for n in (2, 3, 40, 4))
+    number = st.sampled_from([0.0, 1.0, -1.0, np.nan, np.inf, -np.inf])
+    tiles = -(-vocab // 16)
+    inputs = {
+        "base_logits": np.full((batch, slots, vocab), draw(number), np.float32),
+        "anchor_ids": np.array([draw(st.integers(-1, 5)) for _ in range(batch)], np.int64),
+        "temperature": np.full(batch, draw(number), np.float32),
+        "uniforms": np.full((batch, slots), draw(number), np.float32),
+        "forbidden": np.full(draw(st.sampled_from([0, vocab, 3])), draw(number), np.float32),
+        "target_ids": np.arange(draw(st.sampled_from([0, vocab, 3]))),
+    }
+    operator = draw(st.sampled_from(["BlockDraft", "MarkovDraftFloat32", "MarkovDraftFloat16"]))
+    if operator != "BlockDraft":
+        kind = np.float32 if operator.endswith("32") else np.float16
+        inputs["anchor_rows"] = np.ones((5, rank), draw(st.sampled_from([np.float32, np.float16, np.int64])))
+        inputs["drafted_rows"] = np.full((max(0, vocab + draw(st.integers(-1, 1))), rank), draw(number), kind)
+        inputs["weight"] = np.full((tiles, rank, 16), draw(number), kind)
+    if draw(st.booleans()):
+        name = draw(st.sampled_from(list(inputs)))
+        inputs[name] = inputs[name][..., : draw(st.integers(0, 3))]
+    candidates, beams = draw(st.sampled_from([-1, 0, 1, 2, 8, 65])), draw(st.sampled_from([-1, 0, 1, 3, 100]))
+    attempt(best, operator, inputs, 8, output_types=DRAFT_TYPES, candidates=candidates, beams=beams)
