@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tarfile
 import tomllib
 import warnings
@@ -24,6 +25,7 @@ from packaging.specifiers import SpecifierSet
 from dspark_export.cli import main as command_line
 from dspark_export.cli.validate import FAILED as VALIDATION_FAILED
 from dspark_runtime import errors
+from dspark_runtime.backends import build_kernels
 from tests import distributions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,6 +207,44 @@ def test_a_wheel_holds_its_packages_and_nothing_else(
     assert ("dspark_runtime/py.typed" if folder else "dspark_export/prompts/repeat.jsonl") in built.wheel
 
 
+KERNELS = "dspark_runtime/lib/libdspark_cpu.so"
+
+
+def test_the_runtimes_wheel_has_the_kernels_where_they_can_be_compiled(
+    distribution: Callable[[Path], Built], tmp_path: Path
+) -> None:
+    if (compiler := build_kernels.compiler()) is None or sys.platform != "linux":
+        pytest.skip("needs a C++ compiler, on Linux")
+    built = distribution(ROOT / "runtime")
+    assert KERNELS in built.wheel, compiler
+    (wheel,) = built.sdist.parent.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(KERNELS, tmp_path)
+    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).dspark_cpu_sets; f.restype = ctypes.c_char_p; print(f())"
+    command = [sys.executable, "-c", code, str(tmp_path / KERNELS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "portable" in done.stdout
+
+
+def test_without_a_compiler_the_wheel_is_for_every_machine_and_says_so(tmp_path: Path) -> None:
+    said = distributions.build(ROOT / "runtime", tmp_path, "wheel", CXX="/bin/false")
+    assert "built WITHOUT its sequence kernels" in said and build_kernels.COMMAND in said
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert KERNELS not in names
+    folder = ROOT / "plugins" / "cpu"
+    sources = {path.relative_to(folder).as_posix() for path in tracked() if path.is_relative_to(folder)}
+    assert "choose.cpp" in sources and {f"dspark_runtime/cpu/{name}" for name in sources} <= set(names)
+
+
+def test_a_release_without_kernels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="CMake configuration failed"):
+        distributions.build(ROOT / "runtime", tmp_path, "wheel", CXX="/bin/false", DSPARK_REQUIRE_KERNELS="1")
+
+
 @pytest.mark.parametrize(("folder", "package"), [("", "dspark_export"), ("runtime", "dspark_runtime")])
 def test_a_source_distribution_has_no_environment_or_bundle(
     distribution: Callable[[Path], Built], folder: str, package: str
@@ -213,6 +253,7 @@ def test_a_source_distribution_has_no_environment_or_bundle(
     assert {"pyproject.toml", "LICENSE", "README.md", f"{package}/__init__.py"} <= set(source)
     assert not [n for n in source if n.split("/")[0] in (".venv", ".cache", "bundles", ".git", "runtime")]
     assert not [name for name in source if name.endswith((".onnx", ".data", ".gguf"))]
+    assert ("cpu/CMakeLists.txt" in source) == (package == "dspark_runtime")  # the kernels' sources
 
 
 def test_the_runtime_does_not_require_what_builds_bundles(distribution: Callable[[Path], Built]) -> None:

@@ -15,9 +15,11 @@ import pytest
 from packaging.requirements import Requirement
 
 from dspark_runtime import Bundle
-from tests.distributions import ROOT, built_wheel
+from dspark_runtime.backends.ort_kernels import LIBRARY_VARIABLE
+from tests.distributions import ROOT, build, built_wheel
 
 MOST_BYTES = {"cpu": 300_000_000, "cpu,serve": 350_000_000}
+KERNELS = "from dspark_runtime.backends.ort_kernels import kernel_library as k; print(k().path)"
 GENERATE = """
 import sys
 import dspark_runtime
@@ -68,8 +70,8 @@ sys.meta_path.insert(0, Without())
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A freshly built wheel of the runtime."""
-    return built_wheel(ROOT / "runtime", tmp_path_factory.mktemp("wheel"))
+    """A freshly built wheel of the runtime, as it is without a compiler."""
+    return built_wheel(ROOT / "runtime", tmp_path_factory.mktemp("wheel"), CXX="/bin/false")
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +151,20 @@ def test_serving_imports_nothing_but_the_extra(wheel: Path, bundle: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extras", MOST_BYTES)
-def test_a_fresh_environment(wheel: Path, bundle: Path, expected: str, tmp_path: Path, extras: str) -> None:
+def test_a_fresh_environment(bundle: Path, expected: str, tmp_path: Path, extras: str) -> None:
+    """Installed from the sdist, as where there is no wheel for the machine: the kernels are compiled on the way."""
+    build(ROOT / "runtime", tmp_path, "sdist")
+    (source,) = tmp_path.glob("*.tar.gz")
     venv.create(tmp_path / "fresh", with_pip=True)
     python = tmp_path / "fresh" / "bin" / "python"
     (site,) = (tmp_path / "fresh").glob("lib/python3*/site-packages")
     before = _bytes(site)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{wheel}[{extras}]"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    pip = [str(python), "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{source}[{extras}]"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", LIBRARY_VARIABLE)}
     subprocess.run(pip, env=environment, check=True)
+    kernels = subprocess.run([str(python), "-c", KERNELS], env=environment, capture_output=True, text=True, check=False)
+    assert kernels.returncode == 0, kernels.stderr
+    assert Path(kernels.stdout.strip()).is_relative_to(site / "dspark_runtime")
     done = subprocess.run(
         [str(python), "-c", GENERATE, str(bundle)], env=environment, capture_output=True, text=True, check=False
     )
