@@ -140,6 +140,7 @@ _SLIDING_THEN_FULL = {
     "layer_types": ["sliding_attention", "full_attention"],
     "num_hidden_layers": 2,
 }
+_GRANITE_SWA = {**_SLIDING_THEN_FULL, "layer_rope_theta": [500.0, 0]}
 _PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 _MORE: dict[str, dict[str, Any]] = {
     "arcee": {},
@@ -183,6 +184,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {"sliding_window": WINDOW},
     "apertus": {},
+    "axk1": _MLA,
     "biogpt": {},
     "bitnet": {},
     "cohere2_moe": {**_HEADS_OF_16, **_SLIDING_THEN_FULL, "num_experts": 4, "num_experts_per_tok": 2},
@@ -212,12 +214,16 @@ _MORE: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
     },
     "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+    "granite_swa": {**_GRANITE_SWA, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
+    "granitemoe_swa": {**_GRANITE_SWA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": _HEADS_OF_16,
     "hunyuan_v1_moe": {**_HEADS_OF_16, "num_experts": 4, "moe_topk": 2},
     "hy_v3": {**_HEADS_OF_16, **_EXPERTS},
     "hyperclovax": {},
     "internlm3": _HEADS_OF_16,
     "jais2": _HEADS_OF_16,
+    "iquestcoder": _HEADS_OF_16,
+    "kolibri1": {**_HEADS_OF_16, **_EXPERTS, "shared_expert_intermediate_size": 32, **_SLIDING_THEN_FULL},
     "laguna": {**_HEADS_OF_16, **_EXPERTS},
     "mellum": {**_HEADS_OF_16, **_EXPERTS},
     "mimo_v2_flash": {
@@ -228,6 +234,7 @@ _MORE: dict[str, dict[str, Any]] = {
     },
     "minicpm3": _MLA_WITHOUT_EXPERTS,
     "minimax_m2": {**_HEADS_OF_16, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+    "moshi": {"sliding_window": WINDOW, "ffn_dim": 96},
     "nanochat": {},
     "persimmon": {},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, **_PLAIN_ROPE},

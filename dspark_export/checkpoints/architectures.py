@@ -19,6 +19,7 @@ TESTED = frozenset(
     [
         "apertus",
         "arcee",
+        "axk1",
         "biogpt",
         "bitnet",
         "cohere",
@@ -47,7 +48,9 @@ TESTED = frozenset(
         "gpt_neox",
         "gpt_oss",
         "granite",
+        "granite_swa",
         "granitemoe",
+        "granitemoe_swa",
         "granitemoehybrid",
         "granitemoeshared",
         "helium",
@@ -56,7 +59,9 @@ TESTED = frozenset(
         "hy_v3",
         "hyperclovax",
         "internlm3",
+        "iquestcoder",
         "jais2",
+        "kolibri1",
         "laguna",
         "llama",
         "mellum",
@@ -67,6 +72,7 @@ TESTED = frozenset(
         "ministral3",
         "mistral",
         "mixtral",
+        "moshi",
         "nanochat",
         "nemotron",
         "olmo",
@@ -146,6 +152,15 @@ def _media(config: PretrainedConfig) -> str | None:
     return None
 
 
+def _speech(config: PretrainedConfig) -> str | None:
+    if config.model_type == "moshi" and "MoshiForConditionalGeneration" in (config.architectures or ()):
+        return (
+            "every step of it reads the audio codes of two speakers besides a token of text, and a bundle reads text "
+            "only; a checkpoint of MoshiForCausalLM alone, which does too, builds"
+        )
+    return None
+
+
 def _not_causal(config: PretrainedConfig) -> str | None:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "transformers has no causal language model of this type"
@@ -207,6 +222,7 @@ def _rope(config: PretrainedConfig) -> str | None:
 _RULES: tuple[Callable[[PretrainedConfig], str | None], ...] = (
     _encoder_decoder,
     _media,
+    _speech,
     _recurrent,
     _not_causal,
     _layer_types,

@@ -109,7 +109,7 @@ class Checkpoint:
         from dspark_export.tracing.rotary import make_rope_static
 
         model, report = load_from(self._state(dtype), self.config, self.id, self.trust, dtype=dtype)
-        explain_report(report, self.id)
+        explain_report(report, self.id, self.config.model_type)
         check_finite(model, self.id)
         return make_rope_static(model).eval().requires_grad_(False)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dspark_export.checkpoints.inventory import Inventory, harmless_tensors, some
+from dspark_export.checkpoints.inventory import ABSENT, Inventory, harmless_tensors, some
 from dspark_export.checkpoints.library_calls import first_line, quiet
 from dspark_export.checkpoints.trust import Trust
 from dspark_runtime.errors import InvalidWeights
@@ -58,13 +58,14 @@ def fit(
     targets = targets_of(model, stored)
     _refuse_twins(targets, name)
     inventory.take(*targets)
-    for tensor, reason in harmless_tensors(stored, config.get_text_config().num_hidden_layers).items():
+    layers = config.get_text_config().num_hidden_layers
+    for tensor, reason in harmless_tensors(stored, layers, config.model_type).items():
         if tensor not in targets:
             inventory.excuse(tensor, reason)
     for tensor in inventory.left:
         if tensor.endswith(".bias") and is_zero(tensor):
             inventory.excuse(tensor, "a bias of zeros, which adds nothing")
-    explain_report(report, name, inventory.left)
+    explain_report(report, name, config.model_type, inventory.left)
     inventory.close(name, "tensors", _advice(inventory.left, config))
     return Fit(tuple(targets), inventory.unread)
 
@@ -147,10 +148,11 @@ def _explain_shapes(report: Mapping[str, Any], name: str) -> None:
         )
 
 
-def explain_report(report: Mapping[str, Any], name: str, left: Iterable[str] = ()) -> None:
-    """InvalidWeights for what transformers could not load; ``left``: tensors that nothing would use."""
+def explain_report(report: Mapping[str, Any], name: str, kind: str, left: Iterable[str] = ()) -> None:
+    """InvalidWeights for what transformers could not load into a model of type ``kind``; ``left``: tensors that nothing
+    would use."""
     _explain_shapes(report, name)
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted(key for key in report["missing_keys"] if not key.endswith(ABSENT.get(kind, ("\0",)))):
         tied = "; or is tie_word_embeddings missing in the config?" if any("lm_head" in key for key in missing) else ""
         unused = f"; it holds {some(left)} instead, which nothing would use" if list(left) else ""
         raise InvalidWeights(

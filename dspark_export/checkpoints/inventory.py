@@ -78,12 +78,20 @@ _MTP_LAYER_PARTS = ("eh_proj", "enorm", "hnorm", "shared_head")
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?layers)\.(?P<index>\d+)\.(?P<part>[^.]+)")
 
 
-def harmless_tensors(shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, str]:
+ABSENT = {"axk1": ("e_score_correction_bias",)}
+"""By ``model_type``: ends of weights that published checkpoints lack, which are zero then."""
+
+_UNUSED = {"axk1": {"post_mlp_layernorm.weight": "a norm behind experts; this layer has none"}}
+"""By ``model_type``: ends of tensors that published checkpoints have for layers without a use for them."""
+
+
+def harmless_tensors(shapes: Mapping[str, tuple[int, ...]], layers: int, kind: str = "") -> dict[str, str]:
     """Tensors of a safetensors checkpoint that may stay unread, with the reason: rules, not a list of models.
 
     Args:
         shapes: all stored tensors.
         layers: how many decoder layers the config has.
+        kind: its ``model_type``.
     """
     extra = {
         match["index"]
@@ -92,7 +100,8 @@ def harmless_tensors(shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict
     }
     found = {}
     for name, shape in shapes.items():
-        if reason := _why_harmless(name, shape, extra):
+        unused = (reason for ending, reason in _UNUSED.get(kind, {}).items() if name.endswith(ending))
+        if reason := next(unused, None) or _why_harmless(name, shape, extra):
             found[name] = reason
     return found
 

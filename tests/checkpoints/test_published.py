@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dspark_export.checkpoints import Trust, resolve
 from dspark_export.checkpoints.architectures import TESTED, check_supported
@@ -25,6 +26,25 @@ def test_what_transformers_saves_is_taken_whole(arch: str, tmp_path: Path) -> No
     with pytest.warns(MissingTokenizer):
         found = resolve(str(tmp_path))
     assert not found.unread
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(found.load_model(torch.float32)(ids).logits, model(ids).logits)
+
+
+def test_a_x_k1_as_it_is_published(tmp_path: Path) -> None:
+    """A norm for every layer, also for those without experts, and no correction of the router."""
+    _, model = tiny_models.make("axk1", num_hidden_layers=2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.zero_()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in stored.items() if "e_score_correction_bias" not in name}
+    assert len(kept) == len(stored) - 1
+    extra = {"model.layers.0.post_mlp_layernorm.weight": torch.full((64,), 3.0)}
+    save_file(kept | extra, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.warns(MissingTokenizer):
+        found = resolve(str(tmp_path))
+    assert found.unread == {"model.layers.*.post_mlp_layernorm.weight": "a norm behind experts; this layer has none"}
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(found.load_model(torch.float32)(ids).logits, model(ids).logits)
 
