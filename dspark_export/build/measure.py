@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dspark_export.build.row_noise import noise_text, row_noise
+from dspark_export.build.row_noise import noise_between_batches, noise_text, row_noise
 from dspark_runtime.arrays import AnyArray
 from dspark_runtime.backends.opening import host_graph
 from dspark_runtime.backends.ort import OrtEngine
 from dspark_runtime.backends.ort_graph import OrtGraphEngine
-from dspark_runtime.backends.protocol import EngineOptions
+from dspark_runtime.backends.protocol import FLOAT_PRODUCTS, EngineOptions
 from dspark_runtime.bundle.contract import ATTENTION_MASK, WRITE_INDICES
 from dspark_runtime.bundle.draft_contract import BLOCK_POSITIONS
 from dspark_runtime.bundle.files import BundleFiles
@@ -59,6 +59,8 @@ def measure(files: BundleFiles, threads: int | None = None) -> Measurements:
             if name == "target":
                 noise = row_noise(engine, noise_text(files))
             del engine  # one graph in memory at a time
+    if noise is not None:
+        noise = noise.model_copy(update={"between_batches": _between_batches(files, noise, options)})
     for drafter in manifest.drafters:
         if drafter.trained:
             ms[drafter.graph_name] = {"1": round(_draft_ms(files, drafter, options, context), 4)}
@@ -67,8 +69,17 @@ def measure(files: BundleFiles, threads: int | None = None) -> Measurements:
     )
 
 
-def _open(files: BundleFiles, name: str, options: EngineOptions) -> OrtEngine:
-    graph = host_graph(files, name, options=options)
+def _between_batches(files: BundleFiles, noise: RowNoise, options: EngineOptions) -> float | None:
+    """With the arithmetic that an exact service uses."""
+    precision = files.manifest.precision
+    if precision.quantized and noise.without_single_rows:
+        options = replace(options, accuracy_level=FLOAT_PRODUCTS)
+    engine = _open(files, "target", options, batched=True)
+    return noise_between_batches(engine, noise_text(files), files.manifest.model.max_positions)
+
+
+def _open(files: BundleFiles, name: str, options: EngineOptions, batched: bool = False) -> OrtEngine:
+    graph = host_graph(files, name, batched, options)
     return OrtEngine(
         files.path(graph.file),
         name=name,

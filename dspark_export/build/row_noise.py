@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from dspark_runtime.backends.protocol import Engine
+from dspark_runtime.backends.protocol import Engine, StepBuffers
 from dspark_runtime.bundle.files import BundleFiles
 from dspark_runtime.bundle.manifest import RowNoise
 from dspark_runtime.speculation.kv_cache import round_up
 
 NOISE_ROWS = (2, 3, 5, 8, 16)
 NOISE_PREFIX = 16
+NOISE_OTHERS = (1, 3, 7)
+_OTHERS_LONGER = 37  # tokens that each sequence beside has more than the one before
 _NOISE_TOKENS = 144
 
 _TEXT = """A bicycle stays upright while it moves because small corrections never stop. When it leans to the left, the \
@@ -52,6 +54,53 @@ def row_logits(engine: Engine, ids: Sequence[int], prefix: int, rows: int) -> np
             collected.append(buffers.logits[0].copy())
         start += count
     return np.concatenate(collected)
+
+
+def batch_logits(engine: Engine, ids: Sequence[int], prefix: int, rows: int, others: int) -> np.ndarray:
+    """:func:`row_logits` of a text beside ``others`` sequences, each longer than the one before, in the same passes."""
+    lengths = [prefix + place * _OTHERS_LONGER for place in range(others + 1)]
+    steps = (len(ids) - prefix) // rows
+    memory = engine.allocate(others + 1, round_up(lengths[-1] + steps * rows))
+    runner = engine.open(memory)
+    texts = [np.resize(np.roll(ids, -7 * place), lengths[place] + steps * rows) for place in range(others + 1)]
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        runner.select(row, 1)
+        _fill(runner.prepare(length, 1, length), [text[:length]], [0])
+        runner.run()
+    runner.select(0, others + 1)
+    collected = []
+    for step in range(steps):
+        starts = [length + step * rows for length in lengths]
+        buffers = runner.prepare(rows, rows, starts[-1] + rows)
+        _fill(buffers, [text[start : start + rows] for text, start in zip(texts, starts, strict=True)], starts)
+        runner.run()
+        collected.append(buffers.logits[0].copy())
+    return np.concatenate(collected)
+
+
+def _fill(buffers: StepBuffers, tokens: Sequence[np.ndarray], starts: Sequence[int]) -> None:
+    """A pass over as many ``tokens`` of each sequence, behind ``starts`` of them."""
+    slots = buffers.attention_mask.shape[-1]
+    buffers.logit_rows[:] = np.arange(buffers.logit_rows.shape[1])
+    for row, (part, start) in enumerate(zip(tokens, starts, strict=True)):
+        buffers.input_ids[row] = part
+        buffers.position_ids[row] = np.arange(start, start + len(part))
+        buffers.write_indices[row] = start
+        buffers.attention_mask[row, 0] = np.tri(len(part), slots, start, dtype=np.bool_)
+
+
+def noise_between_batches(engine: Engine, ids: Sequence[int], most_positions: int) -> float | None:
+    """The largest difference of a logit between a text alone and beside others; None if there is no room for those."""
+    longest = len(ids) + NOISE_OTHERS[-1] * _OTHERS_LONGER
+    if len(ids) < NOISE_PREFIX + NOISE_ROWS[1] or longest > most_positions:
+        return None
+    found = 0.0
+    for rows in NOISE_ROWS[:2]:
+        alone = batch_logits(engine, ids, NOISE_PREFIX, rows, 0)
+        for others in NOISE_OTHERS:
+            beside = batch_logits(engine, ids, NOISE_PREFIX, rows, others)
+            found = max(found, float(np.abs(alone - beside).max()))
+    return found
 
 
 @dataclass(frozen=True)

@@ -122,10 +122,11 @@ def _precision(manifest: Manifest) -> str:
 def _row_noise(noise: RowNoise | None) -> str:
     if noise is None:
         return "not measured"
-    rows = ", ".join(map(str, noise.rows))
+    rows, beside = ", ".join(map(str, noise.rows)), noise.between_batches
     return (
         f"logits differ by up to {noise.max_abs_logit_diff:.3g} between passes over 1 and over {rows} rows, "
-        f"by {noise.without_single_rows:.3g} among the latter ({noise.positions} positions)"
+        f"by {noise.without_single_rows:.3g} among the latter ({noise.positions} positions), "
+        + ("not measured beside others" if beside is None else f"by {beside:.3g} alone and beside others")
     )
 
 

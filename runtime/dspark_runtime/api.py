@@ -436,12 +436,15 @@ class Bundle:
             observer: hears what the service and its loop do.
 
         Raises:
-            UsageError: ``options.speculate`` names nothing this bundle has.
+            UsageError: ``options.speculate`` names nothing this bundle has; or texts are to be exact, and depend on
+                what runs beside them, or it was not measured whether they do.
             CapacityError: the caches do not fit the memory; the message says how many rows would.
         """
         options = options or ServiceOptions()
         rows = min(options.rows, self._backend.limits.batch or options.rows)
         options = replace(options, rows=rows)
+        if self.exact and rows > 1:
+            self._check_batches()
         capacity = min(options.capacity or DEFAULT_CAPACITY, self.limits.positions)
         target = self.engine("target", rows > 1)
         schedule = self._new_schedule()
@@ -464,6 +467,22 @@ class Bundle:
             observer=observer,
         )
 
+    def _check_batches(self) -> None:
+        """UsageError unless a row's logits are known to be the same whatever runs beside it."""
+        if self._backend.rows_are_equal or not self._backend.measured:
+            return
+        noise = self.manifest.precision.row_noise
+        # What was measured on the sequence kernels says nothing about the operators that run where these are missing.
+        found = None if noise is None or _made_for_kernels(self.files) else noise.between_batches
+        if found == 0.0:
+            return
+        what = "was not measured" if found is None else f"moves logits by up to {found:.3g}"
+        raise UsageError(
+            f"an exact service needs texts that do not depend on what runs beside them, and here that {what}; "
+            "open the bundle with exact=False (--no-exact), serve with rows=1, or build it again where the sequence "
+            "kernels are"
+        )
+
     def _encode(self, prompt: Text | Ids, variables: Mapping[str, object] | None, chat: bool) -> Ids:
         if isinstance(prompt, list):
             if chat:
@@ -480,6 +499,10 @@ class Bundle:
         return PassCosts({int(rows): ms for rows, ms in known.items() if ms > 0})
 
 
+def _made_for_kernels(files: BundleFiles) -> bool:
+    return any(graph.kernels for graph in files.manifest.graphs)
+
+
 def _accuracy(files: BundleFiles, exact: bool) -> int:
     """Arithmetic of quantized products: 8-bit activations, unless exact text was seen to need float32 ones.
 
@@ -488,7 +511,7 @@ def _accuracy(files: BundleFiles, exact: bool) -> int:
     precision = files.manifest.precision
     if not precision.quantized:
         return 0
-    elsewhere = any(graph.kernels for graph in files.manifest.graphs) and not rows_are_equal(files)
+    elsewhere = _made_for_kernels(files) and not rows_are_equal(files)
     agree = precision.rows_agree and not elsewhere
     return FLOAT_PRODUCTS if exact and not agree else precision.accuracy_level or ROUNDED_ACTIVATIONS
 

@@ -53,10 +53,12 @@ class Backend(Protocol):
     """Loads graphs of one bundle, each once.
 
     ``rows_are_equal``: the bits of a row of the target depend on its own sequence alone, by how its operators work.
+    ``measured``: it runs where a build measures how far they do otherwise.
     """
 
     limits: BackendLimits
     rows_are_equal: bool
+    measured: bool
 
     def engine(self, name: str, batched: bool) -> Engine:
         """The decoder ``name``; ``batched`` if passes hold more than one sequence."""
@@ -92,6 +94,8 @@ def rows_are_equal(files: BundleFiles) -> bool:
 
 class HostBackend:
     """ONNX Runtime on the CPU."""
+
+    measured = True
 
     def __init__(self, files: BundleFiles, options: EngineOptions) -> None:
         self.limits = BackendLimits()
@@ -154,6 +158,8 @@ class DeviceBackend:
     Raises:
         IncompatibleBundle: the bundle has no engine of the target for this backend.
     """
+
+    measured = False
 
     def __init__(
         self,

@@ -166,11 +166,14 @@ class RowNoise(Record):
     """How far logits move with the number of rows of a pass, seen over ``positions`` of a text and ``rows``.
 
     ``max_abs_logit_diff`` is the largest difference between a pass over one row and one over more;
-    ``without_single_rows`` that among passes over two rows and more, which is all that the exact setting runs.
+    ``without_single_rows`` that among passes over two rows and more, which is all that the exact setting runs;
+    ``between_batches`` that between a sequence alone and beside others with longer contexts, in the form of the graph
+    that takes several. None where that was not measured.
     """
 
     max_abs_logit_diff: Annotated[float, Field(ge=0)]
     without_single_rows: Annotated[float, Field(ge=0)]
+    between_batches: Annotated[float, Field(ge=0)] | None = None
     rows: tuple[Positive, ...]
     positions: Positive
 
