@@ -138,7 +138,8 @@ def submit(
             for prompt in prompts
             for choice in range(body.n or 1)
         ]
-        channel = served.bridge.submit(requests, deadline=body.timeout, priority=body.priority or 0)
+        with served.metrics.asking(request.headers):
+            channel = served.bridge.submit(requests, deadline=body.timeout, priority=body.priority or 0)
     except DsparkError as error:
         raise from_runtime(error, fields, "messages" if "messages" in fields else "prompt") from error
     request.state.channel = channel

@@ -57,6 +57,9 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0, help="Give running requests this many seconds when the server stops.")
     ] = 30.0,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="Make OpenTelemetry spans; start with opentelemetry-instrument.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(help="Use this many threads (default: OMP_NUM_THREADS or all cores).")
     ] = None,
@@ -85,6 +88,7 @@ def serve(
         origins=tuple(cors or ()),
         rate_limit=rate_limit,
         drain=drain,
+        traces=traces,
         service=ServiceOptions(
             rows=rows,
             capacity=max_length,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -75,6 +76,10 @@ class Metrics(ServiceObserver):
     def answered(self, route: str, status: int, reason: str) -> None:
         """An HTTP request was answered, or given up."""
         self._requests.labels(route, str(status), reason).inc()
+
+    def asking(self, headers: Mapping[str, str]) -> AbstractContextManager[None]:
+        """Around the submission of what an HTTP request with these headers asks for."""
+        return nullcontext()
 
     def speculated(self, state: str) -> None:
         """A request was taken that is drafted for, in part or not at all."""

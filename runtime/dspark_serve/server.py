@@ -23,6 +23,7 @@ from dspark_runtime.serving.memory import cache_bytes
 from dspark_serve.access import LOCAL_HOSTS, AccessRules, ApiKeys, RateLimits
 from dspark_serve.app import make_app
 from dspark_serve.serving import Served
+from dspark_serve.tracing import Traced
 
 _log = logging.getLogger("dspark_serve")
 
@@ -43,6 +44,7 @@ class ServerOptions:
         origins: of web pages whose scripts may ask.
         rate_limit: requests a minute of each key, or of each address without keys; 0 for any number.
         drain: seconds that running requests have to end when the server stops.
+        traces: make OpenTelemetry spans.
         service: sizes and rules of the service.
     """
 
@@ -53,6 +55,7 @@ class ServerOptions:
     origins: tuple[str, ...] = ()
     rate_limit: int = 0
     drain: float = 30.0
+    traces: bool = False
     service: ServiceOptions = field(default_factory=ServiceOptions)
 
 
@@ -69,7 +72,7 @@ def serve(
     """Serve the bundle at ``path`` until a signal comes. ``say`` is told what a person wants to know.
 
     Raises:
-        UsageError: no API key in the file, or the address cannot be had.
+        UsageError: no API key in the file, the address cannot be had, or OpenTelemetry is not installed.
         CapacityError: the caches do not fit the memory.
         BundleError: no bundle, or one that cannot be served.
         ServiceUnhealthy: the engine failed.
@@ -80,9 +83,8 @@ def serve(
     with _bound(options.host, options.port) as listener:
         capacity = options.service.capacity
         bundle = Bundle.open(path, threads=threads, exact=exact, backend=backend, device=device, capacity=capacity)
-        served = Served.start(
-            bundle, options.service, options.name or Path(path).resolve().name.removesuffix(".dspark")
-        )
+        name = options.name or Path(path).resolve().name.removesuffix(".dspark")
+        served = Served.start(bundle, options.service, name, Traced() if options.traces else None)
         try:
             say(memory_text(served))
             _try_once(served)
