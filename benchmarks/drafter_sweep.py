@@ -5,7 +5,7 @@
 BUNDLE gives the cost of a target pass on this machine (built here, see its manifest); WORK is the work folder of
 ``train-drafter``, whose held-out responses are used for scoring; DRAFTERs are what it trained. Each is tried with its
 draft vocabulary cut to the most frequent tokens of the responses, and with shorter blocks. Accepted length is counted
-on the responses, of the chain and of trees; the pass of the drafter is timed with ONNX Runtime behind 200 tokens;
+on the responses, of the chain and of trees; the pass of the drafter is timed with ONNX Runtime after 200 tokens;
 together with the target's measured passes they give the speed, here that of the best size of tree:
 
     tokens per second = accepted length / (draft pass + target pass of drafts + 1 rows)

@@ -91,7 +91,7 @@ def _open(files: BundleFiles, name: str, options: EngineOptions, batched: bool =
 
 
 def _draft_ms(files: BundleFiles, drafter: DrafterEntry, options: EngineOptions, context: int) -> float:
-    """Median milliseconds of a pass over a typical number of rows behind ``context`` slots of the drafter's cache."""
+    """Median milliseconds of a pass over a typical number of rows after ``context`` slots of the drafter's cache."""
     graph = host_graph(files, drafter.graph_name, options=options)
     engine = OrtGraphEngine(
         files.path(graph.file), name=graph.name, cache=graph.cache or (), dtype=graph.dtype, options=options

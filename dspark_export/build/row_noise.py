@@ -127,7 +127,7 @@ class LogitsByRows:
 
 
 def logits_by_rows(engine: Engine, ids: Sequence[int], prefix: int = NOISE_PREFIX) -> LogitsByRows:
-    """Run a text behind its first ``prefix`` tokens with every number of ``NOISE_ROWS`` that there is room for."""
+    """Run a text after its first ``prefix`` tokens with every number of ``NOISE_ROWS`` that there is room for."""
     body = len(ids) - prefix
     several = {}
     for count in (n for n in NOISE_ROWS if n <= body):

@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True)
 class RecordedRound:
-    """One round: what was verified behind the anchor at ``position``, and the ``calls`` that drafted it.
+    """One round: what was verified after the anchor at ``position``, and the ``calls`` that drafted it.
 
     ``tokens``: what was emitted. ``drawn``: float32 [drafts, vocab], the distributions the drafts were drawn from, None
     for drafts that follow from the text. ``logits``: float32 [rows, vocab] of the target, if they were requested.

@@ -21,7 +21,7 @@ can stand alone (the ``verify`` graph) or be called inside a target graph, so th
 | accepted | int64 [batch] | accepted drafts; one more token is emitted |
 
 ``VerifyChain``: a chain drawn at random. Instead of ``ancestors`` it takes ``draft_probs`` float32 [batch, rows - 1,
-vocab], ``drafted`` int64 [batch] (drafts of each sequence; the rows behind them are padding) and ``accept_uniforms``
+vocab], ``drafted`` int64 [batch] (drafts of each sequence; the rows after them are padding) and ``accept_uniforms``
 float32 [batch, rows - 1].
 
 Absent on purpose: state, random number generation (the caller owns the counter), penalties and grammars.
@@ -154,7 +154,7 @@ def VerifyChain(logits, tokens, draft_probs, drafted, accept_uniforms, draw_unif
     # Leading acceptances: before the first rejection the running count of rejections is 0.
     standing = op.Equal(op.CumSum(op.Cast(rejected, to=7), 1), 0)
     accepted = op.ReduceSum(op.Cast(standing, to=7), last, keepdims=0)
-    # The row after the accepted ones: what remains of the target there, or all of it behind the last draft.
+    # The row after the accepted ones: what remains of the target there, or all of it after the last draft.
     at = op.Unsqueeze(op.Unsqueeze(accepted, middle), last)
     vocab = op.Shape(logits, start=2)
     index = op.Expand(at, op.Concat(op.Shape(at, end=2), vocab, axis=0))

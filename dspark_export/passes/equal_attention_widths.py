@@ -2,7 +2,7 @@
 
 TensorRT's attention takes keys and values of one width (multi-head latent attention has narrower values), and its fused
 kernels multiples of 8 from 16 to 256. Anything narrower is padded with zeros as it is read from the cache, which keeps
-its own width: zeros behind a key (and its query) leave every score unchanged, and what zeros behind a value add to the
+its own width: zeros after a key (and its query) leave every score unchanged, and what zeros after a value add to the
 output is cut off again. The scale must be explicit, since its default depends on the width.
 """
 

@@ -172,7 +172,7 @@ class KernelAttention(ir.passes.InPlacePass):
         return moved.outputs[0]
 
     def _replace_output(self, attention: ir.Node, output: ir.Value, heads: int, width: int) -> None:
-        """The kernel's output is [batch, tokens, heads * width]: skip the transpose and reshape behind it."""
+        """The kernel's output is [batch, tokens, heads * width]: skip the transpose and reshape after it."""
         transpose = match.only_consumer(attention.outputs[0], "Transpose")
         reshape = match.only_consumer(transpose.outputs[0], "Reshape") if transpose is not None else None
         flat = reshape is not None and match.rank(reshape.outputs[0]) == 3

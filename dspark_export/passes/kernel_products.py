@@ -228,7 +228,7 @@ def weight_behind(value: ir.Value | None, weights: PackedWeights, turned: bool =
 
 
 def _spread(value: ir.Value | None) -> ir.Value | None:
-    """Constant minima [blocks, width] behind a ``Gather`` that gives every input those of its block."""
+    """Constant minima [blocks, width] after a ``Gather`` that gives every input those of its block."""
     gather = match.producer(value, "Gather")
     source = None if gather is None else gather.inputs[0]
     constant = source is not None and source.is_initializer() and source.const_value is not None

@@ -1,6 +1,6 @@
 """Pack projections that read the same activations (query, key and value; gate and up) into one matrix product.
 
-Small products read the same activations; one product with the weights side by side and a ``Split`` behind it
+Small products read the same activations; one product with the weights side by side and a ``Split`` after it
 does the same work in one launch. The packed weight is concatenated when it is written, never held beside its parts.
 """
 

@@ -3,7 +3,7 @@
 A product of 8-bit activations has one scale for all channels of a row, so that one large channel leaves few steps for
 the others. Its magnitude can move to the weights instead, which have more room (SmoothQuant, Xiao et al. 2023): the
 norm's gain is divided by a factor for each channel, the rows of the weights are multiplied by it. Factors are powers of
-two here, so every number the graph computes behind the products is the same to the last bit.
+two here, so every number the graph computes after the products is the same to the last bit.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def self_prompts(
     where its chat template has the user begin.
 
     Texts in the order of their numbers, some of them equal or empty; number n is the same whatever ``first`` and
-    ``count`` are. A model without a chat template begins a text: behind the token that its tokenizer puts before every
-    text, or behind the one that ends them.
+    ``count`` are. A model without a chat template begins a text: after the token that its tokenizer puts before every
+    text, or after the one that ends them.
 
     Raises:
         UsageError: the bundle has no tokenizer.

@@ -24,7 +24,7 @@ from dspark_runtime.bundle.contract import (
 )
 
 Run = Callable[[dict[str, AnyArray]], dict[str, AnyArray]]
-_SPARE = 24  # slots behind the text, so that there is something to poison
+_SPARE = 24  # slots after the text, so that there is something to poison
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def check_confidences(bundle: Bundle, entry: DrafterEntry, prompts: Sequence[Seq
         limit=0.0,
         unit="rows verified below the threshold",
         where="the loop, between drafting and verification" if late else "",
-        message=f"{late} of {verified} verified drafts stand behind one whose confidence is below the threshold: the "
+        message=f"{late} of {verified} verified drafts come after one whose confidence is below the threshold: the "
         "cut comes after the pass it should save. Look at BlockDrafter and at what the schedule sends to the target."
         if late
         else "",

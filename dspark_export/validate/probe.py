@@ -18,18 +18,18 @@ from dspark_runtime.decoding.request import make_requests
 from dspark_runtime.speculation.kv_cache import KvCache, round_up
 from dspark_runtime.speculation.tree import TokenTree
 
-ROOM = 48  # tokens a probe may commit behind its prompts
+ROOM = 48  # tokens a probe may commit after its prompts
 
 
 class Probe:
-    """Prompts in a cache, and passes behind them that are called by hand: filled as the decoding loop fills its own.
+    """Prompts in a cache, and passes after them that are called by hand: filled as the decoding loop fills its own.
 
     Args:
         bundle: what runs.
         prompts: are prefilled, each in its own cache row.
         chunk: prompt tokens of a pass.
         rows: fewest rows of a pass; what a tree lacks is padded.
-        room: tokens that may be committed behind the prompts.
+        room: tokens that may be committed after the prompts.
 
     Raises:
         CapacityError: a prompt does not fit.
@@ -52,7 +52,7 @@ class Probe:
                 self.cache.commit(row, range(len(part)))
 
     def run_trees(self, trees: Sequence[TokenTree]) -> list[FloatArray]:
-        """Logits [rows, vocab] of each tree behind what its sequence has committed; nothing is committed."""
+        """Logits [rows, vocab] of each tree after what its sequence has committed; nothing is committed."""
         buffers = fill_trees(self.runner, self.cache, trees, self._rows)
         self.runner.run()
         return [buffers.logits[i, : len(tree)].copy() for i, tree in enumerate(trees)]
@@ -63,7 +63,7 @@ class Probe:
         return {place: array[row, :, : self.cache.lengths[row]].copy() for place, array in tensors.items()}
 
     def poison(self, value: float) -> None:
-        """Overwrite every slot behind those that are committed."""
+        """Overwrite every slot after those that are committed."""
         for tensor in host_tensors(self.cache.memory).values():
             for row, length in enumerate(self.cache.lengths):
                 tensor[row, :, length:] = value
@@ -86,7 +86,7 @@ def one_pass(bundle: Bundle, ids: Sequence[int], rows: int) -> FloatArray:
 
 
 def branching(ids: Sequence[int], at: int, vocab: int, seed: int = 0) -> tuple[TokenTree, list[int]]:
-    """A tree of 8 rows behind ``ids[:at]`` whose accepted path is the text, and the rows of that path.
+    """A tree of 8 rows after ``ids[:at]`` whose accepted path is the text, and the rows of that path.
 
     A wrong sibling precedes every true token, so that the path has gaps.
     """

@@ -83,7 +83,7 @@ def dequantized(weights: Tensor, scale: Tensor, zero: Tensor | None, axis: int, 
 def put_into(model: PreTrainedModel, graph: ir.Model) -> list[str]:
     """Replace weights of ``model``, which is in float32, by those of ``graph``; returns names it has no weight for.
 
-    So are the gains of the norms whose channels were smoothed: the weights behind them have taken over their size.
+    So are the gains of the norms whose channels were smoothed: the weights after them have taken over their size.
     """
     products, tables = quantized_weights(graph)
     for gain in json.loads(graph.metadata_props.get(SMOOTHED, "[]")):

@@ -19,7 +19,7 @@ from dspark_runtime.arrays import FloatArray
 from dspark_runtime.speculation.tree import TokenTree
 
 _HARMLESS = 1e4  # what a masked slot inside a pass's window may hold: 0 * NaN would be NaN, see docs/graphs.md
-_LAST = 8  # rows behind a text that are compared
+_LAST = 8  # rows after a text that are compared
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def check_robustness(bundle: Bundle, texts: Sequence[Sequence[int]], level: str)
 
 
 def _after(bundle: Bundle, ids: Sequence[int], tree: TokenTree) -> FloatArray:
-    """Logits [rows, vocab] of a tree behind ``ids``, each of its paths run as a separate text."""
+    """Logits [rows, vocab] of a tree after ``ids``, each of its paths run as a separate text."""
     found = np.zeros((len(tree), bundle.limits.vocab_size), np.float32)
     for leaf in tree.leaves():
         path = tree.path(leaf)
@@ -153,8 +153,8 @@ QUESTIONS = (
     ),
     Question(
         "poisoned_suffix",
-        "What lies behind the committed slots is never read",
-        "cache slots behind the text",
+        "Slots after the committed ones are never read",
+        "cache slots after the text",
         "The graph or the runtime reads slots that nobody has written in this pass: look at write_indices and kv_len.",
         _poisoned_suffix,
     ),

@@ -28,7 +28,7 @@ _CHAIN = 3
 
 
 def real_rows(bundle: Bundle, texts: Sequence[Sequence[int]]) -> list[tuple[TokenTree, FloatArray, int]]:
-    """Trees behind real texts with their logits [rows, vocab] and the position of their anchor."""
+    """Trees after real texts with their logits [rows, vocab] and the position of their anchor."""
     found = []
     for number, ids in enumerate(texts):
         at = len(ids) - 8

@@ -50,7 +50,7 @@ def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
 
 
 def ask(url: str, question: str, most: int) -> None:
-    """Stream one answer to stdout, and its figures behind it."""
+    """Stream one answer to stdout, and its figures after it."""
     with urlopen(f"{url}/v1/models") as reply:
         model = json.load(reply)["data"][0]["id"]
     body = {
@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0, help="0 for any free one")
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--max-new-tokens", type=int, default=120)
-    parser.add_argument("--once", action="store_true", help="stop the server behind the answer")
+    parser.add_argument("--once", action="store_true", help="stop the server after the answer")
     arguments = parser.parse_args()
     bundle = arguments.bundle or quickstart_bundle()
     port = arguments.port or free_port()

@@ -22,7 +22,7 @@ FILE = "model.safetensors"
 
 
 def words(codes: list[int], bits: int) -> list[int]:
-    """Codes one behind the other from the lowest bit on, cut into signed words of 32 bits."""
+    """Codes one after the other from the lowest bit on, cut into signed words of 32 bits."""
     stream = sum(code << (bits * index) for index, code in enumerate(codes))
     count = math.ceil(len(codes) * bits / 32)
     unsigned = [(stream >> (32 * index)) & 0xFFFFFFFF for index in range(count)]

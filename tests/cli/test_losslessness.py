@@ -74,7 +74,7 @@ def test_verdicts(bundle: Path, monkeypatch: pytest.MonkeyPatch, promised: bool,
     found = lossless.judge(opened, [1], [3], 0, [3, 4], promised)
     assert found["verdict"] == verdict
     assert found["margin"] == pytest.approx(float(logits[0, 3] - logits[0, 4]))
-    # A token far behind the two best is wrong, however near these are to each other.
+    # A token far below the two best is wrong, however near these are to each other.
     assert lossless.judge(opened, [1], [3], 0, [3, 5], promised)["verdict"] == "WRONG"
     assert lossless.judge(opened, [1], [3], 0, [3, None], promised)["verdict"] == "WRONG"
 

@@ -282,4 +282,4 @@ def test_a_map_to_padding_rows_is_a_warning(tmp_path: Path, target: Target) -> N
     change(written.folder, lambda loaded: loaded.update(d2t=torch.arange(400).flip(0) - torch.arange(400)))
     change(written.folder, lambda loaded: loaded.update(t2d=torch.ones(400, dtype=torch.bool)))
     found = report(target, written)
-    assert found.ok and "16 of them are rows behind the model's 384 tokens" in of(found, "vocab_map").found
+    assert found.ok and "16 of them are rows after the model's 384 tokens" in of(found, "vocab_map").found

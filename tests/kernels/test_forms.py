@@ -189,7 +189,7 @@ def _random_pass(
 
 
 def _tree_with(text: list[int], rng: np.random.Generator) -> tuple[Tree, list[int]]:
-    """A tree whose branches stand between and behind the rows of ``text``; the rows of ``text`` in it."""
+    """A tree whose branches stand between and after the rows of ``text``; the rows of ``text`` in it."""
     tokens, parents, path = [text[0]], [-1], [0]
     for token in text[1:]:
         for _ in range(int(rng.integers(0, 3))):

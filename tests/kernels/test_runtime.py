@@ -226,7 +226,7 @@ class _Runs:
             self.run(b, 1, np.asarray([prompt]))
 
     def run(self, first: int, count: int, tokens: np.ndarray) -> np.ndarray:
-        """Logits [count, tokens, vocab] of a chain behind each of the sequences from ``first`` on."""
+        """Logits [count, tokens, vocab] of a chain after each of the sequences from ``first`` on."""
         rows = tokens.shape[1]
         starts = self._lengths[first : first + count]
         self._runner.select(first, count)

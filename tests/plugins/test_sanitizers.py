@@ -47,7 +47,7 @@ def test_no_access_outside_and_nothing_undefined(environment: dict[str, str]) ->
 
 
 def test_an_access_outside_would_be_found(environment: dict[str, str]) -> None:
-    """The caller gives too few random numbers; it is the library that reads behind them."""
+    """The caller gives too few random numbers; it is the library that reads past their end."""
     command = [sys.executable, "-c", OVERRUN, environment["DSPARK_HOST_LIBRARY"]]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr

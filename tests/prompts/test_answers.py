@@ -60,7 +60,7 @@ def test_the_model_asks_where_its_template_has_the_user_begin(bundle: Bundle) ->
 
 
 def test_a_model_without_a_template_begins_a_text(folder: Path, tmp_path: Path) -> None:
-    """Behind the token that ends texts, as this tokenizer puts none before them."""
+    """After the token that ends texts, as this tokenizer puts none before them."""
     plain = tmp_path / "plain"
     shutil.copytree(folder, plain)
     (plain / "tokenizer" / "chat_template.jinja").unlink()

@@ -66,7 +66,7 @@ def test_what_is_damaged_or_foreign_is_refused(tmp_path: Path) -> None:
             found = list(PackedResponses(path))
         except UsageError as error:
             assert "damaged" in str(error)
-        else:  # a size that leads behind the end looks like a torn record: what is before it is whole
+        else:  # a size that leads past the end looks like a torn record: what is before it is whole
             assert found == ITEMS[: len(found)]
     path.write_bytes(b"no responses at all")
     for origin in (None, ORIGIN):

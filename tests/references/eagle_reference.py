@@ -38,7 +38,7 @@ def linear(w: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
 def hidden_rows(
     shape: EagleShape, w: Mapping[str, Tensor], embedding: Tensor, inputs: Tensor, tokens: Sequence[int]
 ) -> Tensor:
-    """The drafter's output [rows, hidden], not normed, for hidden rows ``inputs`` and the tokens behind them."""
+    """The drafter's output [rows, hidden], not normed, for hidden rows ``inputs`` and the tokens after them."""
     p, count = "layers.0.", len(tokens)
     positions = torch.arange(count)
     embedded = norm(embedding[list(tokens)] * shape.scale, w[f"{p}input_layernorm.weight"], shape.epsilon)
@@ -101,7 +101,7 @@ def draft(
     drafts: int,
     target_ids: Tensor | None = None,
 ) -> EagleRound:
-    """One greedy round behind ``text`` (its first token has no row), with features of all but the last token."""
+    """One greedy round after ``text`` (its first token has no row), with features of all but the last token."""
     inputs, behind, tokens = linear(w, "fc", features), list(text[1:]), list[int]()
     while True:
         hidden = hidden_rows(shape, w, embedding, inputs, behind)

@@ -26,7 +26,7 @@ class Passes:
         self.runner: OrtRunner = tiny.target.open(self.memory)
 
     def run(self, row: int, tree: TokenTree, slack: int = 0) -> FloatArray:
-        """Logits of all rows of ``tree`` behind what is committed; ``slack`` more slots lie under a false mask."""
+        """Logits of all rows of ``tree`` after what is committed; ``slack`` more slots lie under a false mask."""
         start, rows = self.cache.lengths[row], len(tree)
         self.runner.select(row, 1)
         buffers = self.runner.prepare(rows, rows, start + rows + slack)
@@ -46,7 +46,7 @@ class Passes:
         return logits
 
     def poison(self, value: float) -> None:
-        """Overwrite every slot behind the committed text."""
+        """Overwrite every slot after the committed text."""
         for array in self.memory.tensors().values():
             for row, length in enumerate(self.cache.lengths):
                 array[row, :, length:] = value

@@ -8,7 +8,7 @@ from dspark_serve.metrics import Metrics
 
 
 class Gate(Metrics):
-    """Metrics whose service waits behind each step until it may go on."""
+    """Metrics whose service waits after each step until it may go on."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ def test_a_row_is_free_one_step_after_its_client_left(opened: Bundle, stream: bo
             gate.let(5)
             if stream:
                 read_until(made, b"data: ")
-            assert eventually(lambda: gate.steps == 6)  # the engine waits behind its sixth step
+            assert eventually(lambda: gate.steps == 6)  # the engine waits after its sixth step
         gone = f'dspark_requests_total{{reason="client_gone",route="{COMPLETIONS}",status="499"}}'
         assert eventually(lambda: figure(server, gone) == 1)
         assert figure(server, "dspark_running") == 1

@@ -91,7 +91,7 @@ class BlockConfig:
     """A DSpark or DFlash draft.
 
     ``taps``: target layers, ascending, outputs of 0-based layers, -1 for the embedding (shifted formats are already
-    shifted back). ``block``: rows of a block. ``first_slot``: 0 if the anchor's row predicts the token behind it (then
+    shifted back). ``block``: rows of a block. ``first_slot``: 0 if the anchor's row predicts the token after it (then
     ``drafts == block``), 1 if rows predict their own position (``drafts == block - 1``). ``causal_windows``: rows of a
     layer with a window see only block rows up to themselves.
     """

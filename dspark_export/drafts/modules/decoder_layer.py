@@ -33,7 +33,7 @@ class Attended(NamedTuple):
 class DraftLayer:
     """Layer ``number`` of a draft; its parameters belong to ``owner``, under DeepSpec's names.
 
-    Qwen3: pre-norm, gated feed-forward. Gemma 4: norms before and behind both halves, normed values (the key
+    Qwen3: pre-norm, gated feed-forward. Gemma 4: norms before and after both halves, normed values (the key
     projection's where ``k_eq_v``), a scalar on the output. Queries and keys are normed per head where the draft has
     weights for it.
     """

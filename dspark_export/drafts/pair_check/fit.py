@@ -20,7 +20,7 @@ _BY_TOKEN = (EMBEDDING, "markov_head.markov_w1.weight")
 
 
 class FittedTensors(Mapping[str, "torch.Tensor"]):
-    """Tensors of a draft and its copies; tables looked up by token have at least ``rows`` rows, zeros behind."""
+    """Tensors of a draft and its copies; tables looked up by token have at least ``rows`` rows, the last ones zeros."""
 
     def __init__(self, own: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor], rows: int) -> None:
         self._own, self._copies, self._rows = own, copies, rows

@@ -99,12 +99,12 @@ def check_block(draft: DraftCheckpoint, drafts: int | None) -> list[Finding]:
 
 
 def check_positions(target: Checkpoint, draft: DraftCheckpoint | Checkpoint) -> list[Finding]:
-    """Positions of the draft; behind its last one it drafts nothing."""
+    """Positions of the draft; beyond the last one it drafts nothing."""
     ours = positions_of(target.config)
     theirs = draft.config.layers.max_positions if isinstance(draft, DraftCheckpoint) else positions_of(draft.config)
     asked = "the draft should reach as far as the model"
     if ours is not None and theirs is not None and theirs < ours:
-        found = f"its positions end at {theirs}, the model's at {ours}; it drafts nothing behind its last one"
+        found = f"its positions end at {theirs}, the model's at {ours}; it drafts nothing beyond the last one"
         return [Finding("positions", "warning", asked, found)]
     return [passed("positions", asked, f"{theirs} positions")]
 

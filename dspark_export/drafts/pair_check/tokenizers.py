@@ -53,7 +53,7 @@ def _tokenizer(target: Checkpoint, draft: DraftCheckpoint | Checkpoint) -> Token
 def compare(target: TokenizerFiles, draft: TokenizerFiles) -> tuple[list[str], list[str], list[str]]:
     """What differs in the ids of texts, what differs in added tokens alone, and what differs without harm.
 
-    Without harm are tokens that only the draft has, behind all of the target's, and rules of splitting that are
+    Without harm are tokens that only the draft has, after all of the target's, and rules of splitting that are
     written otherwise and do the same to every probe, as converted files have them.
     """
     ours, theirs = (files.backend.get_vocab(with_added_tokens=True) for files in (target, draft))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def token_count(target: Checkpoint) -> int | None:
-    """One more than the largest id of the target's tokenizer; None without one. Embedding rows behind are padding."""
+    """One more than the largest id of the target's tokenizer; None without one. Embedding rows after it are padding."""
     if target.tokenizer is None:
         return None
     return max(target.tokenizer.backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -52,7 +52,7 @@ def check_map(target: Checkpoint, draft: DraftCheckpoint) -> list[Finding]:
         return [Finding("vocab_map", "error", asked, found, fix, VocabularyMismatch)]
     if tokens is not None and largest >= tokens:
         count = int((draft.target_ids >= tokens).sum())
-        found = f"{count} of them are rows behind the model's {tokens} tokens; they cost time and are never right"
+        found = f"{count} of them are rows after the model's {tokens} tokens; they cost time and are never right"
         return [Finding("vocab_map", "warning", asked, found)]
     if draft.odd_map:
         return [Finding("vocab_map", "warning", asked, draft.odd_map)]

@@ -99,7 +99,7 @@ class DeviceCache:
         return self._sent
 
     def reached(self, mark: int) -> None:
-        """The host has waited for something behind ``mark``: whatever was sent before it has been read."""
+        """The host has waited for something after ``mark``: whatever was sent before it has been read."""
         self._arrived = max(self._arrived, mark)
 
     def move(self, source: int, target: int, length: int) -> None:

@@ -98,7 +98,7 @@ class DeviceFeatures:
         raise BackendError("these features are collected on the GPU; host memory has none of them")
 
     def collect(self, row: int, taps: ResidentTaps, batch_row: int, rows: Sequence[int], columns: Runs) -> None:
-        """See :class:`FeatureStore`: enqueued behind the target's pass, nothing waits."""
+        """See :class:`FeatureStore`: enqueued after the target's pass, nothing waits."""
         if not isinstance(taps, DeviceTaps):
             raise BackendError(f"features are collected on the GPU, not from a {type(taps).__name__}")
         stream = self._memory.stream

@@ -126,7 +126,7 @@ class DeviceGraphRunner:
         return {spec.name: self._result(spec, sizes, inputs) for spec in self._engine.outputs}
 
     def _start(self, inputs: Mapping[str, Features], sizes: dict[str, int]) -> int:
-        """Enqueue a pass; the point behind it on the cache's stream."""
+        """Enqueue a pass; the point after it on the cache's stream."""
         engine, memory, cuda = self._engine, self._memory, self._cuda
         if self._feeding:
             cuda.synchronize(self._read)

@@ -1,6 +1,6 @@
 """Chooses the shape that a requested pass runs in: the profile, and how far to pad.
 
-Passes of similar shapes share one CUDA graph. Padding rows are token 0, see slot 0 only and write behind the real rows,
+Passes of similar shapes share one CUDA graph. Padding rows are token 0, see slot 0 only and write after the real rows,
 where the next pass overwrites them; padding columns of the mask are false.
 """
 
@@ -62,7 +62,7 @@ def pass_shape(engine: PassRanges, batch: int, tokens: int, rows: int, kv_len: i
     if profile.name == "prefill":
         return PassShape(number, batch, tokens, rows, kv_len, False)
     padded = _power_of_two(tokens, most["tokens"])
-    if kv_len - tokens + padded > engine.capacity:  # padding rows would be written behind the end of the cache
+    if kv_len - tokens + padded > engine.capacity:  # padding rows would be written past the end of the cache
         padded = tokens
     logits = padded if rows == tokens else _power_of_two(rows, most["rows"])
     slots = max(kv_len, kv_len - tokens + padded)

@@ -37,7 +37,7 @@ class Staging:
 
 
 class Verifier:
-    """``VerifyTree`` behind a pass of up to ``batch`` sequences and ``rows`` rows."""
+    """``VerifyTree`` after a pass of up to ``batch`` sequences and ``rows`` rows."""
 
     def __init__(self, cuda: Cuda, kernels: Kernels, batch: int, rows: int) -> None:
         self._cuda, self._kernels = cuda, kernels

@@ -205,7 +205,7 @@ class FeatureStore(Protocol):
     def take(self, first: int, counts: Sequence[int], rows: int) -> Features:
         """Input [len(counts), rows, width] of the next pass: the oldest ``counts[i]`` rows of ``first + i``.
 
-        Rows behind them are padding, finite numbers that nothing may look at. What is taken waits no longer.
+        Rows after them are padding, finite numbers that nothing may look at. What is taken waits no longer.
         """
 
 

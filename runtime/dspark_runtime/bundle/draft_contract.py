@@ -8,7 +8,7 @@ followed).
 
 A **block** drafter (DSpark, DFlash) is one graph. Its pass appends the keys and values of new context rows to the
 drafter's own cache, runs the block over them and returns tokens, distributions and confidences. Context rows go to the
-slots ``[write_index, write_index + features)`` and the block behind them, where the next pass overwrites it, as it does
+slots ``[write_index, write_index + features)`` and the block after them, where the next pass overwrites it, as it does
 padding rows of a ragged batch. ``attention_mask`` says which slots each block row sees: the context and the block,
 never the padding between them.
 
@@ -127,7 +127,7 @@ def eagle_contract(
 ) -> GraphContract:
     """Contract of an EAGLE-3 graph; ``features_width`` (taps x hidden size) for ``-extend``, None for ``-step``.
 
-    Row i holds the token *behind* position i and the target's features (or the drafter's hidden row) *of* position i.
+    Row i holds the token *after* position i and the target's features (or the drafter's hidden row) *of* position i.
     """
     past, present = _cache(cache, dtype)
     hidden = (

@@ -43,7 +43,7 @@ class TokenChoice:
     """Draws the tokens of one request in the order of its text.
 
     ``adjusted``: whether logits are changed before a token is drawn; what is drafted must then not be verified
-    without them. ``guide_end``: tokens of the text behind which the guide allows no other; -1 while there are more to
+    without them. ``guide_end``: tokens of the text after which the guide allows no other; -1 while there are more to
     come. ``dead_end``: its grammar is not complete there.
     """
 

@@ -42,7 +42,7 @@ def fill_prompt(
 
 
 def fill_trees(runner: Runner, cache: KvCache, trees: Sequence[TokenTree], min_rows: int = 1) -> StepBuffers:
-    """Prepare a pass over one tree for each of the first ``len(trees)`` cache rows, behind what they have committed.
+    """Prepare a pass over one tree for each of the first ``len(trees)`` cache rows, after what they have committed.
 
     Every sequence gets as many rows as the largest tree has, and at least ``min_rows``: what a tree lacks is padding
     that sees only itself. All rows' logits are requested: ``logits[i, :len(trees[i])]`` are those of tree ``i``.

@@ -11,7 +11,7 @@ phase    does                                                 leaves
 ======== ==================================================== ========================================================
 prompt   one chunk of one prompt; the last draws a token      the invariant above, one token emitted
 propose  drafters give trees, the schedule cuts them          a tree per sequence, its anchor at row 0
-verify   one pass over all trees behind the committed text    verdicts or logits; scratch rows in the cache
+verify   one pass over all trees after the committed text    verdicts or logits; scratch rows in the cache
 commit   follows the target's draws, keeps the accepted rows  1 to accepted + 1 tokens committed; the invariant
 retire   drops finished sequences, moves the last row down    the invariant for the others
 settle   makes text and statistics of what was committed      a chunk per sequence, given to the caller
@@ -307,7 +307,7 @@ class DecodingLoop:
     # Prompts -------------------------------------------------------------------------------------------------------
 
     def _prompt(self, most: int) -> list[Chunk]:
-        """One chunk of a prompt, of at most ``most`` tokens; the first token behind its last one."""
+        """One chunk of a prompt, of at most ``most`` tokens; the first token after its last one."""
         began = _clock()
         sequence = self.batch.next_prompt()
         assert sequence is not None

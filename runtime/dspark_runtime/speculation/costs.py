@@ -158,10 +158,10 @@ def pass_timer(engine: Engine, most_rows: int, context: int = MEASURED_CONTEXT) 
 
 
 def warmed_up(timed: Callable[[int], float], rows: int) -> float:
-    """Milliseconds of a pass behind up to 8 like it, or 50 ms of them.
+    """Milliseconds of a pass after up to 8 like it, or 50 ms of them.
 
     Where weights nearly fit the processor's last cache, it holds more of them pass by pass, and one row of a 4-bit
-    model took 7.6 ms behind a pass of 64 rows and 4.4 ms ten passes later.
+    model took 7.6 ms after a pass of 64 rows and 4.4 ms ten passes later.
     """
     spent = 0.0
     for _ in range(_WARM_UP_PASSES):
@@ -174,7 +174,7 @@ def warmed_up(timed: Callable[[int], float], rows: int) -> float:
 def measure_pass_ms(
     engine: Engine, rows: Sequence[int] = MEASURED_ROWS, *, context: int = MEASURED_CONTEXT, repeats: int = 5
 ) -> dict[int, float]:
-    """Median milliseconds of a pass over each number of rows behind ``context`` committed slots, each warmed up.
+    """Median milliseconds of a pass over each number of rows after ``context`` committed slots, each warmed up.
 
     Row counts alternate, so that a machine that slows down in the meantime slows all of them.
     """

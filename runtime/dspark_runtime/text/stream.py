@@ -33,7 +33,7 @@ class TextStream:
         self._stops = tuple(stops)
         self._good = self._last_good_place(prompt)  # tokens whose text no later token changes
         self._before = self._decode(self._good)
-        self._pending: list[int] = []  # tokens behind them, whose text has not been given out
+        self._pending: list[int] = []  # tokens after them, whose text has not been given out
         self._in_run = False  # byte tokens are among them
         self._held = ""  # decoded, not yet given out: it may be the beginning of a stop string
         self.stopped = False

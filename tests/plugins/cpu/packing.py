@@ -18,7 +18,7 @@ _DTYPES = {"Float32": np.float32, "Float16": np.float16, "BFloat16": ml_dtypes.b
 
 @dataclass(frozen=True)
 class Packed:
-    """Inputs behind the activations, and W [K, N] in float64."""
+    """Inputs after the activations, and W [K, N] in float64."""
 
     inputs: dict[str, Array]
     matrix: Array

@@ -96,7 +96,7 @@ class Layer:
         return y
 
     def seen(self, positions: Array, ancestors: Array, start: int, kv_len: int) -> Array:
-        """A mask [tokens, kv_len] of rows behind ``start`` committed tokens, with the layer's window."""
+        """A mask [tokens, kv_len] of rows after ``start`` committed tokens, with the layer's window."""
         mask = np.zeros((len(positions), kv_len), bool)
         mask[:, :start] = True
         mask[:, start : start + len(positions)] = ancestors

@@ -280,7 +280,7 @@ def test_drafts_outside_the_vocabulary_cost_nothing_but_their_rows(tiny: Tiny) -
 
 
 def test_a_draft_model_sits_out_for_a_text_it_cannot_read(tmp_path: Path, tiny: Tiny) -> None:
-    """Its vocabulary ends at 300: prompts and texts of the target have ids behind that."""
+    """Its vocabulary ends at 300: prompts and texts of the target have ids after that."""
     _, model = tiny_models.make("llama", vocab_size=300, num_hidden_layers=1)
     save_graphs({"draft": export_draft_model(model, name="draft")}, tmp_path)
     cache, options = probe(model.config), EngineOptions(threads=1)

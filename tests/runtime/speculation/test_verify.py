@@ -127,7 +127,7 @@ def test_chain_function_equals_reference(seed: int) -> None:
 
 @pytest.mark.parametrize("params", [SamplingParams(1.0), SamplingParams(0.8, 5, 0.9, 0.02)], ids=["plain", "filtered"])
 def test_tree_emits_the_target_distribution(params: SamplingParams) -> None:
-    """The first token, and the second one behind an accepted draft: every pair of draws, by its probability."""
+    """The first token, and the second one after an accepted draft: every pair of draws, by its probability."""
     vocab = 8
     rng = np.random.default_rng(5)
     after = rng.normal(0, 1.5, (vocab + 1, vocab)).astype(np.float32)  # logits after each token; the last: the anchor's

@@ -141,7 +141,7 @@ def test_runs_of_bytes(ids: list[int], expected: list[str]) -> None:
 
 
 def test_a_prompt_that_ends_in_bytes_does_not_lose_the_text() -> None:
-    """An invalid byte behind a whole character of the prompt, and the rest of a character the prompt began."""
+    """An invalid byte after a whole character of the prompt, and the rest of a character the prompt began."""
     for prompt, tokens, expected in [
         (fallback_ids("a \U0001f642"), [BYTE + 0xFF, LETTER], "\ufffda"),
         (fallback_ids(b"a \xf0\x9f\x99"), [BYTE + 0x82, LETTER], "\ufffda"),
