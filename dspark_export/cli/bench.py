@@ -30,7 +30,7 @@ def bench(
         typer.Option(help="Measure these modes, comma-separated, and plain decoding (default: all the bundle has)."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens per prompt.")] = 128,
-    repeats: Annotated[int, typer.Option(help="Run every prompt this often in each mode; the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Run every prompt this many times in each mode; the median counts.")] = 3,
     limit: Annotated[int | None, typer.Option(min=1, help="Take this many prompts of each set (default: all).")] = None,
     threads: Threads = None,
     exact: Exact = None,

@@ -57,7 +57,7 @@ def build(
     ] = None,
     revision: Revision = None,
     precision: Annotated[
-        Weights, typer.Option(help=f"Store weights like this; {_INTEGERS}: with integer arithmetic on the CPU.")
+        Weights, typer.Option(help=f"Store weights in this precision; {_INTEGERS}: with integer arithmetic on the CPU.")
     ] = "fp32",
     quantize_head: Annotated[bool, typer.Option(help=f"{_QUANTIZED}: quantize the output head too.")] = True,
     quantize_embedding: Annotated[
@@ -94,7 +94,7 @@ def build(
         ),
     ] = None,
     self_draft: Annotated[
-        str, typer.Option(help="Let these layers draft: auto, none, layers=0-9,20 or layers=every=2.")
+        str, typer.Option(help="Draft with these layers: auto, none, layers=0-9,20 or layers=every=2.")
     ] = "auto",
     draft: Annotated[
         list[str] | None,

@@ -23,7 +23,7 @@ def compile_(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle in fp16 or bf16.", show_default=False)],
     backend: Annotated[Flavour, typer.Option(help="Choose the compiler.")] = "tensorrt-rtx",
     graph: Annotated[
-        list[str] | None, typer.Option(help="Compile this graph (default: all that can be). Repeatable.")
+        list[str] | None, typer.Option(help="Compile this graph (default: all that can be compiled). Repeatable.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Allow this many sequences per pass (default: 1).")] = None,
     max_length: Annotated[

@@ -15,7 +15,8 @@ Target = Literal["triton", "docker", "kserve", "ray"]
 def deploy(
     bundle: BundleFolder,
     target: Annotated[
-        Literal["triton", "docker", "kserve", "ray"], typer.Option(help="Choose what serves it.", show_default=False)
+        Literal["triton", "docker", "kserve", "ray"],
+        typer.Option(help="Choose the server to deploy to.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Write into this new folder.", show_default=False)],
     name: Annotated[str | None, typer.Option(help="Name of the model (default: that of the bundle's folder).")] = None,
@@ -24,7 +25,7 @@ def deploy(
         int | None,
         typer.Option(help="Allow this many tokens of prompt and text (default: the model's positions, at most 4096)."),
     ] = None,
-    queue: Annotated[int, typer.Option(help="Let this many requests wait; one more is refused.")] = 64,
+    queue: Annotated[int, typer.Option(help="Queue at most this many requests; one more is refused.")] = 64,
     chunk: Annotated[int, typer.Option(help="Compute at most this many prompt tokens between two rounds.")] = 128,
     speculate: Annotated[
         str, typer.Option(help="Draft with these drafters: auto, off, or names joined by +.")

@@ -66,7 +66,8 @@ class Dependency:
 
 def doctor(
     bundle: Annotated[
-        Path | None, typer.Argument(help="A bundle: say of its engines whether they can run here.", show_default=False)
+        Path | None,
+        typer.Argument(help="Also say whether the engines of this bundle can run here.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:

@@ -49,7 +49,7 @@ def train_drafter(
         typer.Option(help="Let this bundle of MODEL write the texts (default: one in w8a8, built in --work)."),
     ] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="Keep the responses in this file, and go on with it (default: in --work).")
+        Path | None, typer.Option(help="Keep the responses in this file, and continue from it (default: in --work).")
     ] = None,
     answers_only: Annotated[
         bool, typer.Option("--answers-only", help="Write the responses and train nothing.")
@@ -112,9 +112,9 @@ def train_drafter(
     revision: Revision = None,
     license_: Annotated[str | None, typer.Option("--license", help="Name this licence in the model card.")] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Name this hub model in the card, where MODEL is a folder or a file.")
+        str | None, typer.Option(help="Name this hub model in the card if MODEL is a folder or a file.")
     ] = None,
-    note: Annotated[str | None, typer.Option(help="Say in the model card what it was trained with.")] = None,
+    note: Annotated[str | None, typer.Option(help="State in the model card what it was trained with.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the drafter in --out.")] = False,
     allow_unsafe_checkpoint: UnsafeCheckpoint = False,
     as_json: AsJson = False,

@@ -35,7 +35,7 @@ def validate(
             show_default=False,
         ),
     ] = None,
-    level: Annotated[Level, typer.Option(help="Run for minutes, or as long as it takes.")] = "quick",
+    level: Annotated[Level, typer.Option(help="Run quick checks (minutes), or all of them.")] = "quick",
     prompts: Annotated[
         list[str] | None,
         typer.Option("--prompts", "-p", help="Use a shipped set or a file instead of a few of each. Repeatable."),

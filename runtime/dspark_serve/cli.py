@@ -17,14 +17,16 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 def serve(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)],
-    host: Annotated[str, typer.Option(help="Listen at this address; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Listen at this port; 0 for any free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Listen on this address; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Listen on this port; 0 for any free one.")] = 8000,
     rows: Annotated[int, typer.Option(help="Run this many requests together.")] = 8,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Take requests of up to this many tokens, text included (default: 4096, or the model's)."),
+        typer.Option(
+            help="Accept requests of up to this many tokens, prompt and text (default: 4096, or the model's)."
+        ),
     ] = None,
-    queue: Annotated[int, typer.Option(help="Let this many requests wait.")] = 64,
+    queue: Annotated[int, typer.Option(help="Queue at most this many requests.")] = 64,
     chunk: Annotated[int, typer.Option(help="Compute at most this much of a prompt between two rounds.")] = 128,
     speculate: Annotated[
         str, typer.Option(help="Draft with auto, off, or drafters of the bundle joined with +, like ngram+self-draft.")
@@ -38,24 +40,27 @@ def serve(
     reuse_prefixes: Annotated[
         bool,
         typer.Option(
-            "--reuse-prefixes/--no-reuse-prefixes", help="Reuse the context of texts that begin alike; see security.md."
+            "--reuse-prefixes/--no-reuse-prefixes",
+            help="Reuse the context of texts with the same beginning; see security.md.",
         ),
     ] = True,
     memory: Annotated[
         float | None, typer.Option(help="Let the caches take this many GiB (default: what is left).")
     ] = None,
     served_name: Annotated[
-        str | None, typer.Option(help="Name the model so in requests (default: the folder's name).")
+        str | None, typer.Option(help="Call the model this in requests (default: the folder's name).")
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="Ask for one of the keys in this file, one a line, and of DSPARK_API_KEY.")
+        Path | None, typer.Option(help="Require one of the API keys in this file (one per line) or DSPARK_API_KEY.")
     ] = None,
     rate_limit: Annotated[
-        int, typer.Option(min=0, help="Take this many requests a minute of each key; 0 for any number.")
+        int, typer.Option(min=0, help="Accept this many requests per minute from each key; 0 for no limit.")
     ] = 0,
-    cors: Annotated[list[str] | None, typer.Option(help="Let pages of this origin ask. Repeatable.")] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Accept requests from web pages of this origin. Repeatable.")
+    ] = None,
     drain: Annotated[
-        float, typer.Option(min=0, help="Give running requests this many seconds when the server stops.")
+        float, typer.Option(min=0, help="Give running requests this many seconds to end when the server stops.")
     ] = 30.0,
     traces: Annotated[
         bool, typer.Option("--traces", help="Make OpenTelemetry spans; start with opentelemetry-instrument.")
@@ -68,7 +73,7 @@ def serve(
     ] = "onnxruntime",
     device: Annotated[int, typer.Option(help="Use this GPU, with a --backend that runs on one.")] = 0,
     log_level: Annotated[
-        LogLevel, typer.Option(help="Log from this level on; info has a line of JSON a request.")
+        LogLevel, typer.Option(help="Log at this level; info writes one line of JSON per request.")
     ] = "info",
 ) -> None:
     """Serve BUNDLE over HTTP with OpenAI's API: chat and completions, streamed or whole. Stop it with Ctrl-C."""
