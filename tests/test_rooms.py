@@ -44,7 +44,7 @@ FLOORS = {
         ("routes",),
         ("serving",),
         ("tools",),
-        ("access", "guides", "logprobs", "splitting", "streams", "tracing"),
+        ("access", "guides", "heads", "logprobs", "splitting", "streams", "tracing"),
         ("metrics",),
         ("errors", "schemas"),
         ("names",),

@@ -21,10 +21,12 @@ class Rounds(ServiceObserver):
     """Adds up the rounds of a loop: seconds, tokens, and sequences that took part."""
 
     def __init__(self) -> None:
-        self.totals = {"round_seconds": 0.0, "round_tokens": 0.0, "sequence_rounds": 0.0, "drafted_rounds": 0.0}
+        names = ("rounds", "round_seconds", "round_tokens", "sequence_rounds", "drafted_rounds")
+        self.totals = dict.fromkeys(names, 0.0)
 
     def finished(self, flight: Flight) -> None:
         """See :class:`Observer`."""
+        self.totals["rounds"] += 1
         self.totals["round_seconds"] += clock() - flight.began
         self.totals["sequence_rounds"] += len(flight.sequences)
         self.totals["drafted_rounds"] += any(len(tree) > 1 for tree in flight.trees)

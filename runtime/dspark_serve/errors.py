@@ -12,6 +12,7 @@
 | 413 | invalid_request_error | request_too_large | the body is too long |
 | 429 | rate_limit_error | overloaded | the queue is full; ``Retry-After`` |
 | 429 | rate_limit_error | rate_limit_exceeded | this key asks too often; ``Retry-After`` |
+| 431 | invalid_request_error | headers_too_large | the headers are too long |
 | 500 | server_error | | a pass of the model failed |
 | 503 | server_error | unavailable | the server drains or its engine has failed; ``Retry-After`` |
 | 504 | server_error | deadline_exceeded | the request's own ``timeout`` has passed |

@@ -22,6 +22,7 @@ from dspark_runtime.errors import BackendError, ServiceUnhealthy, UsageError
 from dspark_runtime.serving.memory import cache_bytes
 from dspark_serve.access import LOCAL_HOSTS, AccessRules, ApiKeys, RateLimits
 from dspark_serve.app import make_app
+from dspark_serve.heads import http_protocol
 from dspark_serve.serving import Served
 from dspark_serve.tracing import Traced
 
@@ -90,7 +91,13 @@ def serve(
             _try_once(served)
             app = make_app(served, rules, origins=options.origins)
             # Texts of any length are answered within the time for draining, which is over when uvicorn shuts down.
-            config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_CLOSING_SECONDS)
+            config = uvicorn.Config(
+                app,
+                http=http_protocol(),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=_CLOSING_SECONDS,
+            )
             host, port = listener.getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             _Server(config, served, options.drain, lambda: say(f"{served.name} is ready at {url}/v1")).run([listener])

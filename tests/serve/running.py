@@ -15,6 +15,7 @@ from openai import OpenAI
 
 from dspark_runtime import Bundle, Service, ServiceOptions
 from dspark_serve.app import make_app
+from dspark_serve.heads import http_protocol
 from dspark_serve.metrics import Metrics
 from dspark_serve.serving import Served
 
@@ -53,15 +54,19 @@ class Running:
 
 @contextmanager
 def running(
-    bundle: Bundle, options: ServiceOptions | None = None, metrics: Metrics | None = None, **settings: Any
+    bundle: Bundle,
+    options: ServiceOptions | None = None,
+    metrics: Metrics | None = None,
+    http: Any = None,
+    **settings: Any,
 ) -> Iterator[Running]:
     """A server over a service of its own; ``settings`` are those of :func:`make_app`."""
     served = Served.start(bundle, options or ServiceOptions(rows=4, queue=16, capacity=256), NAME, metrics)
-    service = served.service
+    service, http = served.service, http or http_protocol()
     with service:
         app = make_app(served, **settings)
         listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="warning", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         while not server.started:

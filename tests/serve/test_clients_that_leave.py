@@ -6,6 +6,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 
 from dspark_runtime import Bundle, ServiceOptions
 from dspark_serve.access import AccessRules
+from dspark_serve.heads import http_protocol
 from dspark_serve.streams import StreamLimits
 from tests.serve.gate import Gate
 from tests.serve.raw import connected, read_until, request
@@ -120,3 +122,36 @@ def test_what_is_no_request_does_no_harm(server: Running, garbage: bytes) -> Non
         while made.recv(65536):
             pass
     assert httpx.get(f"{server.url}/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize("head", [b"X-Long: " + b"x" * 10_000_000, b"X-More: yes\r\n" * 800_000], ids=["one", "many"])
+def test_ten_megabytes_of_headers_are_not_read(server: Running, head: bytes) -> None:
+    answer, sent = b"", 0
+    with connected(server.port) as made, suppress(ConnectionError):  # closed with unread data: a reset may overtake it
+        made.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+        for sent in range(0, len(head), 65536):
+            made.sendall(head[sent : sent + 65536])
+            made.settimeout(0.0 if sent < 65536 else 0.2)
+            with suppress(BlockingIOError, TimeoutError):
+                answer += made.recv(65536)
+            made.settimeout(30)
+            if answer:
+                break
+    assert sent < 4 * 2**20  # what the system keeps for the two ends
+    assert not answer or (answer.startswith(b"HTTP/1.1 431") and b"headers_too_large" in answer)
+    assert httpx.get(f"{server.url}/health/ready").status_code == 200
+
+
+def test_half_a_head_is_not_waited_for(opened: Bundle) -> None:
+    with running(opened, http=http_protocol(seconds=0.2)) as server:
+        for part in (b"", b"POST /v1/completions HT", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea"):
+            with connected(server.port) as made:
+                made.sendall(part)
+                received = b""
+                while more := made.recv(65536):
+                    received += more
+                assert received.count(b"HTTP/1.1 200") == part.count(b"GET /health HTTP")
+        with httpx.Client(base_url=server.url) as client:  # a connection that is used again is not such a one
+            assert [client.get("/health/ready").status_code for _ in range(3)] == [200] * 3
+            time.sleep(0.3)
+            assert client.get("/health/ready").status_code == 200
