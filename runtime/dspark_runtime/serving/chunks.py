@@ -3,8 +3,8 @@
 A chunk of n tokens takes ``a + b n``: its weights are read however few tokens there are, so that small chunks make a
 prompt slow. While others run, a turn of prompts has so many tokens that ``b n`` is what it costs beside them: ``a`` and
 the round that follows. A prompt then takes about twice as long as alone. Where more requests wait for their first
-token than run, turns are longer in that proportion: rounds of a few sequences would keep many from joining them,
-although a round takes nearly as long with more.
+token than run, turns are as long as they may be: rounds of a few sequences would keep many from joining them, although
+a round takes nearly as long with more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class ChunkSize:
     """Learns what prompt tokens and rounds take.
 
     Args:
-        most: tokens of a chunk while other requests run.
+        most: tokens of a turn while other requests run.
         alone: tokens of a chunk while nothing else runs.
         share: how much of the time prompts may take, 1 for as much as the rounds.
         fixed: every chunk has ``most`` tokens.
@@ -35,10 +35,10 @@ class ChunkSize:
             return self._most
         if not running:
             return self._alone
-        if not self._chunks.known or not self._round_s:
+        if prompts > running or not self._chunks.known or not self._round_s:
             return self._most
         start, token = self._chunks.start_and_slope(self._round_s)
-        turn = start + self._share * self._round_s * max(1.0, prompts / running)
+        turn = start + self._share * self._round_s
         return max(min(int(turn / token), self._most), min(FEWEST, self._most))
 
     def observe(self, prompt_tokens: int, seconds: float) -> None:

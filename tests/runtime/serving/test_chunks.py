@@ -57,11 +57,9 @@ def test_a_turn_is_bounded_by_the_option() -> None:
 
 
 def test_prompts_have_longer_turns_while_more_of_them_wait_than_run() -> None:
-    sizes = learnt((5.0, 2.0, 20.0))
-    one, many = sizes.tokens(7, 1), sizes.tokens(1, 7)
-    assert one == pytest.approx(12, abs=4)
-    assert many == pytest.approx((5 + 7 * 20) / 2, rel=0.1)
-    assert sizes.tokens(4, 4) == one
+    sizes = learnt((5.0, 0.5, 20.0))
+    assert sizes.tokens(7, 1) == sizes.tokens(4, 4) == pytest.approx(50, abs=5)
+    assert sizes.tokens(3, 4) == sizes.tokens(1, 7) == 128
 
 
 def test_a_line_of_equal_points_begins_at_zero() -> None:
