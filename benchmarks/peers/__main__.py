@@ -1,9 +1,9 @@
-"""This project beside transformers, onnxruntime-genai and llama.cpp, on the same weights, prompts and threads.
+"""This project beside transformers, onnxruntime-genai, OpenVINO GenAI and llama.cpp on the same weights and prompts.
 
     python -m benchmarks.peers --model MODEL.gguf --out peers-out --threads 2
 
 All formats of the model are made below --out once and reused. The table goes to stdout; peers.json and peers.png go to
---out. A peer that cannot take part is named with its reason.
+--out. Other programs run in processes of their own. One that cannot take part, or crashes, is named with its reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.peers import genai_peer, llama_cpp_peer, own, transformers_peer
+from benchmarks.peers import genai_peer, llama_cpp_peer, openvino_peer, own, transformers_peer
+from benchmarks.peers.apart import ApartPeer, Crashed, apart
+from benchmarks.peers.limits import measure_products
 from benchmarks.peers.measure import measure
 from benchmarks.peers.models import SharedModel
 from benchmarks.peers.protocol import Candidate, Missing, Peer
@@ -47,6 +49,8 @@ def load_all(candidates: list[Candidate]) -> tuple[list[Peer], dict[str, str]]:
             peers.append(candidate.load())
         except Missing as reason:
             missing[candidate.name] = str(reason)
+        except Crashed as reason:
+            missing[candidate.name] = f"crashed: {reason}"
     return peers, missing
 
 
@@ -71,15 +75,25 @@ def main() -> int:
     model = SharedModel(given.model, given.out, given.draft)
     try:
         items = load_sets(given.prompts or list(SHIPPED), given.limit)
-        sources = (own, transformers_peer, genai_peer, llama_cpp_peer)
-        all_candidates = [c for source in sources for c in source.candidates(model, given.threads)]
+        all_candidates = [*own.candidates(model, given.threads)]
+        for source in (transformers_peer, genai_peer, openvino_peer, llama_cpp_peer):
+            found = source.candidates(model, given.threads)
+            all_candidates += [apart(source.__name__, c, model, given.threads) for c in found]
         peers, missing = load_all([c for c in all_candidates if re.search(given.only, c.name)])
         ids, conditions = _conditions(given, model, items, peers)
     except (DsparkError, Missing) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with measuring(len(peers) * len(ids) * given.repeats) as step:
-        results = measure(peers, ids, max_new_tokens=given.max_new_tokens, repeats=given.repeats, on_step=step)
+        try:
+            results, crashed = measure(
+                peers, ids, max_new_tokens=given.max_new_tokens, repeats=given.repeats, on_step=step
+            )
+        finally:
+            for peer in peers:
+                if isinstance(peer, ApartPeer):
+                    peer.close()
+    missing |= {name: f"crashed: {reason}" for name, reason in crashed.items()}
     print_report(Console(width=max(110, Console().width)), conditions, results, missing)
     (given.out / "peers.json").write_text(json.dumps(to_json(conditions, results, missing), indent=1) + "\n")
     draw(conditions, results, given.out / "peers.png")
@@ -110,7 +124,7 @@ def _conditions(
     given: argparse.Namespace, model: SharedModel, items: list[PromptItem], peers: list[Peer]
 ) -> tuple[list[list[int]], Conditions]:
     """Prompts as token ids of the one tokenizer all peers share, and the facts of the run."""
-    measured = {"fp32", *(peer.precision for peer in peers if isinstance(peer, own.OwnPeer))}
+    measured = {"fp32", *(peer.precision for peer in peers if peer.setting is not None)}
     bundles = {p: Bundle.open(model.bundle(p), verify_digests=False) for p in own.MEASURED if p in measured}
     ids = [encode(bundles["fp32"], item.text) for item in items]
     return ids, Conditions(
@@ -119,6 +133,7 @@ def _conditions(
         threads=given.threads,
         bandwidth=measure_bandwidth(given.threads),
         weight_bytes={precision: bytes_per_token(bundle.files) for precision, bundle in bundles.items()},
+        products=measure_products(given.threads),
         prompts=[item.set for item in items],
         prompt_tokens=[len(prompt) for prompt in ids],
         max_new_tokens=given.max_new_tokens,

@@ -15,6 +15,8 @@ from benchmarks.peers.protocol import Candidate, Stopwatch, Timed, missing_packa
 class GenaiPeer:
     """A decoding loop over ``Generator``."""
 
+    setting = None
+
     def __init__(self, folder: Path, precision: str, threads: int) -> None:
         try:
             import onnxruntime_genai

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.peers.own import OwnPeer
+from benchmarks.peers.apart import Crashed
 from benchmarks.peers.protocol import Peer, Timed
 
 _WARM_UP_TOKENS = 8
@@ -46,22 +46,35 @@ def measure(
     max_new_tokens: int,
     repeats: int,
     on_step: Callable[[], None] = lambda: None,
-) -> list[Measured]:
+) -> tuple[list[Measured], dict[str, str]]:
     """Run every peer on every prompt ``repeats`` times. Within a prompt the peers take turns, another one begins each
-    time; ``on_step`` is called after every run."""
-    for peer in peers:
-        peer.generate(prompts[0], _WARM_UP_TOKENS)
+    time; ``on_step`` is called after every run. Returns results, and why other peers have none: they crashed."""
     results = [Measured(peer, [[] for _ in prompts]) for peer in peers]
+    crashed: dict[str, str] = {}
+
+    def run(result: Measured, prompt: Sequence[int], tokens: int) -> Timed | None:
+        if result.peer.name in crashed:
+            return None
+        try:
+            return result.peer.generate(prompt, tokens)
+        except Crashed as reason:
+            crashed[result.peer.name] = str(reason)
+            return None
+
+    for result in results:
+        run(result, prompts[0], _WARM_UP_TOKENS)
     turn = 0
     for _ in range(repeats):
         for index, prompt in enumerate(prompts):
-            start = turn % len(results)
+            start = turn % max(1, len(results))
             for result in (*results[start:], *results[:start]):
                 time.sleep(_PAUSE)
-                result.runs[index].append(result.peer.generate(prompt, max_new_tokens))
+                timed = run(result, prompt, max_new_tokens)
+                if timed is not None:
+                    result.runs[index].append(timed)
                 on_step()
             turn += 1
-    return results
+    return [result for result in results if result.peer.name not in crashed], crashed
 
 
 def ratios(own: Measured, other: Measured) -> list[float]:
@@ -72,13 +85,13 @@ def ratios(own: Measured, other: Measured) -> list[float]:
 
 def own_results(results: Iterable[Measured], family: str) -> dict[str, Measured]:
     """This project's results for one family of precisions, by setting."""
-    own = [result for result in results if isinstance(result.peer, OwnPeer) and result.peer.family == family]
-    return {result.peer.setting: result for result in own if isinstance(result.peer, OwnPeer)}
+    own = [(result.peer.setting, result) for result in results if result.peer.family == family]
+    return {setting: result for setting, result in own if setting is not None}
 
 
 def fastest_own(results: Iterable[Measured]) -> Measured | None:
     """This project in the precision and setting that decodes fastest over all prompts."""
-    own = [result for result in results if isinstance(result.peer, OwnPeer)]
+    own = [result for result in results if result.peer.setting is not None]
     return max(own, key=lambda result: geometric_mean(result.speeds()) or 0.0, default=None)
 
 

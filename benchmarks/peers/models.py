@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.peers.protocol import Missing, missing_package
+from benchmarks.peers.requantized import requantize
 
 _GENAI_OPTIONS = {"fp32": (), "int4": ("--extra_options", "int4_accuracy_level=4")}
-_GGUF_TYPES = {"F32": 0, "F16": 1}  # llama.cpp's numbers of file types
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,13 @@ class SharedModel:
         return self._once(f"genai-{precision}", build)
 
     def gguf(self, kind: str) -> Path:
-        """The GGUF file in ``kind`` (F32, F16), converted by llama.cpp; Missing unless the checkpoint is one."""
+        """The GGUF file with matrices of ``kind``; Missing unless the checkpoint is one."""
         if not self.is_gguf:
             raise Missing("this is not a GGUF file; convert it with llama.cpp's convert_hf_to_gguf.py and pass that")
 
         def convert(folder: Path) -> None:
-            import llama_cpp
-
-            quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-            llama_cpp.llama_log_set(quiet, None)
             folder.mkdir()
-            options = llama_cpp.llama_model_quantize_default_params()
-            options.ftype, options.allow_requantize = _GGUF_TYPES[kind], True
-            options.output_tensor_type = options.token_embedding_type = _GGUF_TYPES[kind]
-            source, result = self.source.encode(), str(folder / "model.gguf").encode()
-            failed = llama_cpp.llama_model_quantize(source, result, options)
-            llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), None)  # back to its own log
-            if failed:
-                raise Missing(f"llama.cpp could not convert {self.source} to {kind}")
+            requantize(Path(self.source), folder / "model.gguf", kind)
 
         return self._once(f"gguf-{kind}", convert) / "model.gguf"
 

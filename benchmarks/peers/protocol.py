@@ -63,12 +63,17 @@ class Stopwatch:
 class Peer(Protocol):
     """One program in one setting, loaded and ready.
 
-    ``precision`` names its weights; ``family`` the bundle of this project it is compared with (fp32 or int4).
+    ``precision`` names its weights; ``family`` the bundle of this project it is compared with (fp32, int8 or int4).
+    ``setting`` is that of this project's own peers, None for other programs.
     """
 
     name: str
     precision: str
     family: str
+
+    @property
+    def setting(self) -> str | None:
+        """See the class."""
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> Timed:
         """Continue ``prompt`` greedily by that many tokens, past any end-of-text token."""

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.peers.measure import Measured, fastest_own, geometric_mean, own_results, ratios, shared_prefix
-from benchmarks.peers.own import PLAIN_EXACT, SETTINGS, OwnPeer
+from benchmarks.peers.own import PLAIN_EXACT, SETTINGS
 from dspark_export.bench.bandwidth import Bandwidth
 from dspark_runtime.processors import Machine
 
@@ -24,7 +24,8 @@ _PACKAGES = (
     "dspark-export",
     "onnxruntime",
     "onnxruntime-genai",
-    "llama-cpp-python",
+    "openvino-genai",
+    "xllamacpp",
     "transformers",
     "torch",
 )
@@ -32,13 +33,15 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a run was made with. Bandwidth is in bytes per second, ``weight_bytes`` those one decoding step reads."""
+    """What a run was made with. Bandwidth is in bytes per second, ``weight_bytes`` those one decoding step reads,
+    ``products`` multiply-adds of float32 numbers per second."""
 
     model: str
     machine: Machine
     threads: int
     bandwidth: Bandwidth
     weight_bytes: dict[str, int]
+    products: float
     prompts: list[str]
     prompt_tokens: list[int]
     max_new_tokens: int
@@ -76,7 +79,7 @@ def to_json(conditions: Conditions, results: Sequence[Measured], missing: dict[s
 
 def _peer_json(result: Measured, results: Sequence[Measured], fastest: Measured | None) -> dict[str, Any]:
     own = own_results(results, result.peer.family)
-    compared = {} if isinstance(result.peer, OwnPeer) else {s: ratios(mine, result) for s, mine in own.items()}
+    compared = {} if result.peer.setting is not None else {s: ratios(mine, result) for s, mine in own.items()}
     return {
         "name": result.peer.name,
         "precision": result.peer.precision,
@@ -95,7 +98,7 @@ def _peer_json(result: Measured, results: Sequence[Measured], fastest: Measured 
 
 def _over_fastest(result: Measured, fastest: Measured | None) -> dict[str, Any] | None:
     """How much faster the fastest of this project is; None for its own results."""
-    if fastest is None or isinstance(result.peer, OwnPeer):
+    if fastest is None or result.peer.setting is not None:
         return None
     by_prompt = ratios(fastest, result)
     return {"name": fastest.peer.name, "ratio": geometric_mean(by_prompt), "by_prompt": by_prompt}
@@ -127,7 +130,7 @@ def print_report(
         cells = [_number(geometric_mean(result.speeds())), _number(geometric_mean(result.totals()))]
         cells += [f"{result.prefill_ms():.0f}", "-" if agreement is None else f"{sum(agreement)}/{_most(result)}"]
         for setting in SETTINGS:
-            if isinstance(result.peer, OwnPeer) or setting not in own:
+            if result.peer.setting is not None or setting not in own:
                 cells.append("")
             else:
                 cells.append(_number(geometric_mean(ratios(own[setting], result)), 2))
@@ -136,6 +139,7 @@ def print_report(
         table.add_row(escape(result.peer.name), *cells)
     console.print(table)
     console.print(_memory_line(conditions), highlight=False)
+    console.print(_products_line(conditions), highlight=False)
     console.print(_version_line(), highlight=False)
     console.print(
         "tokens/s: decoding alone, geometric mean over prompts of the medians over repeats. dspark columns: its speed "
@@ -168,7 +172,7 @@ def draw(conditions: Conditions, results: Sequence[Measured], path: Path) -> Non
     axes = figure.add_subplot()
     ordered = sorted(results, key=lambda result: geometric_mean(result.speeds()) or 0.0)
     speeds = [geometric_mean(result.speeds()) or 0.0 for result in ordered]
-    colours = ["#e08e3a" if isinstance(result.peer, OwnPeer) else "#31688e" for result in ordered]
+    colours = ["#e08e3a" if result.peer.setting is not None else "#31688e" for result in ordered]
     bars = axes.barh([result.peer.name for result in ordered], speeds, color=colours, zorder=2)
     axes.bar_label(bars, [f"{speed:.1f}" for speed in speeds], padding=3, fontsize=8)
     for precision, limit in conditions.limits.items():
@@ -199,6 +203,15 @@ def _memory_line(conditions: Conditions) -> str:
         f"memory: read {bandwidth.read / 1e9:.1f} GB/s, triad {bandwidth.triad / 1e9:.1f} GB/s; "
         f"plain decoding cannot exceed, in tokens/s: {limits}"
     )
+
+
+def _products_line(conditions: Conditions) -> str:
+    line = f"products: {conditions.products / 1e9:.0f} G multiply-adds/s in float32"
+    if "fp32" not in conditions.weight_bytes:
+        return line
+    each = conditions.weight_bytes["fp32"] / 4  # a product for each weight that is read
+    most = conditions.products / each
+    return f"{line}; a token has {each / 1e6:.0f} M: rows of a pass cannot exceed {most:.0f} a second"
 
 
 def _version_line() -> str:

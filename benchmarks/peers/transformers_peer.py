@@ -32,6 +32,7 @@ class TransformersPeer:
     """Greedy ``generate`` with a dynamic cache."""
 
     precision = family = "fp32"
+    setting = None
 
     def __init__(self, model: Any, lookup: bool) -> None:
         self.name = "transformers fp32, prompt lookup" if lookup else "transformers fp32"
