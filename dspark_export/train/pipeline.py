@@ -115,7 +115,7 @@ def train_drafter(job: DrafterJob, on_progress: OnProgress = lambda *_: None) ->
         CheckpointError: the target cannot be used.
         BundleBusy, BundleNotWritten: another run has the work folder, or the drafter cannot be written.
     """
-    processes = Processes(_device(job.device))
+    processes = Processes.joined(_device(job.device))
     try:
         return _train(job, processes, on_progress if processes.first else lambda *_: None)
     finally:

@@ -13,32 +13,38 @@ from torch import Tensor, distributed
 
 from dspark_runtime.errors import UsageError
 
+# What torchrun sets, and what holds without it.
+_ENVIRONMENT = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 _PATIENCE = timedelta(days=7)  # while the first one lets the target write
 
 
 class Processes:
-    """``count`` processes, of which this is number ``rank``; ``device`` is its own.
+    """``count`` processes, of which this is number ``rank``; ``device`` is its own."""
 
-    Alone unless ``torchrun`` (which sets RANK and WORLD_SIZE) started it.
-    """
+    def __init__(self, device: torch.device, count: int = 1, rank: int = 0) -> None:
+        self.device, self.count, self.rank = device, count, rank
 
-    def __init__(self, device: torch.device) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.device = device
-        if self.count == 1:
-            return
+    @classmethod
+    def joined(cls, device: torch.device) -> Processes:
+        """Those that ``torchrun`` started together with this one, or this one alone.
+
+        Raises:
+            UsageError: more processes than GPUs.
+        """
+        count, rank, local = (int(os.environ.get(name, start)) for name, start in _ENVIRONMENT)
+        if count == 1:
+            return cls(device)
         if device.type == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", "0"))
             if local >= torch.cuda.device_count():
                 raise UsageError(
                     f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
                     "start at most as many processes as GPUs, or use --device cpu"
                 )
-            self.device = torch.device("cuda", local)
-            torch.cuda.set_device(self.device)
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, timeout=_PATIENCE)
+        return cls(device, count, rank)
 
     @property
     def first(self) -> bool:
@@ -59,5 +65,5 @@ class Processes:
 
     def close(self) -> None:
         """Leave the others."""
-        if self.count > 1 and distributed.is_initialized():
+        if self.count > 1:
             distributed.destroy_process_group()
