@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from importlib.resources import files
@@ -45,9 +46,9 @@ def read_prompts(path: Path) -> list[PromptItem]:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
     structured = path.suffix in (".jsonl", ".json")
     items = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(io.StringIO(text), 1):  # splitlines() would cut at U+2028 too, which JSON may hold
         if line.strip():
-            found = _from_json(line, f"{path}, line {number}") if structured else line
+            found = _from_json(line, f"{path}, line {number}") if structured else line.rstrip("\n")
             items.append(PromptItem(path.stem, found))
     if not items:
         raise UsageError(f"{path} holds no prompts; write one per line, or JSON lines with `turns` or `prompt`")

@@ -394,10 +394,9 @@ def _open_writer(job: DrafterJob, source: Source) -> Bundle:
 
 def _answer(job: DrafterJob, bundle: Bundle, on_progress: OnProgress) -> None:
     """Bring the file of responses to what the job asks for."""
-    plan = job.generation
+    plan, texts = job.generation, read_prompts(job.prompts)  # what is wrong with a file of prompts is said first
     with PackedResponses(job.answers_file, origin_of(bundle, plan)) as file:
         write_prompts(bundle, file, plan, lambda done: on_progress("prompts", done, plan.synthesise, ""))
-        texts = read_prompts(job.prompts)
         write_responses(bundle, texts, file, plan, lambda done: on_progress("responses", done, plan.count, ""))
 
 
