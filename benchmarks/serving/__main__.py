@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving BUNDLE --concurrency 1,2,4,8 --modes off,auto --threads 2
     python -m benchmarks.serving BUNDLE --server dspark=http://127.0.0.1:8000 --server llama=http://127.0.0.1:8080
+    python -m benchmarks.serving BUNDLE --server dspark=http://127.0.0.1:8000#PID  # with the server's CPU time
     python -m benchmarks.serving BUNDLE --rate 2            # requests arrive at random, two a second
 
 Every round of turns runs every front once at every concurrency; figures are the medians of the turns. Texts of the
@@ -23,6 +24,8 @@ from dspark_export.prompts.texts import encode
 from dspark_runtime import Bundle
 from dspark_runtime.processors import this_machine
 
+_RATES = ("tokens_per_second", "decode_tokens_per_second", "accepted_length", "cpu_ms_per_token")
+
 
 def arguments() -> argparse.Namespace:
     """The parsed command line."""
@@ -32,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="requests a second that arrive at random, instead of a closed loop")
     parser.add_argument("--modes", default="off,auto")
     parser.add_argument("--generate", action="store_true", help="generate() beside the service, one after another")
-    parser.add_argument("--server", action="append", default=[], metavar="NAME=URL", help="an OpenAI server")
+    parser.add_argument("--server", action="append", default=[], metavar="NAME=URL[#PID]", help="an OpenAI server")
     parser.add_argument("--model", default="", help="what the servers call the model")
     parser.add_argument("--requests", type=int, default=16, help="of each front, turn and concurrency")
     parser.add_argument("--turns", type=int, default=3)
@@ -53,8 +56,9 @@ def opened(options: argparse.Namespace, prompts: list[list[int]]) -> list[Front]
     if options.generate:
         fronts += [GenerateFront(bundle, prompts, tokens, mode) for mode in modes]
     for server in options.server:
-        name, _, url = server.partition("=")
-        fronts.append(OpenAIFront(name, url, options.model, prompts, tokens))
+        name, _, place = server.partition("=")
+        url, _, process = place.partition("#")
+        fronts.append(OpenAIFront(name, url, options.model, prompts, tokens, int(process or 0)))
     return fronts
 
 
@@ -92,12 +96,20 @@ def report(found: dict[tuple[str, int], list[Result]], options: argparse.Namespa
     """The table, and the file."""
     machine = this_machine()
     print(f"{machine.cpu}, {options.threads or machine.physical_cores} threads, {options.bundle}\n")
-    print("front               clients   tok/s  decode tok/s  first p50  p95 ms   next p50   p95 ms  tokens/round")
+    print(
+        "front               clients   tok/s  decode tok/s  first p50  p95 ms   next p50   p95 ms  tokens/round  CPU ms"
+    )
     rows = []
     for (name, level), runs in found.items():
         values = {
             key: median(run.row()[key] for run in runs)
-            for key in ("tokens_per_second", "decode_tokens_per_second", "accepted_length", "failed")
+            for key in (
+                "tokens_per_second",
+                "decode_tokens_per_second",
+                "accepted_length",
+                "cpu_ms_per_token",
+                "failed",
+            )
         }
         times = [
             1e3 * median(getattr(run, key)[k] for run in runs) for key in ("first_token", "between") for k in (0, 1)
@@ -105,6 +117,7 @@ def report(found: dict[tuple[str, int], list[Result]], options: argparse.Namespa
         print(
             f"{name:20}{level:7}{values['tokens_per_second']:8.1f}{values['decode_tokens_per_second']:14.1f}"
             f"{times[0]:11.0f}{times[1]:8.0f}{times[2]:11.1f}{times[3]:9.1f}{values['accepted_length']:14.2f}"
+            f"{values['cpu_ms_per_token']:8.2f}"
         )
         rows.append({"front": name, "clients": level} | values | {"runs": [run.row() for run in runs]})
     if options.json is not None:

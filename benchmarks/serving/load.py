@@ -50,7 +50,10 @@ class Front(Protocol):
 
 @dataclass
 class Result:
-    """What a load measured: rates per second, times in seconds at the 50th and the 95th percentile."""
+    """What a load measured: rates per second, times in seconds at the 50th and the 95th percentile.
+
+    ``cpu_ms_per_token``: of the server's process, prompts included; 0 where it is not known.
+    """
 
     front: str
     concurrency: int
@@ -62,6 +65,7 @@ class Result:
     first_token: tuple[float, float]
     between: tuple[float, float]
     accepted_length: float
+    cpu_ms_per_token: float
     texts: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def row(self) -> dict[str, Any]:
@@ -130,6 +134,7 @@ def _measured(front: Front, concurrency: int, answers: list[Answer], clients: Se
         first_token=_percentiles([answer.first for answer in good if answer.arrivals]),
         between=_percentiles(gaps),
         accepted_length=counted.get("round_tokens", 0.0) / rounds if rounds else 0.0,
+        cpu_ms_per_token=1e3 * counted.get("cpu_seconds", 0.0) / max(sum(answer.tokens for answer in good), 1),
         texts={answer.prompt: answer.text for answer in good},
     )
 

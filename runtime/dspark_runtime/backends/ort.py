@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ _STORAGE: dict[str, tuple[Any, int]] = {
 }
 _ALIGNMENT = 64
 _MASKS_AHEAD = 31
+_MOST_BINDINGS = 32  # ranges of rows whose bindings are kept
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
@@ -166,7 +169,11 @@ class OrtEngine:
 
 
 class OrtRunner:
-    """One IOBinding over one cache memory. A call rebinds what changed since the last one, nothing else."""
+    """An IOBinding for each range of rows that was selected, over one cache memory.
+
+    A call rebinds what changed since the last one over these rows, nothing else: binding the caches of 30 layers takes
+    as long as a tenth of a small model's pass, and a service goes to and fro between its prompts and its rounds.
+    """
 
     verifies = False  # logits are in host memory anyway
     overlaps = False
@@ -177,15 +184,12 @@ class OrtRunner:
         self._engine = engine
         self._memory = memory
         self._session = engine.session
-        self._binding = engine.session.io_binding()
         self._first, self._count = 0, memory.batch
-        self._bound_cache: tuple[int, int, int] | None = None
-        self._cache_values: list[Any] = []
-        self._bound_shape: tuple[int, int, int] | None = None
+        self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
+        self._bound = self._binding()
         self._shapes: dict[tuple[int, int, int], _Shape] = {}
         self._mask_memory = np.zeros(0, np.bool_)
         self._single_masks: dict[tuple[int, int], tuple[npt.NDArray[np.bool_], Any]] = {}
-        self._mask: npt.NDArray[np.bool_] | None = None
         self._logit_memory = np.zeros(0, np.float32)
         self.taps_wanted = True
 
@@ -197,21 +201,20 @@ class OrtRunner:
         """See :class:`dspark_runtime.backends.protocol.Runner`."""
         if kv_len > self._memory.capacity:
             raise CapacityError(f"a pass over {kv_len} cache slots, but only {self._memory.capacity} are allocated")
-        if self._bound_cache != (self._first, self._count, self._memory.version):
-            self._bind_cache()
+        bound = self._bound = self._binding()
         key = (self._count, tokens, rows)
         shape = self._shapes.get(key) or self._new_shape(key)
-        if self._bound_shape != key:
+        if bound.shape is not shape:
             for name, value in shape.inputs:
-                self._binding.bind_ortvalue_input(name, value)
+                bound.io.bind_ortvalue_input(name, value)
             for name, value in shape.outputs:
-                self._binding.bind_ortvalue_output(name, value)
-            self._bound_shape = key
+                bound.io.bind_ortvalue_output(name, value)
+            bound.shape = shape
         buffers = shape.buffers
-        if self._mask is None or self._mask.shape != (self._count, 1, tokens, kv_len):
-            buffers.attention_mask = self._bind_mask(tokens, kv_len)
+        if bound.mask is None or bound.mask.shape != (self._count, 1, tokens, kv_len):
+            buffers.attention_mask = self._bind_mask(bound, tokens, kv_len)
         else:
-            buffers.attention_mask = self._mask
+            buffers.attention_mask = bound.mask
         return buffers
 
     def start(self, check: TreeCheck | None = None) -> None:
@@ -219,7 +222,7 @@ class OrtRunner:
         if check is not None:
             raise BackendError(f"{self._engine.name} runs in host memory, where the caller verifies")
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._bound.io)
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in {self._engine.name}: {error}") from error
 
@@ -230,7 +233,7 @@ class OrtRunner:
         """See :class:`dspark_runtime.backends.protocol.Runner`."""
         self.start()
 
-    def _bind_mask(self, tokens: int, kv_len: int) -> npt.NDArray[np.bool_]:
+    def _bind_mask(self, bound: _Binding, tokens: int, kv_len: int) -> npt.NDArray[np.bool_]:
         if tokens == 1:
             key = (self._count, kv_len)
             if key not in self._single_masks:
@@ -242,8 +245,8 @@ class OrtRunner:
             mask, value = self._single_masks[key]
         else:
             mask, value = self._mask_view(tokens, kv_len)
-        self._binding.bind_ortvalue_input(ATTENTION_MASK, value)
-        self._mask = mask
+        bound.io.bind_ortvalue_input(ATTENTION_MASK, value)
+        bound.mask = mask
         return mask
 
     def _mask_view(self, tokens: int, kv_len: int) -> tuple[npt.NDArray[np.bool_], Any]:
@@ -253,18 +256,27 @@ class OrtRunner:
         mask = self._mask_memory[:size].reshape(self._count, 1, tokens, kv_len)
         return mask, value_over(mask)
 
-    def _bind_cache(self) -> None:
+    def _binding(self) -> _Binding:
+        """That of the selected rows, with the caches bound."""
+        key = (self._first, self._count)
+        bound = self._bindings.get(key)
+        if bound is not None and bound.version == self._memory.version:
+            self._bindings.move_to_end(key)
+            return bound
+        for old in [place for place, other in self._bindings.items() if other.version != self._memory.version]:
+            del self._bindings[old]  # the memory it is bound to is no cache any more
+        if len(self._bindings) >= _MOST_BINDINGS:
+            self._bindings.popitem(last=False)
+        bound = self._bindings[key] = _Binding(self._session.io_binding(), self._memory.version)
         tensors = self._memory.tensors()
         chosen = slice(self._first, self._first + self._count)
-        values = []
         for layer in self._engine.layers:
             for part in ("key", "value"):
                 value = value_over(tensors[layer, part][chosen], self._memory.element_type)
-                self._binding.bind_ortvalue_input(past_name(layer, part), value)
-                self._binding.bind_ortvalue_output(present_name(layer, part), value)
-                values.append((value, tensors[layer, part]))
-        self._cache_values = values  # keeps the memory alive for as long as it is bound
-        self._bound_cache = (self._first, self._count, self._memory.version)
+                bound.io.bind_ortvalue_input(past_name(layer, part), value)
+                bound.io.bind_ortvalue_output(present_name(layer, part), value)
+                bound.held.append((value, tensors[layer, part]))
+        return bound
 
     def _new_shape(self, key: tuple[int, int, int]) -> _Shape:
         batch, tokens, rows = key
@@ -272,7 +284,6 @@ class OrtRunner:
         if size > self._logit_memory.size:
             self._logit_memory = _zeros((size,), np.float32)
             self._shapes.clear()
-            self._bound_shape = None
         taps = None
         if self._engine.taps_width:
             taps = _zeros((batch, tokens, self._engine.taps_width), _STORAGE[self._engine.dtype][0])
@@ -287,6 +298,17 @@ class OrtRunner:
         )
         shape = self._shapes[key] = _Shape(buffers, _STORAGE[self._engine.dtype][1])
         return shape
+
+
+@dataclass
+class _Binding:
+    """What is bound for one range of rows; ``held`` keeps the cache's memory alive for as long."""
+
+    io: Any
+    version: int
+    shape: _Shape | None = None
+    mask: npt.NDArray[np.bool_] | None = None
+    held: list[Any] = field(default_factory=list)
 
 
 class _Shape:
