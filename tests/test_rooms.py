@@ -28,7 +28,7 @@ FLOORS = {
         ("serving",),
         ("decoding",),
         ("drafters",),
-        ("speculation",),
+        ("phrases", "speculation"),
         ("backends",),
         ("bundle", "text"),
         ("arguments", "arrays", "processors"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dspark_runtime.drafters.choice import SPECULATION_MODES
     from dspark_runtime.drafters.parts import DraftOptions
     from dspark_runtime.errors import DsparkError
+    from dspark_runtime.phrases.store import PhraseOptions
     from dspark_runtime.serving.handle import Handle
     from dspark_runtime.serving.options import ServiceOptions
     from dspark_runtime.serving.service import Service
@@ -34,6 +35,7 @@ _PLACES = {
     "DsparkError": "errors",
     "Generation": "decoding.sequence",
     "Handle": "serving.handle",
+    "PhraseOptions": "phrases.store",
     "SamplingParams": "speculation.sampling",
     "Service": "serving.service",
     "ServiceOptions": "serving.options",
@@ -53,6 +55,7 @@ __all__ = [
     "DsparkError",
     "Generation",
     "Handle",
+    "PhraseOptions",
     "SamplingParams",
     "Service",
     "ServiceOptions",

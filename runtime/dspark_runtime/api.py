@@ -37,6 +37,7 @@ from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.choice import DrafterChoice
 from dspark_runtime.drafters.parts import DraftOptions
 from dspark_runtime.errors import UsageError
+from dspark_runtime.phrases.store import PhraseOptions, PhraseStore, bundle_corpus
 from dspark_runtime.serving.memory import check_memory
 from dspark_runtime.serving.observer import ServiceObserver
 from dspark_runtime.serving.options import DEFAULT_CAPACITY, ServiceOptions
@@ -57,9 +58,16 @@ class Bundle:
     """An opened bundle. It may generate any number of times; each call has a cache of its own."""
 
     def __init__(
-        self, files: BundleFiles, options: EngineOptions, exact: bool, capacity: int | None, backend: Backend
+        self,
+        files: BundleFiles,
+        options: EngineOptions,
+        exact: bool,
+        capacity: int | None,
+        backend: Backend,
+        phrases: PhraseOptions | None = None,
     ) -> None:
         self.files = files
+        self.phrases = _phrase_store(files, phrases)
         self.exact = exact or backend.rows_are_equal
         self.engine_options = options
         self._backend = backend
@@ -87,6 +95,7 @@ class Bundle:
         verify_digests: bool = True,
         backend: str = "onnxruntime",
         device: int = 0,
+        phrases: PhraseOptions | None = None,
     ) -> Bundle:
         """Check the bundle at ``path``; its graphs are loaded when they are first needed.
 
@@ -100,6 +109,8 @@ class Bundle:
             backend: ``onnxruntime`` (the CPU), ``onnxruntime-cuda``, or ``tensorrt`` or ``tensorrt-rtx``, for which the
                 bundle needs engines.
             device: number of the GPU.
+            phrases: what is remembered of requests to draft from; None for the defaults. Nothing is written to disk
+                without a file.
 
         Raises:
             BundleError: no bundle, or a damaged or incompatible one.
@@ -113,12 +124,20 @@ class Bundle:
         precision = files.manifest.precision
         wanted = precision.exact if exact is None else exact
         options = EngineOptions(threads, spinning, _accuracy(files, wanted))
-        return cls(files, options, wanted, capacity, open_backend(files, backend, options, device, capacity))
+        return cls(files, options, wanted, capacity, open_backend(files, backend, options, device, capacity), phrases)
 
     def with_fresh_schedule(self) -> Bundle:
-        """The same bundle and loaded graphs with a schedule that has learned nothing yet (for measurements)."""
+        """The same bundle and loaded graphs with a schedule and phrases that have learned nothing yet (for
+        measurements)."""
         other = copy.copy(self)
+        other.phrases = self.phrases.fresh()
         other.schedule = other._new_schedule()
+        return other
+
+    def with_phrases(self, phrases: PhraseStore) -> Bundle:
+        """The same bundle and loaded graphs, whose calls draft from ``phrases`` and add to them."""
+        other = copy.copy(self)
+        other.phrases = phrases
         return other
 
     def with_observer(self, observer: Observer) -> Bundle:
@@ -169,7 +188,7 @@ class Bundle:
         return self._choice().modes()
 
     def _choice(self) -> DrafterChoice:
-        return DrafterChoice(self.files, self.schedule.costs, self.engine, self.graph_engine)
+        return DrafterChoice(self.files, self.schedule.costs, self.phrases, self.engine, self.graph_engine)
 
     # A str is a Sequence[str] too, hence the ignore: the first signature that fits is taken.
     @overload
@@ -501,6 +520,13 @@ class Bundle:
 
 def _made_for_kernels(files: BundleFiles) -> bool:
     return any(graph.kernels for graph in files.manifest.graphs)
+
+
+def _phrase_store(files: BundleFiles, options: PhraseOptions | None) -> PhraseStore:
+    """Of the bundle, with its corpus if it has one."""
+    tokenizer = files.manifest.files.get(f"{TOKENIZER_DIR}/tokenizer.json")
+    digest = "" if tokenizer is None else tokenizer.sha256
+    return PhraseStore(files.manifest.model.vocab_size, bundle_corpus(files), options, digest)
 
 
 def _accuracy(files: BundleFiles, exact: bool) -> int:

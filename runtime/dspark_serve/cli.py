@@ -44,6 +44,11 @@ def serve(
             help="Reuse the context of texts with the same beginning; see security.md.",
         ),
     ] = True,
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", help="Begin with the phrases of earlier requests in this file, and save them there."),
+    ] = None,
+    history: Annotated[bool, typer.Option("--history/--no-history", help="Draft from earlier requests.")] = True,
     memory: Annotated[
         float | None, typer.Option(help="Let the caches take this many GiB (default: what is left).")
     ] = None,
@@ -79,7 +84,8 @@ def serve(
     """Serve BUNDLE over HTTP with OpenAI's API: chat and completions, streamed or whole. Stop it with Ctrl-C."""
     try:
         # fastapi, numpy, pydantic: only when a server starts
-        from dspark_runtime import ServiceOptions
+        from dspark_runtime import PhraseOptions, ServiceOptions
+        from dspark_runtime.phrases.store import DEFAULT_HISTORY
         from dspark_serve.server import ServerOptions  # fmt: skip
         from dspark_serve.server import serve as run
     except ModuleNotFoundError as error:
@@ -94,6 +100,7 @@ def serve(
         rate_limit=rate_limit,
         drain=drain,
         traces=traces,
+        phrases=PhraseOptions(DEFAULT_HISTORY if history else 0, file=store),
         service=ServiceOptions(
             rows=rows,
             capacity=max_length,

@@ -17,7 +17,7 @@ from types import FrameType
 
 import uvicorn
 
-from dspark_runtime import Bundle, ServiceOptions
+from dspark_runtime import Bundle, PhraseOptions, ServiceOptions
 from dspark_runtime.errors import BackendError, ServiceUnhealthy, UsageError
 from dspark_runtime.serving.memory import cache_bytes
 from dspark_serve.access import LOCAL_HOSTS, AccessRules, ApiKeys, RateLimits
@@ -47,6 +47,7 @@ class ServerOptions:
         drain: seconds that running requests have to end when the server stops.
         traces: make OpenTelemetry spans.
         service: sizes and rules of the service.
+        phrases: what is remembered of requests to draft from; its file is written when the server stops.
     """
 
     host: str = "127.0.0.1"
@@ -58,6 +59,7 @@ class ServerOptions:
     drain: float = 30.0
     traces: bool = False
     service: ServiceOptions = field(default_factory=ServiceOptions)
+    phrases: PhraseOptions = field(default_factory=PhraseOptions)
 
 
 def serve(
@@ -83,7 +85,15 @@ def serve(
     rules = AccessRules(keys, RateLimits(options.rate_limit), hosts)
     with _bound(options.host, options.port) as listener:
         capacity = options.service.capacity
-        bundle = Bundle.open(path, threads=threads, exact=exact, backend=backend, device=device, capacity=capacity)
+        bundle = Bundle.open(
+            path,
+            threads=threads,
+            exact=exact,
+            backend=backend,
+            device=device,
+            capacity=capacity,
+            phrases=options.phrases,
+        )
         name = options.name or Path(path).resolve().name.removesuffix(".dspark")
         served = Served.start(bundle, options.service, name, Traced() if options.traces else None)
         try:
@@ -103,6 +113,8 @@ def serve(
             _Server(config, served, options.drain, lambda: say(f"{served.name} is ready at {url}/v1")).run([listener])
         finally:
             served.service.close()
+            if options.phrases.file is not None:
+                bundle.phrases.save()
         if served.service.health == "unhealthy":
             raise ServiceUnhealthy("the engine failed twice in a row; the log has the causes")
 

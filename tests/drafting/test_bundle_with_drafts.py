@@ -36,11 +36,11 @@ def generate(bundle: Bundle, prompt: Any, mode: str, **options: Any) -> Any:
 
 
 def test_the_bundle_knows_its_drafters(pairs: Pairs) -> None:
-    assert [d.name for d in pairs.bundle.manifest.drafters] == ["ngram", *KINDS]
-    assert pairs.bundle.manifest.drafters[1].block is not None
+    assert [d.name for d in pairs.bundle.manifest.drafters] == ["ngram", "store", *KINDS]
+    assert pairs.bundle.manifest.drafters[2].block is not None
     target = pairs.bundle.files.graph("target")
     assert target.taps == (1, 2, 3, 4, 5)
-    assert set(pairs.bundle.speculation_modes()) >= {*KINDS, "ngram+dspark"}
+    assert set(pairs.bundle.speculation_modes()) >= {*KINDS, "store", "store+dspark"}
     with pytest.raises(UsageError, match="dspark"):
         pairs.bundle.generate(SHORT, speculate="dpsark")
 
@@ -121,7 +121,7 @@ def test_traced_rounds_are_those_of_the_reference(pairs: Pairs, tmp_path: Path) 
     assert json.loads(result.stdout)["draft_tokens"] == [4]
     found = np.load(out)
     model = AutoModelForCausalLM.from_pretrained(pairs.target, dtype=torch.float32).eval()
-    config = pairs.bundle.manifest.drafters[1].block
+    config = pairs.bundle.manifest.drafters[2].block
     assert config is not None
     shape = Shape(2, 4, 2, 16, config.block, 0, config.mask_token_id, markov="vanilla", confidence_with_markov=True)
     text = [*LONG, int(found["first_token"])]

@@ -135,7 +135,7 @@ def test_streaming_and_cancelling(bundle: Bundle) -> None:
         tokens.setdefault(chunk.index, []).extend(chunk.tokens)
     assert [tokens[i] for i in range(4)] == [g.tokens for g in expected]
     assert stream.generations == expected
-    cancelled = bundle.generate(PROMPTS, max_new_tokens=30, stream=True)
+    cancelled = bundle.generate(PROMPTS, max_new_tokens=30, speculate="off", stream=True)
     for count, _ in enumerate(cancelled):
         if count == 9:
             cancelled.cancel()

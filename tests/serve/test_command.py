@@ -21,7 +21,7 @@ import pytest
 from openai import OpenAI
 
 from dspark_export.cli import main as command_line
-from dspark_runtime import ServiceOptions
+from dspark_runtime import Bundle, PhraseOptions, ServiceOptions
 from dspark_runtime.errors import CapacityError, UsageError
 from dspark_serve import cli
 from dspark_serve.server import ServerOptions, serve
@@ -53,8 +53,9 @@ def process(bundle: Path, *arguments: str, command: str = "dspark-serve") -> Ite
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_start_answer_and_stop(bundle: Path, command: str) -> None:
-    with process(bundle, command=command) as (started, url, said):
+def test_start_answer_and_stop(bundle: Path, command: str, tmp_path: Path) -> None:
+    store = tmp_path / "phrases.store"
+    with process(bundle, "--store", str(store), command=command) as (started, url, said):
         assert re.search(r"2 rows of 512 tokens: the caches take up to \d+ MiB \([\d.]+ MiB a row\)", said[0])
         name = "bundle"
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -66,6 +67,7 @@ def test_start_answer_and_stop(bundle: Path, command: str) -> None:
         started.send_signal(signal.SIGTERM)
         _, errors = started.communicate(timeout=60)
         assert started.returncode == 0
+        assert Bundle.open(bundle, phrases=PhraseOptions(file=store)).phrases.contexts() > 0
         lines = [json.loads(line) for line in errors.splitlines()]  # nothing else is written there
         assert [line["path"] for line in lines if "path" in line] == ["/v1/models", "/v1/chat/completions"]
 

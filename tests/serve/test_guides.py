@@ -203,6 +203,6 @@ def test_a_stream_may_tell_who_drafted(client: OpenAI) -> None:
             drafters += more.get("drafters", [])
             texts += "".join(more.get("token_texts", []))
     assert len(drafters) == 60 and content.startswith(texts)
-    assert {name for names in drafters for name in names} <= {"ngram", "self-draft"}
+    assert {name for names in drafters for name in names} <= {"ngram", "store", "self-draft"}
     assert usage is not None and usage.completion_tokens_details is not None
     assert sum(map(bool, drafters)) == usage.completion_tokens_details.accepted_prediction_tokens

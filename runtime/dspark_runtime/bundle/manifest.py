@@ -118,22 +118,34 @@ class EagleFacts(Record):
     vocab_map: RelativePath | None = None
 
 
+class PhraseFacts(Record):
+    """Phrases of a store drafter: their ``file``, and what they were counted from: ``texts`` that the target wrote, of
+    ``tokens`` together, to prompts of ``origin``."""
+
+    file: RelativePath
+    contexts: Count
+    texts: Count
+    tokens: Count
+    origin: str
+
+
 class DrafterEntry(Record):
     """One way of drafting. ``agreement`` is the share of positions whose top token equals the target's, in [0, 1].
 
     ``graph`` is the drafter's graph (of an ``eagle3`` drafter the one that ends in ``-extend``). ``block`` and
-    ``eagle3`` hold the fixed facts of those kinds, ``source`` where a trained draft came from, ``max_positions`` how
-    long a text it was made for.
+    ``eagle3`` hold the fixed facts of those kinds, ``phrases`` those of a store. ``source``: where a trained draft came
+    from; ``max_positions``: how long a text it was made for.
     """
 
     name: str
-    kind: Literal["ngram", "self_draft"] | TrainedKind
+    kind: Literal["ngram", "store", "self_draft"] | TrainedKind
     graph: GraphName | None = None
     settings: dict[str, JsonValue] = Field(default_factory=dict)
     agreement: Annotated[float, Field(ge=0, le=1)] | None = None
     max_positions: Positive | None = None
     block: BlockFacts | None = None
     eagle3: EagleFacts | None = None
+    phrases: PhraseFacts | None = None
     source: Source | None = None
 
     @property
@@ -250,6 +262,8 @@ class Manifest(Record):
         for drafter in self.drafters:
             if drafter.vocab_map is not None and drafter.vocab_map not in self.files:
                 missing.append(f"{drafter.vocab_map} of drafter {drafter.name}")
+            if drafter.phrases is not None and drafter.phrases.file not in self.files:
+                missing.append(f"{drafter.phrases.file} of drafter {drafter.name}")
         for graph in self.graphs:
             paths = (graph.file, *graph.data_files)
             missing += [f"{path} of graph {graph.name}" for path in paths if path not in self.files]

@@ -54,6 +54,7 @@ from dspark_runtime.drafters.grammar import GrammarDrafter
 from dspark_runtime.drafters.proposal import Proposal
 from dspark_runtime.errors import BackendError, CapacityError
 from dspark_runtime.speculation.kv_cache import KvCache, round_up
+from dspark_runtime.speculation.top import top_tokens
 from dspark_runtime.speculation.tree import TokenTree
 from dspark_runtime.speculation.verify import Verdict, verify_chain, verify_tree
 
@@ -126,6 +127,7 @@ class DecodingLoop:
         self._tokenizer = tokenizer
         self._numbers = itertools.count()
         self._readers = [TapReader.of(engine, drafter) for drafter in self.drafters if drafter.taps]
+        self._wants_top = any(drafter.wants_top for drafter in self.drafters)
         self._flight: Flight | None = None
         self._unsettled: list[Accepted] = []
         self._failure: tuple[Exception, list[SequenceState], bool] | None = None
@@ -269,7 +271,7 @@ class DecodingLoop:
             buffers = fill_trees(self.runner, self.cache, trees, self.options.min_rows)
             verified_there = self.runner.verifies and all(map(_needs_no_logits, running, proposals))
             check = tree_check(trees, running) if verified_there else None
-            flight = Flight(running, proposals, trees, buffers, began, drafted, filled=_clock())
+            flight = Flight(running, proposals, trees, buffers, began, drafted, _clock(), check is not None)
             self.runner.start(check)
         flight.started = _clock()
         self._flight = flight
@@ -348,6 +350,7 @@ class DecodingLoop:
         kept = sequence.append([sequence.choice.draw(logits[0], len(sequence.request.prompt))])
         sequence.report(Verdict([0], kept), logits, 1)
         chunk = sequence.chunk(kept)
+        self._show_top(sequence, logits, [0])
         for drafter in self.drafters:
             drafter.commit(sequence.index, chunk.tokens)
         return chunk
@@ -358,6 +361,14 @@ class DecodingLoop:
             if not reader.drafter.resident:
                 assert taps is not None  # they are wanted
                 reader.drafter.observe(sequence.index, sequence.row, taps[batch_row][rows][:, reader.columns])
+
+    def _show_top(self, sequence: SequenceState, logits: FloatArray, rows: Sequence[int]) -> None:
+        """Tell drafters that want to know what was likely in ``rows`` of ``logits`` [rows, vocab]."""
+        if self._wants_top:
+            top = [top_tokens(logits[row]) for row in rows]
+            for drafter in self.drafters:
+                if drafter.wants_top:
+                    drafter.observe_top(sequence.index, top)
 
     def _collect(self, sequence: SequenceState, batch_row: int, rows: Sequence[int]) -> None:
         """The same for drafters that take them from the device; the pass may still be on its way."""
@@ -383,10 +394,14 @@ class DecodingLoop:
                     min(most, s.remaining - 1) if s.request.speculate else 0,
                     sampler=s.sampler,
                     forced=s.choice.forced if s.choice.guided else None,
+                    scope=s.request.scope,
                 )
                 for s in running
             ]
             drafter.select(batch)
+            floor = 0.0 if drafter.steady else self.schedule.floor(drafter, batch)
+            for request in requests:
+                request.floor = floor
             if drafter.pass_ms:
                 self._weigh(drafter, requests, proposals)
                 if not any(request.limit for request in requests):
@@ -450,8 +465,9 @@ class DecodingLoop:
         tokens = sequence.append(verdict.tokens)
         if sequence.reads_logits:
             sequence.report(verdict, buffers.logits[row], len(tokens))
-        for part in proposal.parts:  # what is verified next depends on it
-            self.schedule.acceptance.learn(part.drafter, part.draft, tokens, sequence.index)
+        if not flight.verified_there:
+            self._show_top(sequence, buffers.logits[row], verdict.path[: len(tokens)])
+        self.schedule.learn(proposal, tokens)  # what is verified next depends on it
         for drafter in self.drafters:
             drafter.commit(sequence.index, tokens)
         accepted = Accepted(sequence, row, proposal, tree, verdict, tokens)

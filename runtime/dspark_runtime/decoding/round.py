@@ -19,7 +19,8 @@ class Flight:
 
     Proposing began at ``began`` and ended at ``drafted``; the buffers were filled at ``filled``, the pass was started
     by ``started``; the host began to wait at ``waited`` and had the results at ``verified``; they were committed at
-    ``committed``. ``away`` is how long the caller has kept the loop waiting since.
+    ``committed``. ``verified_there``: on the device, so that there are no logits. ``away`` is how long the caller has
+    kept the loop waiting since.
     """
 
     sequences: Sequence[SequenceState]
@@ -29,6 +30,7 @@ class Flight:
     began: float
     drafted: float
     filled: float
+    verified_there: bool = False
     started: float = 0.0
     waited: float = 0.0
     verified: float = 0.0

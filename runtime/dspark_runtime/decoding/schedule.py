@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 from dspark_runtime.backends.protocol import MOST_ROWS
 from dspark_runtime.drafters.base import Draft, Drafter
+from dspark_runtime.drafters.estimates import bucket
 from dspark_runtime.drafters.proposal import Proposal
 from dspark_runtime.speculation.costs import PassCosts
 from dspark_runtime.speculation.tree import TokenTree
@@ -33,6 +35,8 @@ HOST_MS = 0.1  # host time of a round before any was seen
 
 PLAIN_EVERY = 64  # at least one round in this many is plain
 PROBE_SHARE = 0.005  # share of decode time for drafts of a drafter that does not pay, to see whether it would by now
+_MOST_RATE = 0.995
+_SILENT, _OTHER = -2, -1  # what a drafter says of a token that another one proposes
 _ANY: Hashable = "any"  # class of a place: whether one of the tokens proposed for it was right
 
 
@@ -41,10 +45,12 @@ class Acceptance:
 
     _PRIOR_WEIGHT = 6.0
     _SHARED_WEIGHT = 8.0
+    _JOINT_WEIGHT = 8.0
 
     def __init__(self) -> None:
         self._shared: dict[tuple[str, Hashable], list[float]] = {}
         self._own: dict[int, dict[tuple[str, Hashable], list[float]]] = {}
+        self._together: dict[Hashable, list[float]] = {}
 
     def rate(self, drafter: Drafter, kind: Hashable, request: int) -> float:
         """Probability that a row of this class is accepted, given that its parent is."""
@@ -84,6 +90,27 @@ class Acceptance:
                 return
             row = following
 
+    def together(self, kind: Hashable, best: float) -> float:
+        """Probability that a token is accepted which several drafters know of: ``kind`` is what they say of it, and
+        ``best`` what the surest of them does."""
+        seen = self._together.get(kind)
+        return best if seen is None else (seen[0] + self._JOINT_WEIGHT * best) / (seen[1] + self._JOINT_WEIGHT)
+
+    def learn_together(self, tree: TokenTree, kinds: Sequence[Hashable], emitted: Sequence[int]) -> None:
+        """Compare a merged proposal with the tokens that really came; ``kinds`` of its rows, as in :meth:`together`."""
+        row = 0
+        for token in emitted:
+            following = -1
+            for candidate in range(row + 1, len(tree.tokens)):
+                if tree.parents[candidate] == row:
+                    hit = tree.tokens[candidate] == token
+                    _add(self._together, kinds[candidate], hit, 400.0)
+                    if hit:
+                        following = candidate
+            if following < 0:
+                return
+            row = following
+
     def forget(self, request: int) -> None:
         """Drop what was learned for a finished request only."""
         self._own.pop(request, None)
@@ -91,12 +118,17 @@ class Acceptance:
     def _count(self, name: str, kind: Hashable, request: int, hit: bool) -> None:
         own = self._own.setdefault(request, {})
         for table, most in ((self._shared, 400.0), (own, 40.0)):
-            counts = table.setdefault((name, kind), [0.0, 0.0])
-            if counts[1] >= most:
-                counts[0] *= 0.5
-                counts[1] *= 0.5
-            counts[0] += hit
-            counts[1] += 1.0
+            _add(table, (name, kind), hit, most)
+
+
+def _add(table: dict[Any, list[float]], key: Hashable, hit: bool, most: float) -> None:
+    """Count a case; of ``most`` cases the older ones count half."""
+    counts = table.setdefault(key, [0.0, 0.0])
+    if counts[1] >= most:
+        counts[0] *= 0.5
+        counts[1] *= 0.5
+    counts[0] += hit
+    counts[1] += 1.0
 
 
 def kind_of(draft: Draft, row: int) -> Hashable:
@@ -187,9 +219,15 @@ class Schedule:
         """Rows by falling probability of being accepted, and these probabilities; parents always come first."""
         tree = proposal.tree
         reach = [1.0] * len(tree)
+        several = len(proposal.parts) > 1
+        if several and not proposal.kinds:
+            proposal.kinds = self._kinds(proposal)
         for row in range(1, len(tree)):
             rates = (self._rate(proposal, drafter, draft, own) for drafter, draft, own in proposal.sources(row))
-            reach[row] = reach[tree.parents[row]] * max(rates)
+            chance = max(rates)
+            if several:
+                chance = min(self.acceptance.together(proposal.kinds[row], chance), _MOST_RATE)
+            reach[row] = reach[tree.parents[row]] * chance
         order = list(range(1, len(tree)))
         if self.chains and not tree.is_chain:
             order = _best_chain(tree, reach)
@@ -197,8 +235,31 @@ class Schedule:
             order.sort(key=lambda row: (-reach[row], row))
         return order, [reach[row] for row in order]
 
+    def _kinds(self, proposal: Proposal) -> list[Hashable]:
+        """What the drafters say of each row of a merged tree: how sure each is, that it knows another token for the
+        place, or nothing of it."""
+        tree = proposal.tree
+        said: list[list[int]] = [[_SILENT] * len(proposal.parts) for _ in range(len(tree))]
+        for number, part in enumerate(proposal.parts):
+            own, name = part.draft.tree, part.drafter
+            asked = {part.places[parent] for parent in own.parents[1:]}
+            for row in range(1, len(tree)):
+                if tree.parents[row] in asked:
+                    said[row][number] = _OTHER
+            for row in range(1, len(own)):
+                said[part.places[row]][number] = bucket(self._rate(proposal, name, part.draft, row))
+        names = tuple(part.drafter.name for part in proposal.parts)
+        return [(names, *row) for row in said]
+
+    def learn(self, proposal: Proposal, emitted: Sequence[int]) -> None:
+        """Compare what was proposed for a request, verified or not, with the tokens that came."""
+        for part in proposal.parts:
+            self.acceptance.learn(part.drafter, part.draft, emitted, proposal.request)
+        if proposal.kinds:
+            self.acceptance.learn_together(proposal.tree, proposal.kinds, emitted)
+
     def _rate(self, proposal: Proposal, drafter: Drafter, draft: Draft, row: int) -> float:
-        return min(self.acceptance.rate(drafter, kind_of(draft, row), proposal.request), 0.995)
+        return min(self.acceptance.rate(drafter, kind_of(draft, row), proposal.request), _MOST_RATE)
 
     def worth_drafting(
         self,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dspark_runtime.speculation.kv_cache import KvCache
 
 Rate = Callable[[Hashable], float]
+TopTokens = tuple[Sequence[int], Sequence[float]]
+"""The likeliest tokens of one row of the target, and their probabilities, about 1 together."""
 Part = TypeVar("Part")
 
 
@@ -38,7 +40,8 @@ class DraftRequest:
     ``limit``: most draft tokens that can be used. ``floor``: a token whose chance to be reached and accepted is below
     this does not pay for drafting it. ``rate``: estimated acceptance of a class, given that its parent is accepted.
     ``sampler``: how the request draws its tokens; None for greedy ones. ``forced``: gives the tokens that its guide
-    leaves no choice about; None where it has no guide.
+    leaves no choice about; None where it has no guide. ``scope``: whose texts may help to draft for it, see
+    :class:`dspark_runtime.decoding.request.Request`.
     """
 
     request: int
@@ -49,6 +52,7 @@ class DraftRequest:
     rate: Rate = _unknown
     sampler: Sampler | None = None
     forced: Callable[[], list[int]] | None = None
+    scope: str = ""
 
     @property
     def temperature(self) -> float:
@@ -107,6 +111,8 @@ class Drafter(ABC):
     steady: bool = False
     #: Features come through :meth:`collect`, from the device that computed them; known after :meth:`attach`.
     resident: bool = False
+    #: Wants the likeliest tokens of every row that became context, through :meth:`observe_top`.
+    wants_top: bool = False
 
     def draft_ms(self, tokens: int) -> float:
         """Milliseconds it takes to draft this many tokens: one pass each, unless a drafter makes them in one pass."""
@@ -161,6 +167,13 @@ class Drafter(ABC):
 
     def move(self, source: int, target: int) -> None:
         """The sequence in cache row ``source`` goes to row ``target``, whose sequence has ended."""
+        return None
+
+    def observe_top(self, request: int, rows: Sequence[TopTokens]) -> None:
+        """What the target held likely where each of the tokens stands that :meth:`commit` gives next.
+
+        It is left out where logits do not come to the host.
+        """
         return None
 
     def commit(self, request: int, tokens: Sequence[int]) -> None:

@@ -16,14 +16,16 @@ from dspark_runtime.drafters.eagle3 import Eagle3Drafter
 from dspark_runtime.drafters.ngram import NgramDrafter
 from dspark_runtime.drafters.parts import DrafterParts, DraftOptions
 from dspark_runtime.drafters.self_draft import SelfDrafter
+from dspark_runtime.drafters.store import StoreDrafter
 from dspark_runtime.errors import IncompatibleBundle, UsageError
+from dspark_runtime.phrases.store import PhraseStore
 
 if TYPE_CHECKING:
     from dspark_runtime.backends.protocol import Engine
     from dspark_runtime.speculation.costs import PassCosts
 
-AUTO, OFF, NGRAM, SELF_DRAFT = "auto", "off", "ngram", "self-draft"
-SPECULATION_MODES = (AUTO, OFF, NGRAM, SELF_DRAFT, f"{NGRAM}+{SELF_DRAFT}")
+AUTO, OFF, NGRAM, STORE, SELF_DRAFT = "auto", "off", "ngram", "store", "self-draft"
+SPECULATION_MODES = (AUTO, OFF, NGRAM, STORE, SELF_DRAFT, f"{STORE}+{SELF_DRAFT}")
 """Modes every bundle knows; trained drafters add their names, alone or joined with ``+``."""
 
 _TRAINED: dict[str, Callable[[DrafterEntry, DrafterParts], Drafter]] = {
@@ -43,14 +45,15 @@ class DrafterChoice:
 
     files: BundleFiles
     costs: PassCosts
+    phrases: PhraseStore
     engine: Callable[[str, bool], Engine]
     graph_engine: Callable[[str, bool], GraphEngine]
 
     def modes(self) -> list[str]:
         """Every mode this bundle has graphs for, plain decoding first."""
         trained = [entry.name for entry in self._entries() if entry.trained]
-        own = [SELF_DRAFT, f"{NGRAM}+{SELF_DRAFT}"] if self.files.has_graph("self_draft") else []
-        return [OFF, AUTO, NGRAM, *own, *trained, *(f"{NGRAM}+{name}" for name in trained)]
+        own = [SELF_DRAFT, f"{STORE}+{SELF_DRAFT}"] if self.files.has_graph("self_draft") else []
+        return [OFF, AUTO, NGRAM, STORE, *own, *trained, *(f"{STORE}+{name}" for name in trained)]
 
     def make(self, speculate: object, batched: bool, options: DraftOptions) -> list[Drafter]:
         """The drafters of a call. ``speculate`` False is ``off``, True and None are ``auto``.
@@ -75,7 +78,7 @@ class DrafterChoice:
         return self.files.manifest.drafters
 
     def _parsed(self, speculate: object) -> list[str]:
-        known = {NGRAM, SELF_DRAFT, *(entry.name for entry in self._entries())}
+        known = {NGRAM, STORE, SELF_DRAFT, *(entry.name for entry in self._entries())}
         names = speculate.split("+") if isinstance(speculate, str) else []
         if not names or len(set(names)) < len(names) or not set(names) <= known:
             raise UsageError(
@@ -85,15 +88,17 @@ class DrafterChoice:
         return names
 
     def _auto(self) -> list[str]:
-        """n-gram, with the first trained drafter, or else with the self-draft if that may pay."""
+        """n-gram and the store, with the first trained drafter, or else with the self-draft if that may pay."""
         trained = next((entry.name for entry in self._entries() if entry.trained), None)
         if trained is not None:
-            return [NGRAM, trained]
-        return [NGRAM, SELF_DRAFT] if self._self_draft_may_pay() else [NGRAM]
+            return [NGRAM, STORE, trained]
+        return [NGRAM, STORE, SELF_DRAFT] if self._self_draft_may_pay() else [NGRAM, STORE]
 
     def _one(self, name: str, batched: bool, options: DraftOptions) -> Drafter:
         if name == NGRAM:
             return NgramDrafter()
+        if name == STORE:
+            return StoreDrafter(self.phrases)
         if name == SELF_DRAFT:
             return self._self_drafter(batched)
         entry = next(entry for entry in self._entries() if entry.name == name)

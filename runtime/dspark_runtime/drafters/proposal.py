@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dspark_runtime.drafters.base import Draft, Drafter
@@ -20,11 +20,15 @@ class Part:
 
 @dataclass(slots=True)
 class Proposal:
-    """What all drafters together propose for one sequence."""
+    """What all drafters together propose for one sequence.
+
+    ``kinds``: what they say of each row of the merged tree, once the schedule has looked, where they are several.
+    """
 
     request: int
     tree: TokenTree
     parts: list[Part] = field(default_factory=list)
+    kinds: list[Hashable] = field(default_factory=list)
     _owners: list[list[tuple[Drafter, Draft, int]]] | None = None
 
     @classmethod
@@ -44,6 +48,7 @@ class Proposal:
             self.tree = merged
             self.parts.append(Part(drafter, draft, theirs))
         self._owners = None
+        self.kinds = []
 
     def sources(self, row: int) -> Iterator[tuple[Drafter, Draft, int]]:
         """Every (drafter, draft, row of that draft) that proposed ``row`` of the merged tree."""

@@ -6,9 +6,12 @@ import random
 from collections.abc import Hashable, Sequence
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dspark_runtime.decoding.schedule import HOST_MS, Acceptance, Schedule
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
+from dspark_runtime.drafters.estimates import bucket
 from dspark_runtime.drafters.proposal import Proposal
 from dspark_runtime.speculation.costs import PassCosts, measure_pass_ms
 from dspark_runtime.speculation.tree import TokenTree
@@ -323,3 +326,49 @@ def test_exact_quantized_passes_hold_chains_only() -> None:
     schedule.acceptance.rate = lambda drafter, kind, request: {"low": 0.2, "high": 0.9}[kind]  # type: ignore[method-assign]
     (chosen,) = schedule.choose([proposal], 1)
     assert chosen == TokenTree.chain(1, [3, 5, 6])
+
+
+def test_drafters_that_agree_are_believed_together() -> None:
+    """Each of two drafters is right half of the time, and a token that both propose nine times in ten."""
+    schedule, random_ = Schedule(PassCosts(FLAT)), random.Random(3)
+    one, two = Guess(0.5, name="one"), Guess(0.5, name="two")
+
+    def proposed(first: int, second: int) -> Proposal:
+        proposal = Proposal.empty(0, 9)
+        proposal.add(one, Draft(TokenTree.chain(9, [first]), ["a"]))
+        proposal.add(two, Draft(TokenTree.chain(9, [second]), ["b"]))
+        return proposal
+
+    for _ in range(800):
+        agree = random_.random() < 0.5
+        came = 1 if random_.random() < (0.9 if agree else 0.2) else 7
+        proposal = proposed(1, 1 if agree else 2)
+        schedule.choose([proposal], 1)
+        schedule.learn(proposal, [came])
+    both, apart = (schedule._ranked(proposed(1, second))[1] for second in (1, 2))
+    assert both[0] == pytest.approx(0.9, abs=0.06)
+    assert max(apart) < 0.35
+    assert schedule.acceptance.rate(one, "a", 0) == pytest.approx(0.55, abs=0.12)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), min_size=1, max_size=4))
+def test_what_is_said_of_merged_rows(chains: list[list[int]]) -> None:
+    """For every row: what each drafter that proposes it estimates, and of the others whether they propose another."""
+    schedule, proposal = Schedule(PassCosts(FLAT)), Proposal.empty(0, 9)
+    drafters = [Guess(0.5, prior=0.15 + 0.1 * i, name=f"guess {i}") for i in range(len(chains))]
+    for drafter, chain in zip(drafters, chains, strict=True):
+        proposal.add(drafter, Draft(TokenTree.chain(9, chain), ["x"] * len(chain)))
+    kinds = schedule._kinds(proposal)
+    for row in range(1, len(proposal.tree)):
+        path = [proposal.tree.tokens[place] for place in proposal.tree.path(row)][1:]
+        said = kinds[row]
+        assert isinstance(said, tuple)
+        assert said[0] == tuple(drafter.name for drafter in drafters)
+        for chain, drafter, known in zip(chains, drafters, said[1:], strict=True):
+            if chain[: len(path)] == path:
+                assert known == bucket(drafter.prior("x"))
+            elif chain[: len(path) - 1] == path[:-1] and len(chain) >= len(path):
+                assert known == -1
+            else:
+                assert known == -2
