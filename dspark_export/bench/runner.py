@@ -149,6 +149,8 @@ def run(
     runs = {mode: bundle.with_fresh_schedule() for mode in modes}
     measured = {mode: [Measured() for _ in prompts] for mode in modes}
     for repeat in range(repeats):
+        for run_ in runs.values():  # or a text would be drafted from itself
+            run_.phrases.forget()
         for index, prompt in enumerate(ids):
             for mode in _rotated(modes, repeat + index):
                 generation = runs[mode].generate(prompt, max_new_tokens=max_new_tokens, speculate=mode)

@@ -123,13 +123,13 @@ def _spec(value: ir.Value) -> TensorSpec:
 
 
 def drafters(layers: Sequence[int] | None, agreement: float | None) -> tuple[DrafterEntry, ...]:
-    """The drafters a bundle offers: n-gram always, self-draft if there is a graph for it."""
-    ngram = DrafterEntry(name="ngram", kind="ngram")
+    """The drafters a bundle offers: n-gram and the store always, self-draft if there is a graph for it."""
+    free = DrafterEntry(name="ngram", kind="ngram"), DrafterEntry(name="store", kind="store")
     if layers is None:
-        return (ngram,)
+        return free
     settings = {"layers": list(layers)}
     return (
-        ngram,
+        *free,
         DrafterEntry.model_validate(
             {
                 "name": "self-draft",

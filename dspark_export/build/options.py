@@ -39,6 +39,8 @@ class BuildOptions:
     ``quantize_embedding`` None: unless the graph computes in half precision. ``activations``: what int8 and int4 graphs
     compute in, None for fp32, or fp16 where engines are compiled. ``kernels``: a form for the sequence kernels, whose
     packed weights all forms read then; None: where no engines are compiled and this installation has the kernels.
+    ``phrases``: prompts of its own that the target answers for the corpus of the ``store`` drafter; None: as many as
+    it does in two minutes.
 
     Raises UsageError for combinations that make no sense.
     """
@@ -64,6 +66,7 @@ class BuildOptions:
     plugins: PluginsOption = "auto"
     activations: Activations | None = None
     kernels: bool | None = None
+    phrases: int | None = 0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -97,6 +100,8 @@ class BuildOptions:
             )
         if self.backend is None and self.plugins != "auto":
             raise UsageError(f"--plugins {self.plugins} is about engines; add --backend tensorrt or tensorrt-rtx")
+        if self.phrases is not None and self.phrases < 0:
+            raise UsageError(f"--phrases {self.phrases} is negative; give 0 for none, or leave it out")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads} is not positive; leave it out for one per core")
 

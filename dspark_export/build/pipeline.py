@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import JsonValue
 
 from dspark_export.build.options import AUTO, LAYERS, NONE, BuildOptions
+from dspark_export.build.phrases import CORPUS_FILE, OWN, corpus_of, own_texts, with_corpus
 from dspark_export.bundle.writer import BundleWriter
 from dspark_export.checkpoints import resolve
 from dspark_export.drafts.export import export_drafts, open_drafts, taps_of, write_vocab_maps
@@ -26,11 +27,13 @@ from dspark_export.engines.plugins import find_plugins
 from dspark_export.graphs.layer_choice import parse_layers
 from dspark_export.passes import all_forms, optimize
 from dspark_export.passes.precision import PrecisionSettings, apply_precision
+from dspark_runtime import Bundle
 from dspark_runtime.bundle.contract import VERIFY
 from dspark_runtime.bundle.engine_names import Flavour
 from dspark_runtime.bundle.files import GRAPH_DIR, TOKENIZER_DIR, BundleFiles
 from dspark_runtime.bundle.manifest import GraphEntry, Manifest, ModelFacts
 from dspark_runtime.errors import BundleError
+from dspark_runtime.phrases.store import write_corpus
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -40,7 +43,9 @@ if TYPE_CHECKING:
     from dspark_export.checkpoints import Checkpoint
     from dspark_export.passes.kept_weights import KeptWeights
 
-Stage = Literal["check", "load", "self-draft", "trace", "optimize", "save", "tokenizer", "measure", "compile", "commit"]
+Stage = Literal[
+    "check", "load", "self-draft", "trace", "optimize", "save", "tokenizer", "measure", "phrases", "compile", "commit"
+]
 DATA_FILE = "weights.data"
 
 
@@ -120,6 +125,9 @@ def build(options: BuildOptions, on_stage: Callable[[Stage], None] = lambda stag
         gc.collect()  # models are full of cycles; measuring needs the memory for a second copy
         stages.enter("measure")
         manifest = _measure(writer, manifest, options)
+        if options.phrases != 0 and checkpoint.tokenizer is not None:
+            stages.enter("phrases")
+            manifest = _phrases(writer, manifest, options)
         if options.backend is not None:
             stages.enter("compile")
             manifest = _compile(writer, manifest, options.backend, options.plugins)
@@ -281,6 +289,18 @@ def _measure(writer: BundleWriter, manifest: Manifest, options: BuildOptions) ->
     found = measure(BundleFiles.open(writer.dir, verify=False), options.threads)
     precision = measured_precision(manifest.precision, found.row_noise, options)
     return manifest.model_copy(update={"costs": found.costs, "precision": precision})
+
+
+def _phrases(writer: BundleWriter, manifest: Manifest, options: BuildOptions) -> Manifest:
+    """The manifest with a corpus of phrases, which the target has written with the files as they will be shipped."""
+    writer.preview(manifest)
+    bundle = Bundle.open(writer.dir, threads=options.threads, verify_digests=False)
+    texts = own_texts(bundle, options.phrases)
+    if not texts:
+        return manifest
+    made = corpus_of(texts, manifest.model.vocab_size, OWN)
+    write_corpus(writer.dir / CORPUS_FILE, made.packed)
+    return with_corpus(manifest, made.facts)
 
 
 def _compile(writer: BundleWriter, manifest: Manifest, flavour: Flavour, plugins: PluginsOption) -> Manifest:

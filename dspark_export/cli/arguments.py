@@ -38,5 +38,10 @@ OwnEmbeddings = Annotated[
     bool,
     typer.Option("--allow-own-embeddings", help="Use a draft's own embeddings where they differ from the target's."),
 ]
+Store = Annotated[
+    Path | None,
+    typer.Option("--store", help="Begin with the phrases of earlier requests in this file, and save them there."),
+]
+History = Annotated[bool, typer.Option("--history/--no-history", help="Draft from earlier requests.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Progress = Annotated[ProgressForm, typer.Option(help="Show progress on stderr.")]

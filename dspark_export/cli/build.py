@@ -44,6 +44,7 @@ DESCRIPTIONS = {
     "save": "writing graphs and weights",
     "tokenizer": "writing the tokenizer",
     "measure": "measuring step costs",
+    "phrases": "letting the model write, for phrases",
     "compile": "compiling engines",
     "commit": "hashing and committing",
 }
@@ -108,6 +109,15 @@ def build(
         int | None, typer.Option(help="Correct this many candidates per slot by the Markov head (default: all).")
     ] = None,
     allow_own_embeddings: OwnEmbeddings = False,
+    phrases: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Let the model answer this many prompts of its own, to draft from its answers; 0 for none (default: "
+            "for two minutes; 0 with --backend).",
+            show_default=False,
+        ),
+    ] = None,
     backend: Annotated[
         Flavour | None, typer.Option(help="Compile engines too, with default ranges; see `compile`.")
     ] = None,
@@ -154,6 +164,7 @@ def build(
         plugins=plugins,
         activations=activations,
         kernels=kernels,
+        phrases=0 if phrases is None and backend is not None else phrases,
     )
     with terminable(), _shown(progress) as on_stage:
         _quiet_exporter()

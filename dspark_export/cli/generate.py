@@ -16,7 +16,9 @@ from dspark_export.cli.arguments import (
     ConfidenceThreshold,
     DraftSampling,
     Exact,
+    History,
     Seed,
+    Store,
     Temperature,
     Threads,
 )
@@ -77,13 +79,16 @@ def generate(
         typer.Option(help="Run on onnxruntime (the CPU), onnxruntime-cuda, tensorrt or tensorrt-rtx; see `compile`."),
     ] = "onnxruntime",
     device: Annotated[int, typer.Option(help="Use this GPU, with a --backend that runs on one.")] = 0,
+    store: Store = None,
+    history: History = True,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Run this many prompts of a file together.")] = 1,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics on stderr.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:
     """Generate text from BUNDLE. The text goes to stdout, everything else to stderr."""
     # numpy, pydantic: only when a bundle is opened
-    from dspark_runtime import Bundle
+    from dspark_runtime import Bundle, PhraseOptions
+    from dspark_runtime.phrases.store import DEFAULT_HISTORY
 
     source = _Source(prompt, file, prompt_ids)
     source.check(system, raw, as_json)
@@ -91,7 +96,8 @@ def generate(
     if template_var and (raw or prompt_ids is not None):
         raise UsageError("--template-var is for the chat template, which --raw and --prompt-ids leave out")
     variables = read_variables(template_var or [])
-    opened = Bundle.open(bundle, threads=threads, exact=exact, backend=backend, device=device)
+    phrases = PhraseOptions(DEFAULT_HISTORY if history else 0, file=store)
+    opened = Bundle.open(bundle, threads=threads, exact=exact, backend=backend, device=device, phrases=phrases)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "speculate": speculate,
@@ -105,21 +111,27 @@ def generate(
         "confidence_threshold": confidence_threshold,
         "draft_length": draft_length,
     }
-    if source.chatting:
-        Chat(opened, system, {**options, "template_variables": variables}, stats).run()
-        return
-    if given_ids is not None:
-        encoded = [given_ids]
-    else:
-        codec = opened.codec
-        encoded = [codec.encode(p) if raw else codec.encode_chat(_messages(system, p), **variables) for p in prompts]
-    if len(encoded) == 1 and not as_json:
-        _stream(opened, encoded[0], options, stats)
-        return
-    for start in range(0, len(encoded), batch_size):
-        part = encoded[start : start + batch_size]
-        for offset, generation in enumerate(opened.generate(part, batch_size=batch_size, **options)):
-            _print(generation, prompts[start + offset], stats, as_json)
+    try:
+        if source.chatting:
+            Chat(opened, system, {**options, "template_variables": variables}, stats).run()
+            return
+        if given_ids is not None:
+            encoded = [given_ids]
+        else:
+            codec = opened.codec
+            encoded = [
+                codec.encode(p) if raw else codec.encode_chat(_messages(system, p), **variables) for p in prompts
+            ]
+        if len(encoded) == 1 and not as_json:
+            _stream(opened, encoded[0], options, stats)
+            return
+        for start in range(0, len(encoded), batch_size):
+            part = encoded[start : start + batch_size]
+            for offset, generation in enumerate(opened.generate(part, batch_size=batch_size, **options)):
+                _print(generation, prompts[start + offset], stats, as_json)
+    finally:
+        if store is not None:
+            opened.phrases.save()
 
 
 @dataclass(frozen=True)

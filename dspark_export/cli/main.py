@@ -37,6 +37,7 @@ from dspark_export.cli.doctor import doctor
 from dspark_export.cli.draft_trace import draft_trace
 from dspark_export.cli.generate import generate
 from dspark_export.cli.inspect import inspect
+from dspark_export.cli.phrases import phrases
 from dspark_export.cli.train_drafter import train_drafter
 from dspark_export.cli.validate import validate
 from dspark_runtime.errors import DsparkError
@@ -110,7 +111,20 @@ def options(
     """Turn a Hugging Face language model into a bundle of ONNX graphs, and generate text from it speculatively."""
 
 
-for verb in (build, check, inspect, generate, serve, bench, draft_trace, deploy, doctor, train_drafter, validate):
+for verb in (
+    build,
+    check,
+    inspect,
+    generate,
+    serve,
+    bench,
+    phrases,
+    draft_trace,
+    deploy,
+    doctor,
+    train_drafter,
+    validate,
+):
     app.command()(verb)
 app.command("compile")(compile_)
 

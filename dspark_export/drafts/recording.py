@@ -116,7 +116,7 @@ def record(
         UsageError: the prompt does not fit.
     """
     recorder = Recorder(bundle, caches, logits)
-    choice = DrafterChoice(bundle.files, bundle.schedule.costs, bundle.engine, recorder.engine)
+    choice = DrafterChoice(bundle.files, bundle.schedule.costs, bundle.phrases, bundle.engine, recorder.engine)
     rows = 2 if bundle.exact else 1
     (request,) = make_requests([list(prompt)], bundle.limits, max_new_tokens=tokens, params=params, seed=seed)
     loop = DecodingLoop(

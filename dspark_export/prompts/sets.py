@@ -36,17 +36,37 @@ def load_sets(names: list[str], limit: int | None = None) -> list[PromptItem]:
     return items
 
 
-def read_prompts(path: Path) -> list[PromptItem]:
-    """All prompts of a file. Raises UsageError if it cannot be read, is not UTF-8, or has a line without a prompt."""
+def read_responses(path: Path) -> list[tuple[str, str]]:
+    """Prompts and responses of a file of JSON lines. Raises UsageError as :func:`read_prompts` does."""
+    pairs = []
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            prompt = _from_json(line, where)
+            response = json.loads(line).get("response")
+            if not isinstance(response, str) or not response:
+                raise UsageError(f"{where} has no text `response`")
+            pairs.append((prompt, response))
+    if not pairs:
+        raise UsageError(f"{path} holds no responses; write JSON lines with `prompt` and `response`")
+    return pairs
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        # splitlines() would cut at U+2028 too, which JSON may hold
+        return io.StringIO(path.read_text(encoding="utf-8")).readlines()
     except OSError as error:
         raise UsageError(f"cannot read the prompts {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def read_prompts(path: Path) -> list[PromptItem]:
+    """All prompts of a file. Raises UsageError if it cannot be read, is not UTF-8, or has a line without a prompt."""
     structured = path.suffix in (".jsonl", ".json")
     items = []
-    for number, line in enumerate(io.StringIO(text), 1):  # splitlines() would cut at U+2028 too, which JSON may hold
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             found = _from_json(line, f"{path}, line {number}") if structured else line.rstrip("\n")
             items.append(PromptItem(path.stem, found))

@@ -25,6 +25,7 @@ from dspark_export.validate.extent import EXTENTS
 from dspark_export.validate.llama_cpp import check_llama_cpp
 from dspark_export.validate.numerics import GraphCheck, check_quantization
 from dspark_export.validate.options import ValidateOptions
+from dspark_export.validate.phrases import check_store
 from dspark_export.validate.quantized import put_into
 from dspark_export.validate.rebuild import Rebuilt
 from dspark_export.validate.robustness import check_robustness
@@ -308,8 +309,13 @@ class _Validation:
         for mode in self.modes:
             if mode in self.texts.alone and acceptance.fixed_length(self.bundle, mode) is not None:
                 yield acceptance.check_floor(mode, self.texts, floors)
+        few, new = self.ids[:3], min(self.extent.new, 48)
+        yield from self._guarded("plumbing.store", "plumbing", partial(self._store, few, new))
         for entry in self.files.manifest.drafters:
             yield from self._trained(entry)
+
+    def _store(self, prompts: list[list[int]], tokens: int) -> Iterator[Check]:
+        yield check_store(self.bundle, prompts, tokens)
 
     def _trained(self, entry: DrafterEntry) -> Iterator[Check]:
         """What a trained drafter is fed, how often it is accepted, and when its confidences decide."""

@@ -47,7 +47,8 @@ def open_or_build(directory: Path, precision: str, threads: int | None) -> Bundl
         return Bundle.open(directory, threads=threads)
     except DsparkError:
         command = [sys.executable, "-m", "dspark_export.cli.main", "build", str(model_file()), "--out", str(directory)]
-        subprocess.run([*command, "--precision", precision, "--draft", str(DRAFTER), "--overwrite"], check=True)
+        options = ["--precision", precision, "--draft", str(DRAFTER), "--phrases", "96", "--overwrite"]
+        subprocess.run([*command, *options], check=True)
         return Bundle.open(directory, threads=threads)
 
 

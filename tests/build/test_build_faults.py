@@ -106,7 +106,17 @@ def wait_for_stage(running: subprocess.Popen[str], stage: str) -> None:
 def test_signals_to_the_command_line(workplace: Path, tmp_path: Path, number: int, code: int) -> None:
     """In the middle of tracing, where most of the time goes."""
     out = tmp_path / "bundle"
-    command = [sys.executable, "-m", "dspark_export.cli.main", "build", str(workplace / "model"), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "dspark_export.cli.main",
+        "build",
+        str(workplace / "model"),
+        "--phrases",
+        "0",
+        "--out",
+        str(out),
+    ]
     with subprocess.Popen([*command, "--progress", "json"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
         wait_for_stage(running, "trace")
         time.sleep(1.0)
@@ -117,7 +127,7 @@ def test_signals_to_the_command_line(workplace: Path, tmp_path: Path, number: in
 
 
 def test_two_builds_into_one_folder(workplace: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dspark_export.cli.main", "build", str(workplace / "model")]
+    command = [sys.executable, "-m", "dspark_export.cli.main", "build", str(workplace / "model"), "--phrases", "0"]
     command += ["--out", str(tmp_path / "bundle"), "--self-draft", "none", "--progress", "json"]
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     wait_for_stage(first, "check")

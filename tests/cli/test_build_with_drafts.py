@@ -30,7 +30,7 @@ def test_a_draft_of_few_tokens_and_candidates(pair: tuple[Path, Path], tmp_path:
     (tmp_path / "vocabulary.json").write_text(json.dumps(allowed))
     out = tmp_path / "b.dspark"
     options = ("--draft", draft, "--draft-vocab", tmp_path / "vocabulary.json", "--markov-topk", 8)
-    built = invoke("build", target, "--out", out, *options, "--self-draft", "none")
+    built = invoke("build", "--phrases", "0", target, "--out", out, *options, "--self-draft", "none")
     assert built.exit_code == 0, built.output
     assert "without tokenizer files" in built.stderr and "dspark" in built.stdout
     facts = Bundle.open(out).manifest.drafters[-1].block
@@ -56,7 +56,7 @@ def test_a_quantized_pair(pair: tuple[Path, Path], tmp_path: Path, invoke: Invok
     sizes = Sizes(rank=32)  # blocks of 32 weights share a scale
     draft = write_deepspec(tmp_path / "draft", markov=markov, sizes=sizes, tables=target_tables(pair[0])).folder
     out = tmp_path / "b.dspark"
-    built = invoke("build", pair[0], "--out", out, "--draft", draft, "--precision", "int8", "--exact")
+    built = invoke("build", "--phrases", "0", pair[0], "--out", out, "--draft", draft, "--precision", "int8", "--exact")
     assert built.exit_code == 0, built.output
     bundle = Bundle.open(out, threads=1)
     plain = bundle.generate(IDS, max_new_tokens=16, speculate="off", ignore_eos=True).tokens
@@ -75,6 +75,18 @@ def test_a_quantized_pair(pair: tuple[Path, Path], tmp_path: Path, invoke: Invok
 def test_wrong_options_leave_nothing(
     pair: tuple[Path, Path], tmp_path: Path, invoke: Invoke, options: tuple[str, str], code: int, message: str
 ) -> None:
-    result = invoke("build", pair[0], "--out", tmp_path / "b", "--draft", pair[1], "--self-draft", "none", *options)
+    result = invoke(
+        "build",
+        "--phrases",
+        "0",
+        pair[0],
+        "--out",
+        tmp_path / "b",
+        "--draft",
+        pair[1],
+        "--self-draft",
+        "none",
+        *options,
+    )
     assert (result.exit_code, result.stdout) == (code, "") and message in result.stderr, result.output
     assert list(tmp_path.iterdir()) == []

@@ -35,7 +35,7 @@ from tests.runtime.bundle.test_bundle import write_bundle as write_fake_bundle
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     write_checkpoint(folder / "model")
-    arguments = ["build", str(folder / "model"), "--self-draft", "layers=0"]
+    arguments = ["build", str(folder / "model"), "--self-draft", "layers=0", "--phrases", "0"]
     with chdir(folder):
         result = CliRunner().invoke(app, [*arguments, "--precision", "int8", "--threads", "1", "--progress", "json"])
     assert result.exit_code == 0, result.output

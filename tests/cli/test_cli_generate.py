@@ -235,3 +235,19 @@ def test_a_chat_with_wrong_options_ends(opened: Bundle, monkeypatch: pytest.Monk
     monkeypatch.setattr("builtins.input", lambda _: "hello")
     with pytest.raises(UsageError, match="temperature"):
         Chat(opened, None, {"temperature": -1.0}, stats=False).run()
+
+
+def test_what_was_learned_is_kept_in_a_file(bundle: Path, opened: Bundle, invoke: Invoke, tmp_path: Path) -> None:
+    store = tmp_path / "mine" / "phrases.store"
+    command = ("generate", bundle, PROMPT, *OPTIONS, "--speculate", "store", "--draft-length", 8, "--json")
+    without, first, second, third = (
+        json_lines(invoke(*command, *options).stdout)[0]
+        for options in (("--no-history",), ("--store", store), ("--store", store), ("--store", store, "--no-history"))
+    )
+    assert first["tokens"] == second["tokens"] == without["tokens"] == third["tokens"]
+    assert without["stats"]["rounds"] == first["stats"]["rounds"] > second["stats"]["rounds"]
+    assert third["stats"]["rounds"] > second["stats"]["rounds"]
+    store.write_bytes(b"something else")
+    refused = invoke(*command, "--store", store)
+    assert refused.exit_code == 7 and "holds no phrases" in refused.stderr
+    assert store.read_bytes() == b"something else"

@@ -16,7 +16,9 @@ TOKENS = 24
 
 def modes(pairs: Pairs) -> list[str]:
     return [
-        mode for mode in pairs.bundle.speculation_modes() if mode not in ("off", "auto", "ngram", "store") and "+" not in mode
+        mode
+        for mode in pairs.bundle.speculation_modes()
+        if mode not in ("off", "auto", "ngram", "store") and "+" not in mode
     ]
 
 

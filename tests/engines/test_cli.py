@@ -56,7 +56,7 @@ def test_quantized_weights_compile_with_half_activations(tmp_path: Path, precisi
     model = tiny_models.save_checkpoint(
         "llama", tmp_path / "model", head_dim=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1
     )
-    plain = ["build", str(model), "--self-draft", "none", "--precision", precision]
+    plain = ["build", str(model), "--self-draft", "none", "--phrases", "0", "--precision", precision]
     build = [*plain, "--block-size", "32"]  # half as wide as the embedding, which is quantized then
     result = CliRunner().invoke(app, [*build, "--out", str(tmp_path / "half"), "--backend", "tensorrt-rtx"])
     assert result.exit_code == 0, result.output

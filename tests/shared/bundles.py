@@ -46,6 +46,15 @@ def _build_llama(folder: Path, self_draft: str, changes: dict[str, Any]) -> None
     from dspark_export.cli.main import app
 
     tiny_models.save_checkpoint("llama", folder / "model", **changes)
-    arguments = ["build", str(folder / "model"), "--out", str(folder / "bundle"), "--self-draft", self_draft]
+    arguments = [
+        "build",
+        str(folder / "model"),
+        "--out",
+        str(folder / "bundle"),
+        "--self-draft",
+        self_draft,
+        "--phrases",
+        "0",
+    ]
     result = CliRunner().invoke(app, [*arguments, "--precision", "fp32", "--threads", "1"])
     assert result.exit_code == 0, result.output

@@ -113,7 +113,9 @@ def built(target: Path, trained: Path, invoke: Invoke, tmp_path_factory: pytest.
     out = tmp_path_factory.mktemp("built") / "bundle"
     with warnings.catch_warnings():
         warnings.simplefilter("error", PairWarning)  # the drafter comes with what the pair check asks for
-        found = invoke("build", target, "--draft", trained, "--out", out, "--self-draft", "none", "--threads", 1)
+        found = invoke(
+            "build", "--phrases", 0, target, "--draft", trained, "--out", out, "--self-draft", "none", "--threads", 1
+        )
     assert found.exit_code == 0, found.output
     return out
 

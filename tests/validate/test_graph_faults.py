@@ -33,7 +33,7 @@ def test_the_healthy_bundle_passes(healthy: Healthy, validated: Validated) -> No
         "speed",
     }
     ids = {check.id for check in report.checks}
-    assert {"numerics.dspark", "plumbing.reference.dspark", "plumbing.confidences.dspark"} <= ids
+    assert {"numerics.dspark", "plumbing.reference.dspark", "plumbing.confidences.dspark", "plumbing.store"} <= ids
 
 
 def test_one_weight_perturbed(damaged: Path, validated: Validated) -> None:

@@ -44,7 +44,7 @@ def test_the_bundle_keeps_report_and_verdict(stored: tuple[Path, Any]) -> None:
     files = BundleFiles.open(bundle)  # every digest is right
     verdict = files.manifest.validation
     assert verdict["passed"] is True and verdict["failed"] == [] and report["passed"] is True
-    assert set(verdict["acceptance"]) == {"ngram", "self-draft", "dspark"}  # type: ignore[arg-type]
+    assert set(verdict["acceptance"]) == {"ngram", "store", "self-draft", "dspark"}  # type: ignore[arg-type]
     assert json.loads(files.path(str(verdict["json"])).read_text("utf-8")) == report
     skipped = {c["id"] for c in report["checks"] if c["status"] == "skipped"}
     assert skipped == {"numerics.pytorch", "numerics.dspark"}

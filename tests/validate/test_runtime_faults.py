@@ -15,6 +15,7 @@ from dspark_runtime.backends.ort import HostCache
 from dspark_runtime.backends.protocol import Runner, StepBuffers
 from dspark_runtime.decoding.loop import DecodingLoop
 from dspark_runtime.drafters.block import BlockDrafter
+from dspark_runtime.phrases.tables import PackedPhrases, PhraseTable
 from dspark_runtime.speculation.kv_cache import KvCache
 from dspark_runtime.speculation.tree import TokenTree
 from dspark_runtime.speculation.verify import Verdict
@@ -116,3 +117,22 @@ def test_features_of_the_wrong_rows(healthy: Healthy, validated: Validated, monk
     report = validated(healthy.bundle)
     assert not [c.id for c in report.failures() if c.family == "losslessness"]
     failure(report, "plumbing.features.dspark")
+
+
+def test_a_store_that_loses_what_it_learned(
+    healthy: Healthy, validated: Validated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = PhraseTable.load
+
+    def wrong(self: PhraseTable, packed: PackedPhrases) -> None:
+        half = len(packed) // 2
+        rows = [(int(packed.keys[place]), *packed.context(place)) for place in range(half)]
+        right(self, PackedPhrases.of(rows))
+
+    monkeypatch.setattr(PhraseTable, "load", wrong)
+    assert "saving" in failure(validated(healthy.bundle), "plumbing.store").where
+
+
+def test_a_history_without_a_bound(healthy: Healthy, validated: Validated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PhraseTable, "_forget", lambda self: None)
+    assert "bound" in failure(validated(healthy.bundle), "plumbing.store").where
