@@ -1,8 +1,8 @@
 """Fold rotate-half rotary embedding into the standard ``RotaryEmbedding``.
 
 Matches ``x * cos + concat(-x2, x1) * sin`` where ``cos`` and ``sin`` are per-position tables [batch, tokens, width]
-with both halves equal. The tables stay what the model computed (so every kind of rope scaling is covered); the operator
-reads their first half.
+with both halves equal, and ``concat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)`` where they are one half (gpt-oss). The
+tables stay what the model computed (so every kind of rope scaling is covered); the operator reads their first half.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class FoldRotary(ir.passes.InPlacePass):
         """Return the same model and whether an embedding was folded."""
         self._halves: dict[tuple[int, int], ir.Value] = {}
         folded = sum(self._fold(model.graph, node) for node in list(model.graph) if node.op_type == "Add")
+        folded += sum(_fold_halves(node) for node in list(model.graph) if node.op_type == "Concat")
         if folded:
             match.remove_unused(model)
         return ir.passes.PassResult(model, modified=folded > 0)
@@ -50,6 +51,40 @@ class FoldRotary(ir.passes.InPlacePass):
             graph.insert_after(anchor, [node])
             self._halves[key] = node.outputs[0]
         return self._halves[key]
+
+
+def _fold_halves(concat: ir.Node) -> bool:
+    """Fold the form in which each half of the result is written out."""
+    lower, upper = match.producer(concat.inputs[0], "Sub"), match.producer(concat.inputs[-1], "Add")
+    if len(concat.inputs) != 2 or lower is None or upper is None or concat.attributes["axis"].as_int() not in (-1, 3):
+        return False
+    down = [_half_and_table(value) for value in lower.inputs]
+    if any(part is None for part in down):
+        return False
+    (x1, cos), (x2, sin) = down  # type: ignore[misc]  # none is None
+    split = match.producer(x1, "Split")
+    x = None if split is None else split.inputs[0]
+    if x is None or match.rank(x) != 4 or list(split.outputs) != [x1, x2]:
+        return False
+    if {_half_and_table(value) for value in upper.inputs} != {(x2, cos), (x1, sin)}:
+        return False
+    if match.last_dim(cos) != match.last_dim(x1) or match.last_dim(x1) != match.last_dim(x2):
+        return False
+    node = ir.node("RotaryEmbedding", [x, cos, sin], num_outputs=1, name=concat.name)
+    node.outputs[0].shape, node.outputs[0].type = concat.outputs[0].shape, concat.outputs[0].type
+    match.insert_before(concat, [node])
+    match.replace_value(concat.outputs[0], node.outputs[0])
+    return True
+
+
+def _half_and_table(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """(half of x, table [batch, tokens, width / 2]) of a product; the table is behind an ``Unsqueeze``."""
+    product = match.producer(value, "Mul")
+    for half, spread in () if product is None else match.operands(product):
+        node = match.producer(spread, "Unsqueeze")
+        if node is not None and node.inputs[0] is not None and match.integers(node.inputs[1]) in ([1], [-3]):
+            return half, node.inputs[0]
+    return None
 
 
 def _match_product(straight: ir.Value, turned: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, int] | None:

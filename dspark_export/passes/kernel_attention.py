@@ -23,7 +23,7 @@ _TOKENS_FIRST = [0, 2, 1, 3]
 
 
 class KernelAttention(ir.passes.InPlacePass):
-    """Rewrites each cached attention into ``SequenceAttention`` or ``RotaryAttention``."""
+    """Rewrites each cached attention into ``SequenceAttention``, or the operator with rotary embedding or sinks."""
 
     def __init__(self, max_positions: int) -> None:
         """``max_positions``: longest sequence of the model; the rotary tables get a row for each position."""
@@ -53,7 +53,7 @@ class KernelAttention(ir.passes.InPlacePass):
         return None if found is None else found.outputs[0]
 
     def _fuse(self, attention: ir.Node) -> bool:
-        query, keys, values, mask = attention.inputs[:4]
+        query, keys, values, mask, sinks = _without_sink(attention)
         cached_key, cached_value = cache_update(keys), cache_update(values)
         if mask is None or mask.dtype != ir.DataType.BOOL or cached_key is None or cached_value is None:
             return False
@@ -75,8 +75,9 @@ class KernelAttention(ir.passes.InPlacePass):
         }
         offsets = ("query_offset", "key_offset", "value_offset")
         attributes |= {name: offset for name, (_, offset) in zip(offsets, sources, strict=True)}
+        kinds = {(0, 0): "SequenceAttention", (2, 0): "RotaryAttention", (0, 1): "SinkAttention"}
         node = ir.node(
-            "RotaryAttention" if rotary else "SequenceAttention",
+            kinds.get((len(rotary), len(sinks)), "RotarySinkAttention"),
             [
                 *(source for source, _ in sources),
                 cached_key.inputs[0],
@@ -85,6 +86,7 @@ class KernelAttention(ir.passes.InPlacePass):
                 self._inputs[contract.WRITE_INDICES],
                 self._positions,
                 *rotary,
+                *sinks,
             ],
             attributes=attributes,
             domain=DOMAIN,
@@ -102,7 +104,7 @@ class KernelAttention(ir.passes.InPlacePass):
 
     def _rotary(self, query: ir.Value, key: ir.Value) -> tuple[list[ir.Value], ir.Value, ir.Value, int]:
         """(cos and sin by row, or nothing), query and key before rotation, and whether pairs are neighbours."""
-        on_query, on_key = match.producer(query, "RotaryEmbedding"), match.producer(key, "RotaryEmbedding")
+        (on_query, whole_query), (on_key, whole_key) = _turned(query), _turned(key)
         plain: tuple[list[ir.Value], ir.Value, ir.Value, int] = ([], query, key, 0)
         if on_query is None or on_key is None or not self._same_angles(on_query, on_key):
             return plain
@@ -112,7 +114,7 @@ class KernelAttention(ir.passes.InPlacePass):
         if len(interleaved) != 1 or len([i for i in on_query.inputs if i is not None]) != 3:
             return plain
         rows = [self._by_row(v) for v in on_key.inputs[1:3]]
-        return rows, on_query.inputs[0], on_key.inputs[0], interleaved.pop()
+        return rows, whole_query, whole_key, interleaved.pop()
 
     def _same_angles(self, on_query: ir.Node, on_key: ir.Node) -> bool:
         """Whether both turn a position by the same angle. A block's positions are the last of those of all rows."""
@@ -184,6 +186,70 @@ class KernelAttention(ir.passes.InPlacePass):
         back = ir.node("Transpose", [split.outputs[0]], attributes={"perm": _TOKENS_FIRST}, num_outputs=1)
         match.insert_before(attention, [split, back])
         match.replace_value(attention.outputs[0], back.outputs[0])
+
+
+def _turned(value: ir.Value) -> tuple[ir.Node | None, ir.Value]:
+    """The rotary embedding that ends in ``value`` and what went in, also where the last columns of heads pass by it."""
+    node = match.producer(value, "RotaryEmbedding")
+    if node is not None:
+        return node, node.inputs[0]
+    joined = match.producer(value, "Concat")
+    if joined is None or len(joined.inputs) != 2 or not match.is_last_axis([joined.attributes["axis"].as_int()], value):
+        return None, value
+    node = match.producer(joined.inputs[0], "RotaryEmbedding")
+    if node is None:
+        return None, value
+    parts = [node.inputs[0], joined.inputs[1]]
+    makers = [match.producer(part, "Split", "Slice") for part in parts]
+    if any(maker is None for maker in makers) or makers[0].inputs[0] is not makers[1].inputs[0]:
+        return None, value
+    whole = makers[0].inputs[0]
+    if match.last_dim(whole) != match.last_dim(value):
+        return None, value
+    if makers[0] is makers[1]:
+        return (node, whole) if list(makers[0].outputs) == parts else (None, value)
+    cuts = [_columns(maker) for maker in makers]
+    first, width = match.last_dim(parts[0]), match.last_dim(whole)
+    return (node, whole) if cuts == [(0, first), (first, width)] else (None, value)
+
+
+def _columns(cut: ir.Node) -> tuple[int, int] | None:
+    """Begin and end of a ``Slice`` along the last axis."""
+    width = match.last_dim(cut.inputs[0])
+    begin, end = match.integers(cut.inputs[1]), match.integers(cut.inputs[2])
+    axes = match.integers(cut.inputs[3]) if len(cut.inputs) > 3 else None
+    if not begin or not end or not axes or width is None or not match.is_last_axis(axes, cut.inputs[0]):
+        return None
+    return begin[0], min(end[0], width)
+
+
+_Inputs = tuple[ir.Value, ir.Value, ir.Value, ir.Value | None, list[ir.Value]]
+
+
+def _without_sink(attention: ir.Node) -> _Inputs:
+    """Query, keys, values and mask, and the scores of sinks [heads] that were a slot of their own (``with_sinks`` of
+    ``dspark_export/tracing/operators.py``); everything as it is where there are none."""
+    inputs = list(attention.inputs[:4])
+    joined = [match.producer(value, "Concat") for value in inputs]
+    if any(node is None or len(node.inputs) != 2 for node in joined):
+        return (*inputs[:3], inputs[3], [])
+    query, keys, values, mask = (node.inputs[0] for node in joined if node is not None)
+    wide = match.producer(keys, "Concat")
+    sinks = _sinks(joined[0].inputs[1], float_attribute(attention, "scale", 0.0))
+    if wide is None or sinks is None or match.last_dim(query) != match.last_dim(wide.inputs[0]):
+        return (*inputs[:3], inputs[3], [])
+    return query, wide.inputs[0], values, mask, [sinks]
+
+
+def _sinks(columns: ir.Value | None, scale: float) -> ir.Value | None:
+    """Scores [heads] behind the columns that queries get, which are divided by ``scale`` and padded."""
+    node = None if columns is None else columns.producer()
+    while node is not None and node.op_type in ("Expand", "Pad", "Reshape", "Cast"):
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None or node.op_type != "Div" or match.rank(node.outputs[0]) != 1:
+        return None
+    divisor = match.scalar(node.inputs[1])
+    return node.inputs[0] if divisor is not None and np.isclose(float(divisor), scale, rtol=1e-6) else None
 
 
 def _tokens_first(transpose: ir.Node | None) -> bool:

@@ -27,7 +27,7 @@ _BLOCKS = {
     ir.DataType.UINT4: "Int4Minimum",
 }
 _MOST_DEPTH_W8A8 = 1 << 16
-_EXPERT_LOOP = {"Gather", "Equal", "NonZero", "GatherND", "Gemm", "ScatterND"}
+_EXPERT_LOOP = {"Gather", "Equal", "NonZero", "GatherND", "ScatterND"}
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,19 @@ class KernelProducts(ir.passes.InPlacePass):
 
     def _experts(self, loop: ir.Node) -> bool:
         body = {node.op_type: node for node in loop.attributes["body"].as_graph()}
-        if not set(body) >= _EXPERT_LOOP:
+        multiplied = body.get("Gemm") or body.get("MatMul")  # matrices [out, in], or [in, out]
+        if not set(body) >= _EXPERT_LOOP or multiplied is None:
             return False
         rows, expert = body["GatherND"].inputs[0], body["Equal"].inputs[0]
-        weight = _stripped(body["Gemm"].inputs[1].producer().inputs[0])[0]
+        weight = _stripped(multiplied.inputs[1].producer().inputs[0])[0]
         if weight is None or weight.const_value is None or weight.dtype not in _FLOATS:
             return False
-        _, width, depth = (int(d) for d in weight.const_value.shape)
+        turned = multiplied.op_type == "Gemm"
+        _, *sides = (int(d) for d in weight.const_value.shape)
+        depth, width = reversed(sides) if turned else sides
         stored = self._weights.narrowest(weight.const_value)
         wide = stored != weight.dtype
-        packed = self._weights.pack(weight, layouts.tiles_of_floats(depth, width, stored, transposed=True, wide=wide))
+        packed = self._weights.pack(weight, layouts.tiles_of_floats(depth, width, stored, turned, wide=wide))
         if packed is None:
             return False
         made = ir.node(

@@ -29,6 +29,8 @@ from tests.traced import traced
 PRECISIONS: tuple[Weights, ...] = ("fp32", "bf16", "fp16", "int8", "int4", "w8a8")
 WITHOUT_A_KERNEL = {"deepseek_v2", "deepseek_v3"}
 """Their attention reads keys that are made of cached latents in every pass."""
+MORE = ("gpt_oss", "mimo_v2_flash", "granite_swa", "phi")
+"""With attention sinks, experts that lie the other way round, and rotary embeddings of some columns of a head."""
 _LENGTH = 24
 EVERY_PRECISION = ("llama", "gemma2", "qwen3_moe", "gpt2", "qwen2")
 HALF = ("bf16", "fp16")
@@ -70,7 +72,7 @@ def _passes(runner: GraphRunner, seed: int) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", (*ARCHITECTURES, *MORE))
 def test_bodies_have_the_numbers_of_the_standard_graph(arch: str, forms: Callable[[str, Weights], Forms]) -> None:
     made = forms(arch, "fp32")
     wanted = _passes(GraphRunner(made.files["standard"], 2), seed=1)
@@ -80,7 +82,7 @@ def test_bodies_have_the_numbers_of_the_standard_graph(arch: str, forms: Callabl
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", (*ARCHITECTURES, *MORE))
 def test_kernels_have_the_numbers_of_their_bodies(
     arch: str,
     precision: Weights,
@@ -99,7 +101,7 @@ def test_kernels_have_the_numbers_of_their_bodies(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch not in WITHOUT_A_KERNEL])
+@pytest.mark.parametrize("arch", [arch for arch in (*ARCHITECTURES, *MORE) if arch not in WITHOUT_A_KERNEL])
 def test_bits_of_a_row_depend_on_its_sequence_alone(
     arch: str,
     precision: Weights,
