@@ -81,12 +81,16 @@ def refuse_unknown(call: str, unknown: Mapping[str, object], known: Sequence[str
     """UsageError for options that ``call`` does not have; template variables are the likely mistake."""
     if not unknown:
         return
-    name = next(iter(unknown))
+    name, value = next(iter(unknown.items()))
+    if isinstance(value, Mapping):  # as other programs name it: chat_template_kwargs
+        raise UsageError(
+            f"{call} has no option {name!r}; variables of the chat template are template_variables={value!r}"
+        )
     close = get_close_matches(name, known, 1)
-    advice = f"did you mean {close[0]}?" if close else "it takes " + ", ".join(known)
+    advice = f"did you mean {close[0]}?" if close else f"it takes {', '.join(known)}."
     raise UsageError(
         f"{call} has no option {name!r}; {advice} Variables of the chat template go into "
-        f"template_variables={{{name!r}: {unknown[name]!r}}}"
+        f"template_variables={{{name!r}: {value!r}}}"
     )
 
 

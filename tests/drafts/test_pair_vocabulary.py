@@ -180,6 +180,13 @@ def test_what_modelopt_writes(tmp_path: Path) -> None:
             recognise(str(folder))
 
 
+def test_what_a_draft_says_it_was_made_for_changes_nothing(tmp_path: Path) -> None:
+    fields = {"modal_type": "LLM", "target_model_type": "qwen3"}
+    draft = recognise(str(write_classic_eagle3(tmp_path / "draft", **fields).folder))
+    plain = recognise(str(write_classic_eagle3(tmp_path / "plain").folder))
+    assert isinstance(draft, DraftCheckpoint) and isinstance(plain, DraftCheckpoint) and draft.config == plain.config
+
+
 def test_a_smaller_tokenizer(tmp_path: Path, target: Target) -> None:
     written = write_zlab(tmp_path / "draft")
     tiny_models.tokenizer(300).save_pretrained(written.folder)

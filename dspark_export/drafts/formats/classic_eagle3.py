@@ -34,6 +34,7 @@ def read_classic_eagle3(raw: Mapping[str, Any], where: str, stored: Collection[s
     vocab = fields.whole("vocab_size")
     fields.without_effect("tie_word_embeddings")
     fields.neutral("target_hidden_size", layers.hidden_size)
+    fields.without_effect("modal_type", "target_model_type")  # what the draft was made for
     fields.neutral("norm_before_fc", False)
     fields.neutral("norm_output", False)
     if layers.count != 1:

@@ -109,7 +109,9 @@ class TextCodec:
     def _template_source(self, name: str) -> str:
         found = self._named_templates()
         if name not in found:
-            raise ChatTemplateError("this model has no chat template; give a plain prompt instead of messages")
+            raise ChatTemplateError(
+                "this model has no chat template; give a plain prompt instead of messages (--raw on the command line)"
+            )
         return found[name]
 
     def _named_tokens(self) -> dict[str, str]:
