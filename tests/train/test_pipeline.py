@@ -31,7 +31,7 @@ from tests import tiny_models
 from tests.cli.conftest import Invoke, invoke  # noqa: F401  (a fixture)
 from tests.shared.bundles import built_llama
 
-WORDS = ("sum", "list", "river", "night", "code", "green", "walk", "seven", "paper", "why", "map", "stone")
+WORDS = ("sum", "list", "river", "night", "code", "green", "walk", "seven", "paper", "why", "map", "stone", "cold")
 
 
 SENTENCES = (
