@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import drafter_sweep
 from dspark_export.checkpoints import resolve
 from dspark_export.drafts.pair_check import PairWarning
 from dspark_export.prompts.answers import Response
@@ -140,16 +141,15 @@ def test_the_sweep_of_sizes_counts_what_training_counted(
     target: Path,
     trained: Path,
     built: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Read back from its files, in bfloat16, the drafter is worth what it was in training; smaller ones less."""
     work = trained.with_name("drafter.work")
-    script = Path(__file__).parents[2] / "benchmarks" / "drafter_sweep.py"
     sizes = ("--vocabularies", "40", "--blocks", "2", "--threads", "1", "--json")
-    done = subprocess.run(
-        [sys.executable, script, built, target, work, trained, *sizes], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    monkeypatch.setattr(sys, "argv", ["drafter_sweep.py", *map(str, (built, target, work, trained)), *sizes])
+    assert drafter_sweep.main() == 0  # here, not in a process of its own: equal traces are shared
+    rows = json.loads(capsys.readouterr().out)
     lengths = {(row["vocabulary"], row["block"]): row["accepted_length"] for row in rows}
     # A tree holds the whole main chain. Which size is best depends on measured times: one node more may gain nothing.
     assert all(row["tree_length"] >= row["accepted_length"] for row in rows if row["drafts"] > row["block"]), rows
