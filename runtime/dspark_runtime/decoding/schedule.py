@@ -165,7 +165,8 @@ class Schedule:
         self._since_plain = PLAIN_EVERY  # rounds since the last plain one, whatever the batch
         self._host_ms = HOST_MS
         self._asked: dict[str, float] = {}  # milliseconds of the passes of drafters that draft for the coming round
-        self._beside: dict[str, float] = {}  # what drafting takes, in such passes, by drafter
+        self._beside: dict[tuple[str, int], float] = {}  # what drafting takes, in such passes, by drafter and batch
+        self._tries: dict[tuple[str, int], int] = {}
         self._unprobed_ms: dict[str, float] = {}  # decode time since a drafter drafted last
 
     def round_ms(self, batch: int, rows: int = 1) -> float:
@@ -288,7 +289,7 @@ class Schedule:
             return [min(limit, self.fixed) for limit in limits]
         if self.throttled or self._plain_due(batch) or not any(limits):
             return [0] * len(limits)
-        beside = self._beside.get(drafter.name, 1.0)
+        beside = self._beside.get((drafter.name, batch), 1.0)
         values = [self._ranked(proposal)[1] for proposal in proposals]
         rates = [self.acceptance.rate(drafter, _ANY, request) for request in requests]
         most = max(limits)
@@ -323,7 +324,7 @@ class Schedule:
         one is."""
         waited = self._unprobed_ms.get(drafter.name, math.inf) + self.round_ms(batch)
         self._unprobed_ms[drafter.name] = waited
-        return drafter.draft_ms(1) <= PROBE_SHARE * waited
+        return self._beside.get((drafter.name, batch), 1.0) * drafter.draft_ms(1) <= PROBE_SHARE * waited
 
     def floor(self, drafter: Drafter, batch: int) -> float:
         """Chance of being accepted below which one more token of ``drafter`` costs more than it brings."""
@@ -348,7 +349,7 @@ class Schedule:
         expected = self.costs.ms(batch * rows, batch)
         is_plain = rows <= self.min_rows
         self.costs.observe(batch * rows, pass_ms, is_plain, batch, context)
-        self._learn_rest(round_ms - pass_ms)
+        self._learn_rest(round_ms - pass_ms, batch)
         self._all_ms += round_ms
         if is_plain:
             self._since_plain = 0
@@ -359,19 +360,21 @@ class Schedule:
         # Gains are remembered up to a point: they must not pay for a long stretch of losses.
         self._lost_ms = max(self._lost_ms + spent - plain, -5.0 * plain)
 
-    def _learn_rest(self, ms: float) -> None:
+    def _learn_rest(self, ms: float, batch: int) -> None:
         """What a round takes beside its pass: the host's work, and drafting, which is more than the drafters' passes
-        say: new context is read first, and trees are made."""
+        say. Context that is new to them is read first: all of it, where they have not drafted for long."""
         asked, self._asked = self._asked, {}
         if not asked:
             self._host_ms += 0.05 * (min(max(ms, 0.0), 4 * self._host_ms) - self._host_ms)
             return
         passes = sum(asked.values())
         if passes > 0:
-            found = min(max((ms - self._host_ms) / passes, 1.0), 8.0)
+            found = min(max((ms - self._host_ms) / passes, 1.0), 64.0)
             for name in asked:
-                known = self._beside.get(name, 1.0)
-                self._beside[name] = known + 0.05 * (found - known)
+                key = (name, batch)
+                tries = self._tries[key] = self._tries.get(key, 0) + 1
+                known = self._beside.get(key, 1.0)
+                self._beside[key] = known + max(0.05, 1 / tries) * (found - known)
 
 
 def _chain(rate: float, length: int) -> float:
