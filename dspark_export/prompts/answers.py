@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dspark_export.prompts import ROWS
-from dspark_runtime import Bundle, SamplingParams, ServiceOptions
+from dspark_runtime import Bundle, SamplingParams, Service, ServiceOptions
 from dspark_runtime.errors import ChatTemplateError, UsageError
 from dspark_runtime.serving.handle import Handle
 from dspark_runtime.text.codec import TextCodec
@@ -132,7 +132,7 @@ def _written(
     options = ServiceOptions(rows=rows, capacity=capacity, queue=_AHEAD * rows, speculate=speculate)
     waiting = iter(wanted)
     under_way: deque[Handle] = deque()
-    with bundle.serve(options) as service:
+    with _service(bundle, options) as service:
         while True:
             while len(under_way) < _AHEAD * rows and (item := next(waiting, None)) is not None:
                 prompt, params, number = item
@@ -144,3 +144,14 @@ def _written(
             handle = under_way.popleft()
             tokens = tuple(handle.result().tokens)
             yield Response(handle.request.prompt, tokens, handle.request.params.temperature)
+
+
+def _service(bundle: Bundle, options: ServiceOptions) -> Service:
+    """A service of ``bundle``, which need not be exact where only a slow one could be: texts may differ by rounding."""
+    try:
+        return bundle.serve(options)
+    except UsageError:
+        if not bundle.exact:
+            raise
+    threads = bundle.engine_options.threads
+    return Bundle.open(bundle.files.root, threads=threads, exact=False, verify_digests=False).serve(options)

@@ -75,6 +75,22 @@ def test_a_model_without_a_template_begins_a_text(folder: Path, tmp_path: Path) 
     assert said == expected.text.strip() and len(said) > 5
 
 
+def test_a_bundle_that_cannot_serve_exactly_writes_all_the_same(folder: Path, tmp_path: Path) -> None:
+    """On operators whose rows disturb each other, an exact service is refused; prompts and answers need none."""
+    noisy = tmp_path / "noisy"
+    shutil.copytree(folder, noisy)
+    manifest = json.loads((noisy / "manifest.json").read_text())
+    manifest["precision"]["row_noise"]["between_batches"] = 0.5
+    (noisy / "manifest.json").write_text(json.dumps(manifest))
+    opened = Bundle.open(noisy, threads=1, exact=True)
+    with pytest.raises(UsageError, match="exact service"):
+        opened.serve()
+    given = list(answer(opened, [[5, 6], [7]], max_new_tokens=5, rows=2))
+    assert [item.prompt for item in given] == [(5, 6), (7,)] and all(len(item.response) > 0 for item in given)
+    with pytest.raises(UsageError, match="nonsense"):
+        list(answer(opened, [[5]], speculate="nonsense"))
+
+
 def test_what_does_not_fit_is_refused(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="2 settings for 1 prompts"):
         list(answer(bundle, [[5]], [SamplingParams(), SamplingParams()]))
