@@ -185,12 +185,14 @@ def _gain(texts: Sequence[Told], vocab_size: int, before: Corpus | None) -> Gain
     others = [told for place, told in enumerate(texts) if place % _HELD_OUT]
     if not others:
         return None
-    without = accepted_length(PhraseStore(vocab_size, before.packed if before else None), held_out)
-    return Gain(len(held_out), without, accepted_length(PhraseStore(vocab_size, _counted(others, before)), held_out))
+    known = before.packed if before else None, _counted(others, before)
+    alone = PhraseOptions(history=0)  # none of the texts held out is known to the others
+    lengths = [accepted_length(PhraseStore(vocab_size, packed, alone), held_out) for packed in known]
+    return Gain(len(held_out), *lengths)
 
 
 def accepted_length(store: PhraseStore, texts: Sequence[Told], drafts: int = _DRAFTS) -> float:
-    """Tokens of a round if the store drafted these texts from their prompts, none of them known to the others."""
+    """Tokens of a round if the store drafted these texts from their prompts, one after the other; it learns them."""
     rounds = tokens = 0
     for number, told in enumerate(texts):
         drafter = StoreDrafter(store)
@@ -202,6 +204,7 @@ def accepted_length(store: PhraseStore, texts: Sequence[Told], drafts: int = _DR
             end = place + (0 if draft is None else _agreed(draft.tree, told.tokens[place:-1]))
             drafter.commit(number, told.tokens[place : end + 1])
             rounds, tokens, place = rounds + 1, tokens + end + 1 - place, end + 1
+        drafter.end(number)
     return tokens / rounds if rounds else 1.0
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from dspark_runtime.backends.protocol import MOST_ROWS
 from dspark_runtime.drafters.base import Draft, Drafter
 from dspark_runtime.drafters.estimates import bucket
-from dspark_runtime.drafters.proposal import Proposal
+from dspark_runtime.drafters.proposal import Part, Proposal
 from dspark_runtime.speculation.costs import PassCosts
 from dspark_runtime.speculation.tree import TokenTree
 
@@ -219,16 +219,9 @@ class Schedule:
     def _ranked(self, proposal: Proposal) -> tuple[list[int], list[float]]:
         """Rows by falling probability of being accepted, and these probabilities; parents always come first."""
         tree = proposal.tree
-        reach = [1.0] * len(tree)
-        several = len(proposal.parts) > 1
-        if several and not proposal.kinds:
-            proposal.kinds = self._kinds(proposal)
+        reach = self._chances(proposal)
         for row in range(1, len(tree)):
-            rates = (self._rate(proposal, drafter, draft, own) for drafter, draft, own in proposal.sources(row))
-            chance = max(rates)
-            if several:
-                chance = min(self.acceptance.together(proposal.kinds[row], chance), _MOST_RATE)
-            reach[row] = reach[tree.parents[row]] * chance
+            reach[row] *= reach[tree.parents[row]]
         order = list(range(1, len(tree)))
         if self.chains and not tree.is_chain:
             order = _best_chain(tree, reach)
@@ -236,21 +229,43 @@ class Schedule:
             order.sort(key=lambda row: (-reach[row], row))
         return order, [reach[row] for row in order]
 
-    def _kinds(self, proposal: Proposal) -> list[Hashable]:
-        """What the drafters say of each row of a merged tree: how sure each is, that it knows another token for the
-        place, or nothing of it."""
-        tree = proposal.tree
-        said: list[list[int]] = [[_SILENT] * len(proposal.parts) for _ in range(len(tree))]
-        for number, part in enumerate(proposal.parts):
-            own, name = part.draft.tree, part.drafter
-            asked = {part.places[parent] for parent in own.parents[1:]}
+    def _chances(self, proposal: Proposal) -> list[float]:
+        """For each row the probability that it is accepted, given that its parent is.
+
+        What several drafters know of is noted in ``proposal.kinds``: how sure each is of the row, that it knows another
+        token for the place, or nothing of it.
+        """
+        tree, parts = proposal.tree, proposal.parts
+        if len(parts) == 1:
+            return [1.0, *self._rates(parts[0], proposal.request)]
+        chances = [0.0] * len(tree)
+        said: list[list[int]] = [[_SILENT] * len(parts) for _ in chances]
+        for number, part in enumerate(parts):
+            places = part.places
+            asked = {places[parent] for parent in part.draft.tree.parents[1:]}
             for row in range(1, len(tree)):
                 if tree.parents[row] in asked:
                     said[row][number] = _OTHER
-            for row in range(1, len(own)):
-                said[part.places[row]][number] = bucket(self._rate(proposal, name, part.draft, row))
-        names = tuple(part.drafter.name for part in proposal.parts)
-        return [(names, *row) for row in said]
+            for place, rate in zip(places[1:], self._rates(part, proposal.request), strict=True):
+                said[place][number] = bucket(rate)
+                chances[place] = max(chances[place], rate)
+        names = tuple(part.drafter.name for part in parts)
+        proposal.kinds = [(names, *row) for row in said]
+        together = self.acceptance.together
+        chances = [min(together(kind, best), _MOST_RATE) for kind, best in zip(proposal.kinds, chances, strict=True)]
+        chances[0] = 1.0
+        return chances
+
+    def _rates(self, part: Part, request: int) -> list[float]:
+        """What one drafter's rows are worth, by their classes alone; of its tree without the anchor."""
+        known: dict[Hashable, float] = {}
+        rates = []
+        for row in range(1, len(part.draft.tree)):
+            kind = kind_of(part.draft, row)
+            if kind not in known:
+                known[kind] = min(self.acceptance.rate(part.drafter, kind, request), _MOST_RATE)
+            rates.append(known[kind])
+        return rates
 
     def learn(self, proposal: Proposal, emitted: Sequence[int]) -> None:
         """Compare what was proposed for a request, verified or not, with the tokens that came."""
@@ -258,9 +273,6 @@ class Schedule:
             self.acceptance.learn(part.drafter, part.draft, emitted, proposal.request)
         if proposal.kinds:
             self.acceptance.learn_together(proposal.tree, proposal.kinds, emitted)
-
-    def _rate(self, proposal: Proposal, drafter: Drafter, draft: Draft, row: int) -> float:
-        return min(self.acceptance.rate(drafter, kind_of(draft, row), proposal.request), _MOST_RATE)
 
     def worth_drafting(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from typing import Literal
 
@@ -21,7 +22,7 @@ _UNKNOWN = 0.6
 
 def bucket(estimate: float, edges: Sequence[float] = EDGES) -> int:
     """Number of the bucket, 0 to ``len(edges)``, that an estimated acceptance falls into."""
-    return sum(estimate >= edge for edge in edges)
+    return bisect_right(edges, estimate)
 
 
 def expected(kind: Hashable) -> float:

@@ -33,6 +33,9 @@ from dspark_runtime.phrases.tables import (
 )
 
 MOST_NODES = 256
+_Context = ctypes.c_uint32 * LONGEST
+_Outputs = ctypes.c_uint32 * MOST_NODES
+_Places = ctypes.c_int32 * MOST_NODES
 
 
 class Grow(Protocol):
@@ -85,6 +88,7 @@ class CompiledTable:
         self._library, self._orders = library, orders
         self.pointer = _made(library.dspark_phrases_new(orders, most_contexts or 0))
         weakref.finalize(self, library.dspark_phrases_free, self.pointer)
+        self._given = _Context(), _Outputs(), _Outputs()
 
     def __len__(self) -> int:
         return int(self._library.dspark_phrases_contexts(self.pointer))
@@ -95,14 +99,16 @@ class CompiledTable:
 
     def add(self, tokens: Sequence[int], followers: Sequence[Follower]) -> None:
         """Count ``followers`` for every context that ends with the last of ``tokens``."""
-        ends, count = tokens[-LONGEST:], len(followers)
-        next_, weights = zip(*followers, strict=True) if followers else ((), ())
-        numbers = ctypes.c_uint32 * count
-        _checked(
-            self._library.dspark_phrases_add(
-                self.pointer, (ctypes.c_uint32 * len(ends))(*ends), len(ends), numbers(*next_), numbers(*weights), count
-            )
-        )
+        ends = tokens[-LONGEST:]
+        known, count = len(ends), len(followers)
+        if count > MOST_NODES:
+            raise ValueError(f"{count} followers; at most {MOST_NODES} are counted at once")
+        given, next_, weights = self._given
+        given[:known] = list(ends)
+        if count:
+            next_[:count] = [token for token, _ in followers]
+            weights[:count] = [weight for _, weight in followers]
+        _checked(self._library.dspark_phrases_add(self.pointer, given, known, next_, weights, count))
 
     def add_text(self, tokens: Sequence[int]) -> None:
         """Count each token of a text but the first, with weight 1."""
@@ -142,10 +148,6 @@ class CompiledStore:
         return StoredPhrases(self._packed).find(key)
 
 
-_Outputs = ctypes.c_uint32 * MOST_NODES
-_Places = ctypes.c_int32 * MOST_NODES
-
-
 def _grow(
     library: ctypes.PyDLL,
     sources: Sequence[Phrases | None],
@@ -161,7 +163,7 @@ def _grow(
     nodes = library.dspark_phrases_grow(
         *pointers,
         rates,
-        (ctypes.c_uint32 * len(ends))(*ends),
+        _Context(*ends),
         len(ends),
         min(shape.nodes, MOST_NODES),
         shape.depth,

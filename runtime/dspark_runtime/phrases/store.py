@@ -178,6 +178,8 @@ class PhraseStore:
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Write the histories and the learned rates, whole or not at all; by default to the file of the options.
 
+        Only its owner may read the file.
+
         Raises:
             UsageError: there is no such file in the options.
             OSError: it cannot be written.
@@ -254,8 +256,11 @@ def bundle_corpus(files: BundleFiles) -> PackedPhrases | None:
 
 
 def write_corpus(path: Path, packed: PackedPhrases) -> Path:
-    """Write phrases of a bundle, whole or not at all."""
-    return _write(path, {name: getattr(packed, name) for name, _ in PackedPhrases.FIELDS})
+    """Write phrases of a bundle that is being made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez(file, **{name: getattr(packed, name) for name, _ in PackedPhrases.FIELDS})
+    return path
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> Path:
