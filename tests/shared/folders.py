@@ -1,8 +1,7 @@
 """Folders made once for equal contents: by whichever worker asks first, for both, and for the runs that follow.
 
 They lie in ``.cache/tests`` (or ``DSPARK_TEST_CACHE``). A name is the digest of everything the content follows from, so
-nothing ever has to be made anew and an entry can only be right or absent; entries nobody read for a week are removed;
-the bundles of the real model, half a gigabyte each, after a day.
+nothing ever has to be made anew and an entry can only be right or absent; entries nobody read for a week are removed.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("DSPARK_TEST_CACHE") or ROOT / ".cache" / "tests")
-DAYS_KEPT = 7.0
-REAL_MODEL, REAL_MODEL_DAYS_KEPT = "real_model", 1.0
+DAYS_KEPT = 7
 
 
 def shared_folder(kind: str, digest: str, make: Callable[[Path], None]) -> Path:
@@ -45,9 +43,9 @@ def shared_folder(kind: str, digest: str, make: Callable[[Path], None]) -> Path:
 
 def remove_unused(days: float = DAYS_KEPT) -> None:
     """Remove what nobody has asked for in ``days``; run it before a test session, never during one."""
+    oldest = time.time() - days * 24 * 3600
     for entry in CACHE.glob("*/*"):
-        kept = min(days, REAL_MODEL_DAYS_KEPT) if entry.parent.name == REAL_MODEL else days
-        if entry.stat().st_mtime < time.time() - kept * 24 * 3600:
+        if entry.stat().st_mtime < oldest:
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
