@@ -154,4 +154,5 @@ def _service(bundle: Bundle, options: ServiceOptions) -> Service:
         if not bundle.exact:
             raise
     threads = bundle.engine_options.threads
-    return Bundle.open(bundle.files.root, threads=threads, exact=False, verify_digests=False).serve(options)
+    inexact = Bundle.open(bundle.files.root, threads=threads, exact=False, verify_digests=False)
+    return inexact.with_phrases(bundle.phrases).serve(options)

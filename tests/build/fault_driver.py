@@ -34,6 +34,7 @@ STAGES: tuple[Stage, ...] = (
     "save",
     "tokenizer",
     "measure",
+    "phrases",
     "commit",
 )
 NOBODY = 65534
@@ -82,7 +83,7 @@ def run(model: str, out: Path, listener: Callable[[Stage], None], user: int | No
         try:
             if user is not None:
                 os.setuid(user)
-            build(BuildOptions(model=model, out=out, self_draft="none", threads=1), listener)
+            build(BuildOptions(model=model, out=out, self_draft="none", threads=1, phrases=1), listener)
             code = 0
         except DsparkError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -87,6 +87,7 @@ def test_a_bundle_that_cannot_serve_exactly_writes_all_the_same(folder: Path, tm
         opened.serve()
     given = list(answer(opened, [[5, 6], [7]], max_new_tokens=5, rows=2))
     assert [item.prompt for item in given] == [(5, 6), (7,)] and all(len(item.response) > 0 for item in given)
+    assert opened.phrases.contexts() > 0  # what was written is remembered where the caller looks for it
     with pytest.raises(UsageError, match="nonsense"):
         list(answer(opened, [[5]], speculate="nonsense"))
 
