@@ -118,11 +118,19 @@ def modes_of(bundle: Bundle) -> list[str]:
 
 
 def checked_modes(names: Sequence[str], bundle: Bundle) -> list[str]:
-    """The modes without repeats, plain first, which is always measured. Raises UsageError for an unknown one."""
+    """The modes without repeats, plain first, which is always measured; drafters may be joined with ``+`` at will.
+
+    Raises:
+        UsageError: an unknown mode.
+    """
     known = modes_of(bundle)
+    drafters = {name for name in known if "+" not in name} - {"off", "auto"}
     for name in names:
-        if name not in known:
-            raise UsageError(f"mode {name!r} is unknown; this bundle has {', '.join(known)}")
+        parts = name.split("+")
+        if name not in known and not (len(set(parts)) == len(parts) and set(parts) <= drafters):
+            raise UsageError(
+                f"mode {name!r} is unknown; this bundle has {', '.join(known)}, and drafters joined with + at will"
+            )
     return [PLAIN, *dict.fromkeys(name for name in names if name != PLAIN)]
 
 
@@ -133,13 +141,15 @@ def run(
     *,
     max_new_tokens: int,
     repeats: int,
+    history: bool = True,
     on_step: Callable[[], None] = lambda: None,
 ) -> BenchResult:
     """Measure ``modes`` (:func:`checked_modes`) on ``prompts``, greedy, one prompt at a time.
 
     The modes share the loaded graphs, but each has its own schedule, which starts from the bundle's figures and
-    learns over the prompts of this run. Within each prompt the modes take turns, and another one begins each time.
-    ``on_step`` is called after every generation.
+    learns over the prompts of this run. So does its store, from prompt to prompt of one repeat, unless ``history`` is
+    False: then each prompt is drafted from itself and the bundle alone. Within each prompt the modes take turns, and
+    another one begins each time. ``on_step`` is called after every generation.
     """
     if repeats < 1:
         raise UsageError(f"{repeats} repeats measure nothing; give at least 1")
@@ -153,6 +163,8 @@ def run(
             run_.phrases.forget()
         for index, prompt in enumerate(ids):
             for mode in _rotated(modes, repeat + index):
+                if not history:
+                    runs[mode].phrases.forget()
                 generation = runs[mode].generate(prompt, max_new_tokens=max_new_tokens, speculate=mode)
                 measured[mode][index].add(generation)
                 on_step()

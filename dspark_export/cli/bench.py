@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dspark_export.cli.arguments import AsJson, BundleFolder, Exact, Threads
+from dspark_export.cli.arguments import AsJson, BundleFolder, Exact, History, Threads
 from dspark_export.cli.progress import bars
 from dspark_export.prompts.sets import SHIPPED, load_sets
 from dspark_runtime.errors import UsageError
@@ -34,6 +34,7 @@ def bench(
     limit: Annotated[int | None, typer.Option(min=1, help="Take this many prompts of each set (default: all).")] = None,
     threads: Threads = None,
     exact: Exact = None,
+    history: History = True,
     plot: Annotated[Path | None, typer.Option(help="Write a picture: .png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -70,7 +71,9 @@ def bench(
         bandwidth=measure_bandwidth(used),
     )
     with _progress(repeats * len(items) * len(chosen)) as step:
-        result = run(opened, items, chosen, max_new_tokens=max_new_tokens, repeats=repeats, on_step=step)
+        result = run(
+            opened, items, chosen, max_new_tokens=max_new_tokens, repeats=repeats, history=history, on_step=step
+        )
     if plot is not None:
         # matplotlib: only for a plot
         from dspark_export.bench.plot import draw

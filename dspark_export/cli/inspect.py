@@ -152,7 +152,10 @@ def _drafters(manifest: Manifest) -> Table:
     for drafter in manifest.drafters:
         agreement = "" if drafter.agreement is None else f"{drafter.agreement:.2f}"
         settings = {key: value for key, value in drafter.settings.items() if key != "layers"}  # among the graphs
-        table.add_row(drafter.name, drafter.kind, agreement, json.dumps(settings) if settings else "")
+        shown = json.dumps(settings) if settings else ""
+        if (phrases := drafter.phrases) is not None:
+            shown = f"{phrases.contexts} contexts of {phrases.tokens} tokens, prompts: {phrases.origin}"
+        table.add_row(drafter.name, drafter.kind, agreement, shown)
     return table
 
 

@@ -135,6 +135,8 @@ def test_the_command_adds_prompts_and_logs(copied: Path, tmp_path: Path) -> None
     summary = json.loads(asked.stdout)
     assert 5 < summary["texts"] <= 7 and summary["origin"].startswith(OWN) and summary["gain"]["with_corpus"] > 0
     assert Bundle.open(copied).manifest.drafters[1].phrases is not None
+    listed = CliRunner().invoke(app, ["inspect", str(copied)], env={"COLUMNS": "200"})
+    assert f"{summary['contexts']} contexts of {summary['tokens']} tokens, prompts: {OWN}" in listed.stdout
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from dspark_export.bench.runner import (
     modes_of,
     run,
 )
-from dspark_export.prompts.sets import SHIPPED, load_sets
+from dspark_export.prompts.sets import SHIPPED, PromptItem, load_sets
 from dspark_export.prompts.texts import first_difference
 from dspark_runtime import SPECULATION_MODES, Bundle, Generation
 from dspark_runtime.decoding.statistics import DrafterCounts, Statistics
@@ -163,8 +163,20 @@ def test_what_a_mode_learned_stays_with_it(opened: Bundle) -> None:
 def test_modes(opened: Bundle) -> None:
     assert modes_of(opened)[0] == "off" and set(modes_of(opened)) == set(SPECULATION_MODES)
     assert checked_modes(["ngram", "off", "ngram"], opened) == ["off", "ngram"]
-    with pytest.raises(UsageError):
-        checked_modes([""], opened)
+    assert checked_modes(["ngram+store"], opened) == ["off", "ngram+store"]
+    for wrong in ("", "ngram+ngram", "ngram+off", "auto+store", "ngram+magic", "+"):
+        with pytest.raises(UsageError, match="unknown"):
+            checked_modes([wrong], opened)
+
+
+@pytest.mark.parametrize("history", [True, False])
+def test_what_prompts_tell_each_other(opened: Bundle, history: bool) -> None:
+    """The same prompt again is known the second time; in the next repeat it is new again."""
+    items = [PromptItem("first", "one two three"), PromptItem("second", "one two three")]
+    result = run(opened, items, ["off", "store"], max_new_tokens=60, repeats=2, history=history)
+    first, second = (s.rounds for s in result.summaries if s.mode == "store" and s.set != "all")
+    assert (second < 0.6 * first) == history
+    assert result.summaries[-1].equal == 2
 
 
 def test_every_mode_comes_first_in_turn() -> None:
