@@ -1,6 +1,6 @@
 """The compiled form of :mod:`dspark_runtime.phrases.tables`, in the library of the sequence kernels.
 
-Trees and counts are the same, bit for bit; a tree of 8 nodes takes about a fiftieth of the time. Where the library is
+Trees and counts are the same, bit for bit; a tree takes a tenth to a fifteenth of the time. Where the library is
 missing, or older than phrases, :func:`phrase_forms` gives the plain form.
 """
 
