@@ -37,7 +37,7 @@ def fitted(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle whose DSpark draft knows a text after ``LONG`` by heart."""
     folder = tmp_path_factory.mktemp("fitted")
     text = [*LONG, *generate(pairs.bundle, LONG, "off", **TEXT).tokens]
-    facts = pairs.bundle.manifest.drafters[1].block
+    facts = pairs.bundle.manifest.drafters[2].block
     assert facts is not None
     model = AutoModelForCausalLM.from_pretrained(pairs.target, dtype=torch.float32).eval()
     with torch.no_grad():

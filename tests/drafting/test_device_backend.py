@@ -53,7 +53,7 @@ def tokens(bundle: Bundle, prompts: list[list[int]], **options: Any) -> Iterator
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("place", range(12))
+@pytest.mark.parametrize("place", range(13))
 def test_it_generates_what_the_cpu_generates(
     pairs: Pairs, opened: Opened, place: int, batch_size: int, temperature: float
 ) -> None:
@@ -67,7 +67,11 @@ def test_it_generates_what_the_cpu_generates(
         for bundle in (pairs.bundle, opened.bundle)
     ]
     expected, found = ([(g.tokens, g.stats.verified, g.stats.accepted) for g in each] for each in both)
-    assert found == expected  # accepted ones too: features that go astray on their way to a drafter change them
+    if "store" in modes[place]:  # what was likely beside the tokens stays on a device that verifies there
+        assert [one[0] for one in found] == [one[0] for one in expected]
+        assert temperature or sum(one[2] for one in found) > 0
+    else:
+        assert found == expected  # accepted ones too: features that go astray on their way to a drafter change them
 
 
 @pytest.mark.parametrize("mode", ["off", "ngram", "self-draft", "ngram+self-draft"])

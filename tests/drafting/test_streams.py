@@ -24,6 +24,7 @@ from dspark_runtime.decoding.stream import Stream
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
 from dspark_runtime.drafters.choice import DrafterChoice
 from dspark_runtime.drafters.parts import DraftOptions
+from dspark_runtime.phrases.store import PhraseStore
 from dspark_runtime.speculation.costs import PassCosts
 from dspark_runtime.speculation.tree import TokenTree
 from tests.drafting.conftest import Pairs
@@ -98,7 +99,8 @@ class Recorded:
         return DeviceGraphEngine(self.files, graph, entry_of(graph), self.cuda, plan, overlap=self.overlap)
 
     def stream(self, drafters: Sequence[Drafter | str], prompts: Sequence[Sequence[int]], tokens: int) -> Stream:
-        choice = DrafterChoice(self.files, PassCosts(), self.engine, self.graph_engine)
+        phrases = PhraseStore(self.files.manifest.model.vocab_size)
+        choice = DrafterChoice(self.files, PassCosts(), phrases, self.engine, self.graph_engine)
         chosen = [
             drafter if isinstance(drafter, Drafter) else choice.make(drafter, True, _drafting(drafter))[0]
             for drafter in drafters
