@@ -384,6 +384,9 @@ class DecodingLoop:
         batch, most = len(running), self.options.most_drafts
         proposals = [Proposal.empty(s.index, s.tokens[-1]) for s in running]
         guided = any(s.choice.guided for s in running)
+        # Rejection sampling follows drafts: whether there is one must not depend on measured times.
+        if self.schedule.resting(batch) and not guided and not any(drafter.steady for drafter in self.drafters):
+            return proposals
         drafters = [self._grammar, *self.drafters] if guided and self.drafters else self.drafters
         for drafter in drafters:
             requests = [

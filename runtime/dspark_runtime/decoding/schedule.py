@@ -34,6 +34,8 @@ ALLOWANCE = 0.015  # share of decode time that wrong estimates may cost
 HOST_MS = 0.1  # host time of a round before any was seen
 
 PLAIN_EVERY = 64  # at least one round in this many is plain
+REST_AFTER = 16  # plain rounds of several sequences after which their drafters are asked less often
+REST_EVERY = 4  # asked once in this many rounds then
 PROBE_SHARE = 0.005  # share of decode time for drafts of a drafter that does not pay, to see whether it would by now
 _MOST_RATE = 0.995
 _SILENT, _OTHER = -2, -1  # what a drafter says of a token that another one proposes
@@ -167,6 +169,7 @@ class Schedule:
         self._asked: dict[str, float] = {}  # milliseconds of the passes of drafters that draft for the coming round
         self._beside: dict[tuple[str, int], float] = {}  # what drafting takes, in such passes, by drafter and batch
         self._tries: dict[tuple[str, int], int] = {}
+        self._idle: dict[int, int] = {}  # plain rounds in a row, by their sequences
         self._unprobed_ms: dict[str, float] = {}  # decode time since a drafter drafted last
 
     def round_ms(self, batch: int, rows: int = 1) -> float:
@@ -182,6 +185,15 @@ class Schedule:
     def lost_ms(self) -> float:
         """Milliseconds that speculation has lost; below 0 where it gained, which is remembered up to a point."""
         return self._lost_ms
+
+    def resting(self, batch: int) -> bool:
+        """Whether drafters are not even asked in the coming round of ``batch`` sequences.
+
+        Proposing, ranking and comparing take the host a few tenths of a millisecond a sequence. Where nothing of it was
+        worth verifying for long, that would be all that speculation does: a tenth of a round of 8 in a small model.
+        """
+        idle = self._idle.get(batch, 0)
+        return self.fixed is None and batch > 1 and idle >= REST_AFTER and idle % REST_EVERY > 0
 
     def choose(self, proposals: Sequence[Proposal], batch: int) -> list[TokenTree]:
         """The tree to verify for each sequence: the best part of its proposal, or only its anchor."""
@@ -363,6 +375,7 @@ class Schedule:
         self.costs.observe(batch * rows, pass_ms, is_plain, batch, context)
         self._learn_rest(round_ms - pass_ms, batch)
         self._all_ms += round_ms
+        self._idle[batch] = self._idle.get(batch, 0) + 1 if is_plain else 0
         if is_plain:
             self._since_plain = 0
             return

@@ -296,6 +296,28 @@ def test_speculation_costs_little_while_texts_come_and_go(
     assert ratio > 0.97
 
 
+def test_drafters_of_a_batch_rest_while_nothing_pays() -> None:
+    schedule = seasoned(STEEP, 1, 4)
+
+    def rounds(number: int, batch: int, rows: int = 1) -> list[bool]:
+        asked = []
+        for _ in range(number):
+            asked.append(not schedule.resting(batch))
+            ms = schedule.costs.ms(batch * rows, batch)
+            schedule.observe(batch, rows, batch, ms, ms + HOST_MS)
+        return asked
+
+    assert all(rounds(15, 4))  # and the one that seasoned it
+    assert rounds(8, 4) == [True, False, False, False] * 2
+    rounds(1, 4, rows=3)  # something was worth verifying
+    assert all(rounds(16, 4)) and not all(rounds(8, 4))
+    assert all(rounds(40, 1))
+    fixed = Schedule(PassCosts(STEEP), fixed=3)
+    for _ in range(40):
+        fixed.observe(4, 1, 4, 10.0, 10.1)
+        assert not fixed.resting(4)
+
+
 def test_costs_between_and_beyond_the_measured_rows() -> None:
     costs = PassCosts({1: 10.0, 3: 14.0, 4: 16.0})
     assert [costs.ms(n) for n in (1, 2, 3, 4)] == [10, 12, 14, 16]
