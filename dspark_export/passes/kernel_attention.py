@@ -168,7 +168,9 @@ class KernelAttention(ir.passes.InPlacePass):
         """The norm of every head before heads and tokens change places, which is not needed then."""
         rows = norm.inputs[0].producer().inputs[0]
         inputs = [rows, *norm.inputs[1:]]
-        moved = ir.node("RMSNormalization", inputs, attributes=dict(norm.attributes), num_outputs=1, name=norm.name)
+        moved = ir.node(
+            "RMSNormalization", inputs, attributes=dict(norm.attributes), num_outputs=1, name=f"{norm.name}_rows"
+        )
         moved.outputs[0].shape, moved.outputs[0].type = rows.shape, rows.type
         match.insert_before(norm, [moved])
         return moved.outputs[0]

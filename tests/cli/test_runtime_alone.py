@@ -64,6 +64,8 @@ class Without:
         if name.partition(".")[0] in {others!r}:
             raise ModuleNotFoundError(f"{{name}} is not a dependency of dspark-runtime", name=name)
 
+# An editable installation of the checkout would answer before the unpacked wheel.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "_editable_" not in type(finder).__module__]
 sys.meta_path.insert(0, Without())
 """
 

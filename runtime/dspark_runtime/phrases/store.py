@@ -203,7 +203,7 @@ class PhraseStore:
 
     def _open(self, path: Path) -> None:
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(path) as file:
                 arrays = {name: file[name] for name in file.files}
             if int(arrays["format"]) != _FORMAT:
                 raise IncompatibleBundle(f"{path} has phrases of another version; remove it to begin anew")
@@ -239,7 +239,7 @@ def read_packed(arrays: dict[str, np.ndarray], prefix: str, vocab_size: int, whe
 def read_corpus(path: Path, vocab_size: int) -> PackedPhrases:
     """Phrases of a bundle; DamagedBundle if the file holds something else."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             return read_packed({name: file[name] for name in file.files}, "", vocab_size, str(path))
     except _UNREADABLE as error:
         raise DamagedBundle(f"{path} holds no phrases ({error}); build the bundle again") from error
