@@ -7,7 +7,6 @@ follows from the seed; how many prompts fit into a given time does not.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -241,9 +240,6 @@ def add_corpus(bundle: Path, made: Corpus) -> Manifest:
     """
     files = BundleFiles.open(bundle)
     with BundleWriter(files.root, overwrite=True) as writer:
-        for relative in files.manifest.files:
-            target = writer.dir / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(files.root / relative, target)
+        writer.copy(files)
         write_corpus(writer.dir / CORPUS_FILE, made.packed)
         return writer.commit(with_corpus(files.manifest, made.facts))

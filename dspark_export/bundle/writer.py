@@ -18,7 +18,7 @@ from types import TracebackType
 import filelock
 import onnx_ir as ir
 
-from dspark_runtime.bundle.files import check_regular_file, sha256_of, walk_files
+from dspark_runtime.bundle.files import BundleFiles, check_regular_file, sha256_of, walk_files
 from dspark_runtime.bundle.manifest import MANIFEST, FileEntry, Manifest
 from dspark_runtime.errors import BundleBusy, BundleError, BundleNotWritten, DamagedBundle, DsparkError
 
@@ -97,6 +97,13 @@ class BundleWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
+
+    def copy(self, files: BundleFiles) -> None:
+        """Copy every file of a bundle but its manifest."""
+        for relative in files.manifest.files:
+            target = self.dir / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files.root / relative, target)
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Hash and fsync every file, write the manifest and put the bundle in place; returns the manifest as written.

@@ -54,10 +54,7 @@ def compile_bundle(
     files = BundleFiles.open(bundle)
     chosen = choose(files.manifest, options)
     with BundleWriter(files.root, overwrite=True) as writer:
-        for relative in files.manifest.files:
-            target = writer.dir / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(files.root / relative, target)
+        writer.copy(files)
         manifest, made = add_engines(writer.dir, files.manifest, chosen, options, on_progress)
         manifest = writer.commit(manifest)
     return CompileResult(writer.out, manifest, made)
