@@ -194,7 +194,7 @@ def test_logprobs_of_a_completion(client: OpenAI) -> None:
     streamed: list[Any] = []
     for chunk in client.completions.create(model=NAME, prompt="once upon", stream=True, **options):
         streamed += [found for c in chunk.choices if c.logprobs for found in c.logprobs.token_logprobs or []]
-    assert streamed == found.token_logprobs
+    assert streamed == pytest.approx(found.token_logprobs, rel=1e-5)  # drafted otherwise: other rows in a pass
 
 
 def test_a_stream_may_tell_who_drafted(client: OpenAI) -> None:
