@@ -56,7 +56,7 @@ class Told:
 class Gain:
     """Tokens of a round, the target's own included, on texts held out: without a corpus, and with that of the others.
 
-    One of ``texts``; a round verifies the seven likeliest tokens.
+    ``texts``: how many were held out. A round verifies the seven most likely tokens.
     """
 
     texts: int

@@ -79,7 +79,7 @@ def batch_logits(engine: Engine, ids: Sequence[int], prefix: int, rows: int, oth
 
 
 def _fill(buffers: StepBuffers, tokens: Sequence[np.ndarray], starts: Sequence[int]) -> None:
-    """A pass over as many ``tokens`` of each sequence, behind ``starts`` of them."""
+    """A pass over as many ``tokens`` of each sequence, after ``starts`` of them."""
     slots = buffers.attention_mask.shape[-1]
     buffers.logit_rows[:] = np.arange(buffers.logit_rows.shape[1])
     for row, (part, start) in enumerate(zip(tokens, starts, strict=True)):

@@ -1,7 +1,7 @@
 """Stores weights as the integers that the checkpoint has: nothing is rounded anew.
 
-Products read them through a blocked ``DequantizeLinear``, as in quantize_weights. A minimum that is no multiple of its
-scale (Q4_1, Q4_K) is added after it:
+Products read them through a blocked ``DequantizeLinear``, as in quantize_weights. A minimum that is not a multiple of
+its scale (Q4_1, Q4_K) is added after it:
 
     W = DequantizeLinear(codes, scale) + Gather(minimum, block of each input)
 

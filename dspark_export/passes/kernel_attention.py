@@ -2,7 +2,7 @@
 
 It writes new keys and values into the cache in place, and adds keys by their place in the sequence, so that a row's
 bits do not depend on the slots its ancestors lie in. It takes any mask of the graph contract, several sequences and
-widths that differ. In a block drafter, more rows are written than ask: the block's rows behind those of the context. An
+widths that differ. In a block drafter, more rows are written than ask: the block's rows after those of the context. An
 attention over anything but the cache itself keeps its standard form, such as one over keys that are made of cached
 latents in every pass (DeepSeek).
 """
@@ -244,7 +244,7 @@ def _without_sink(attention: ir.Node) -> _Inputs:
 
 
 def _sinks(columns: ir.Value | None, scale: float) -> ir.Value | None:
-    """Scores [heads] behind the columns that queries get, which are divided by ``scale`` and padded."""
+    """The scores [heads] that queries get as further columns, divided by ``scale`` and padded."""
     node = None if columns is None else columns.producer()
     while node is not None and node.op_type in ("Expand", "Pad", "Reshape", "Cast"):
         node = None if node.inputs[0] is None else node.inputs[0].producer()

@@ -1,4 +1,4 @@
-"""Sequence kernels: one operator in place of everything a block drafter does behind its logits.
+"""Sequence kernels: one operator in place of everything a block drafter does after its logits.
 
 Slot by slot it adds the Markov head's correction, takes the most likely tokens or draws one, and follows the most
 likely texts: about 150 small operators. The operator is a function whose body is those operators, as they were traced.
@@ -41,7 +41,7 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class KernelDraft(ir.passes.InPlacePass):
-    """Rewrites what follows ``base_logits`` into ``BlockDraft`` or ``MarkovDraft...``; runs behind the other passes."""
+    """Rewrites what follows ``base_logits`` into ``BlockDraft`` or ``MarkovDraft...``; runs after the other passes."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Return the same model and whether it was rewritten. Inner values of a drafter's graph are hidden."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark_export.train.features import Rows, likeliest
+from dspark_export.train.features import Rows, most_likely
 from dspark_runtime import Bundle
 from dspark_runtime.errors import UsageError
 from dspark_runtime.speculation.kv_cache import round_up
@@ -48,7 +48,7 @@ class BundleTarget:
             wanted = first + len(part) > taught
             logits, taps = self._pass(part, first, len(part) if wanted else 1)
             features.append(torch.from_numpy(taps).to(torch.bfloat16))
-            found = likeliest(torch.from_numpy(logits), top)
+            found = most_likely(torch.from_numpy(logits), top)
             before = max(0, min(len(part), taught - first)) if wanted else len(part)
             for parts, values in zip(tops, found, strict=True):
                 rows = values.new_zeros(len(part), values.shape[-1])

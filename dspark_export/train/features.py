@@ -55,7 +55,7 @@ class Taps:
         self._caught.clear()
 
 
-def likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def most_likely(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Ids (int32) and probabilities (float16) [..., top] of the most likely tokens of ``logits`` [..., vocab]."""
     values, places = logits.topk(min(top, logits.shape[-1]), -1)
     probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
@@ -91,7 +91,7 @@ class TappedTarget:
         logits = self._model(given, use_cache=False, logits_to_keep=taught).logits[0].float()
         features = self._taps.read()[0]
         before = len(ids) - len(logits)
-        return Rows(features, *(functional.pad(part, (0, 0, before, 0)) for part in likeliest(logits, top)))
+        return Rows(features, *(functional.pad(part, (0, 0, before, 0)) for part in most_likely(logits, top)))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class FeatureStore:
         self._maps = None
 
     def _keep(self) -> None:
-        """Cut what is behind the known samples in any file."""
+        """Cut whatever follows the known samples off every file."""
         lines = (json.dumps(span) + "\n" for span in self._spans)
         (self._folder / _INDEX).write_text("".join(lines), "utf-8")
         for path, size in self._sizes().items():

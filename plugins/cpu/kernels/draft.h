@@ -3,7 +3,7 @@
 // Columns are looked at in pieces of kColumns, each small enough for the nearest cache: a piece is read twice. Statistics of
 // pieces are merged in order, so that they do not depend on who computes which piece.
 
-// Sixteen lanes from k on, `otherwise` behind the end.
+// Sixteen lanes from k on, `otherwise` past the end.
 inline Wide lanes_of(const float* x, int64_t left, float otherwise) {
   const Wide v = wide_load(x, left);
   return left < 16 ? keep_bits(v, (1u << left) - 1, wide(otherwise)) : v;

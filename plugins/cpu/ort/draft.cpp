@@ -70,7 +70,7 @@ struct Outputs {
   float *probs, *candidate_probs, *beam_probs, *rows;
 };
 
-// Logits that a slot is asked for: of sequence b behind `token`. drawn: which place of `probs` they go to, -1 for none.
+// Logits that a slot is asked for: of sequence b after `token`. drawn: which place of `probs` they go to, -1 for none.
 struct Row {
   int64_t b, token, drawn;
   float maximum, sum;

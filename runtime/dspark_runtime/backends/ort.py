@@ -264,7 +264,7 @@ class OrtRunner:
             self._bindings.move_to_end(key)
             return bound
         for old in [place for place, other in self._bindings.items() if other.version != self._memory.version]:
-            del self._bindings[old]  # the memory it is bound to is no cache any more
+            del self._bindings[old]  # the memory it is bound to is not a cache any more
         if len(self._bindings) >= _MOST_BINDINGS:
             self._bindings.popitem(last=False)
         bound = self._bindings[key] = _Binding(self._session.io_binding(), self._memory.version)

@@ -28,8 +28,9 @@ class PrecisionKind:
         block: weights per scale unless ``--block-size`` says otherwise. None: one scale for each output.
         integer_products: the CPU's forms of the graphs multiply integers, and so round activations to 8 bits whatever
             is asked for; the standard form alone has float products.
-        exact_by_default: speculative text equals plain text by the bundle's own setting. Otherwise it does so behind a
-            draft only, where nearly every pass has several rows anyway, and only if rows were measured to agree.
+        exact_by_default: speculative text equals plain text by the bundle's own setting. Otherwise it does so
+            only in bundles with a drafter, where nearly every pass has several rows anyway, if rows were measured to
+            agree.
         kept: weights are the checkpoint's own integers, with its own scales.
         draft_within: how far outputs of a quantized drafter may be from PyTorch's before quantization, as
             ``stored_within``. None: the limit of float graphs.

@@ -1,5 +1,4 @@
-"""Opening bundles: what is accepted, and every way a folder can be no bundle, a damaged one or one of another
-version."""
+"""Opening bundles: what is accepted, and every way a folder can be missing, damaged or of another version."""
 
 from __future__ import annotations
 
