@@ -49,6 +49,10 @@ def serve(
         typer.Option("--store", help="Begin with the phrases of earlier requests in this file, and save them there."),
     ] = None,
     history: Annotated[bool, typer.Option("--history/--no-history", help="Draft from earlier requests.")] = True,
+    share_history: Annotated[
+        bool,
+        typer.Option("--share-history", help="Draft from earlier requests of all API keys; see security.md."),
+    ] = False,
     memory: Annotated[
         float | None, typer.Option(help="Let the caches take this many GiB (default: what is left).")
     ] = None,
@@ -90,6 +94,8 @@ def serve(
         from dspark_serve.server import serve as run
     except ModuleNotFoundError as error:
         raise UsageError(f'serving needs {error.name}; pip install "dspark-runtime[cpu,serve]"') from error
+    if share_history and not history:
+        raise UsageError("--share-history shares what --no-history does not keep; leave one of them out")
     _log_to_stderr(log_level)
     options = ServerOptions(
         host=host,
@@ -100,7 +106,7 @@ def serve(
         rate_limit=rate_limit,
         drain=drain,
         traces=traces,
-        phrases=PhraseOptions(DEFAULT_HISTORY if history else 0, file=store),
+        phrases=PhraseOptions(DEFAULT_HISTORY if history else 0, share_history, store),
         service=ServiceOptions(
             rows=rows,
             capacity=max_length,

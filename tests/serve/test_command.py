@@ -11,8 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +24,7 @@ from dspark_runtime import Bundle, PhraseOptions, ServiceOptions
 from dspark_runtime.errors import CapacityError, UsageError
 from dspark_serve import cli
 from dspark_serve.server import ServerOptions, serve
-
-COMMANDS = {"dspark-export": ["dspark_export.cli.main", "serve"], "dspark-serve": ["dspark_serve"]}
-
-
-@contextmanager
-def process(bundle: Path, *arguments: str, command: str = "dspark-serve") -> Iterator[tuple[Any, str, list[str]]]:
-    """The process, its URL and the lines it printed before that; killed if it still runs at the end."""
-    module, *verb = COMMANDS[command]
-    line = [sys.executable, "-m", module, *verb, str(bundle), "--port", "0", "--threads", "1", "--rows", "2"]
-    started = subprocess.Popen(
-        [*line, "--max-length", "512", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    said: list[str] = []
-    try:
-        assert started.stdout is not None
-        for text in started.stdout:
-            said.append(text)
-            if found := re.search(r"is ready at (\S+)/v1$", text):
-                yield started, found[1], said
-                break
-        else:
-            pytest.fail(f"it did not start: {said} {started.stderr and started.stderr.read()}")
-    finally:
-        started.kill()
-        started.communicate()
+from tests.serve.processes import COMMANDS, process
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -147,6 +122,24 @@ def test_defaults_are_those_of_the_options() -> None:
             if hasattr(options, own):
                 assert default == (getattr(options, own) or None if own == "origins" else getattr(options, own)), name
     assert command_line.serve is cli.serve
+
+
+@pytest.mark.parametrize(
+    ("given", "phrases"),
+    [
+        ({}, PhraseOptions()),
+        ({"share_history": True}, PhraseOptions(shared=True)),
+        ({"history": False, "store": Path("x")}, PhraseOptions(0, file=Path("x"))),
+    ],
+)
+def test_what_is_remembered(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], phrases: PhraseOptions) -> None:
+    started: list[ServerOptions] = []
+    monkeypatch.setattr("dspark_serve.server.serve", lambda _, options, *rest, **more: started.append(options))
+    monkeypatch.setattr(cli, "_log_to_stderr", lambda level: None)
+    cli.serve(Path("bundle"), **given)
+    assert [options.phrases for options in started] == [phrases]
+    with pytest.raises(UsageError, match="no-history"):
+        cli.serve(Path("bundle"), history=False, share_history=True)
 
 
 def test_the_engine_failing_twice_ends_the_process(bundle: Path) -> None:
