@@ -12,7 +12,7 @@ from typing import Any
 def request(path: str, body: Any, headers: str = "") -> bytes:
     """A whole POST request with a JSON body."""
     data = json.dumps(body).encode()
-    fields = f"Host: x\r\nContent-Type: application/json\r\n{headers}Content-Length: {len(data)}\r\n"
+    fields = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\n{headers}Content-Length: {len(data)}\r\n"
     return f"POST {path} HTTP/1.1\r\n{fields}\r\n".encode() + data
 
 
