@@ -14,18 +14,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.serving import fronts
-from benchmarks.serving.fronts import Rounds
+from benchmarks.serving.fronts import Rounds, on_this_thread
 from dspark_export.prompts.sets import SHIPPED, load_sets
 from dspark_export.prompts.texts import encode
-from dspark_runtime import Bundle, Service, ServiceOptions, api
-from dspark_runtime.decoding import loop
-from dspark_runtime.serving import service as service_module
+from dspark_runtime import Bundle, ServiceOptions
 from dspark_runtime.serving.events import Event, Finished, Tokens
 
 clock = time.thread_time
@@ -93,10 +89,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    # One thread and its own time, for the schedule too.
-    setattr(api, "Service", partial(Service, threaded=False))  # noqa: B010
-    for module, name in ((loop, "_clock"), (service_module, "_clock"), (fronts, "clock")):
-        setattr(module, name, clock)
+    with on_this_thread(clock):
+        rows = compare(options)
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All loads in turns; the rows of the table, which is printed."""
     bundle = Bundle.open(options.bundle, threads=1, verify_digests=False)
     prompts = [encode(bundle, item.text) for item in load_sets(options.prompts or list(SHIPPED))]
     loads = [Load(bundle, mode, options.rows, options.max_new_tokens) for mode in options.modes.split(",")]
@@ -121,8 +121,7 @@ def main() -> None:
         values = {name: median(run[name] for run in runs) for name in names}
         rows.append({"clients": clients, "mode": mode} | values)
         print(f"{clients:7}  {mode:4}  " + "  ".join(f"{value:24.2f}" for value in values.values()))
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return rows
 
 
 if __name__ == "__main__":

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
 from urllib.request import Request, urlopen
 
 import psutil
 
 from benchmarks.serving.load import Answer
-from dspark_runtime import Bundle, Chunk, ServiceOptions
+from dspark_runtime import Bundle, Chunk, Service, ServiceOptions, api
+from dspark_runtime.decoding import loop
 from dspark_runtime.decoding.round import Flight
+from dspark_runtime.serving import service
 from dspark_runtime.serving.events import Event, Tokens
 from dspark_runtime.serving.observer import ServiceObserver
 
 clock = time.perf_counter
+
+
+@contextmanager
+def on_this_thread(read: Callable[[], float]) -> Iterator[None]:
+    """Services that are made inside run on the calling thread, by :meth:`Service.turn`; all times, also those the
+    schedule learns from, are those of ``read``."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(api, "Service", partial(Service, threaded=False)))
+        for module, name in ((loop, "_clock"), (service, "_clock"), (sys.modules[__name__], "clock")):
+            stack.enter_context(patch.object(module, name, read))
+        yield
 
 
 class Rounds(ServiceObserver):
@@ -47,7 +65,7 @@ class ServiceFront:
         self._prompts, self._tokens = prompts, tokens
         self._rounds = Rounds()
         options = ServiceOptions(rows=rows, capacity=2048, queue=1024, speculate=mode, reuse_prefixes=False)
-        self._service = bundle.serve(options, self._rounds)
+        self.service = bundle.serve(options, self._rounds)
 
     def ask(self, number: int) -> Answer:
         """See :class:`Front`."""
@@ -57,8 +75,8 @@ class ServiceFront:
             if isinstance(event, Tokens):
                 answer.arrivals.append(clock())
 
-        request = self._service.request(self._prompts[number], max_new_tokens=self._tokens, ignore_eos=True)
-        generation = self._service.submit(request, listen).result()
+        request = self.service.request(self._prompts[number], max_new_tokens=self._tokens, ignore_eos=True)
+        generation = self.service.submit(request, listen).result()
         answer.tokens, answer.text = len(generation.tokens), tuple(generation.tokens)
         return answer
 
@@ -68,7 +86,7 @@ class ServiceFront:
 
     def close(self) -> None:
         """See :class:`Front`."""
-        self._service.close()
+        self.service.close()
 
 
 class GenerateFront:
@@ -106,13 +124,21 @@ class GenerateFront:
 class OpenAIFront:
     """The completions route of a running server: token ids in, text out, one event a part.
 
-    ``process``: the server's number on this machine, whose CPU time is counted; 0 to leave it out.
+    ``process``: the server's number on this machine, whose CPU time is counted; 0 to leave it out. ``stream``: whether
+    answers come in parts.
     """
 
     def __init__(
-        self, name: str, url: str, model: str, prompts: Sequence[Sequence[int]], tokens: int, process: int = 0
+        self,
+        name: str,
+        url: str,
+        model: str,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        process: int = 0,
+        stream: bool = True,
     ) -> None:
-        self.name = name
+        self.name, self._stream = name, stream
         self._process = psutil.Process(process) if process else None
         self._url, self._model = url.rstrip("/"), model
         self._prompts, self._tokens = prompts, tokens
@@ -132,11 +158,15 @@ class OpenAIFront:
         }
         if "llama" not in self.name:
             del body["cache_prompt"]
+        if not self._stream:
+            del body["stream"], body["stream_options"]
         request = Request(
             f"{self._url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         parts = []
         with urlopen(request, timeout=600) as reply:
+            if not self._stream:
+                return self._whole(answer, json.load(reply))
             for line in reply:
                 field, _, data = line.decode().strip().partition(":")
                 if field != "data" or data.strip() == "[DONE]":  # others are comments, which keep a connection alive
@@ -149,6 +179,12 @@ class OpenAIFront:
                         answer.arrivals.append(clock())
                         parts.append(choice["text"])
         answer.text = "".join(parts)
+        return answer
+
+    @staticmethod
+    def _whole(answer: Answer, reply: Any) -> Answer:
+        answer.arrivals.append(clock())
+        answer.tokens, answer.text = reply["usage"]["completion_tokens"], reply["choices"][0]["text"]
         return answer
 
     def counters(self) -> dict[str, float]:

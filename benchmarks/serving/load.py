@@ -52,7 +52,8 @@ class Front(Protocol):
 class Result:
     """What a load measured: rates per second, times in seconds at the 50th and the 95th percentile.
 
-    ``cpu_ms_per_token``: of the server's process, prompts included; 0 where it is not known.
+    ``cpu_ms_per_token``: of the server's process, prompts included; 0 where it is not known. ``chunks``: parts that
+    texts came in.
     """
 
     front: str
@@ -66,6 +67,7 @@ class Result:
     between: tuple[float, float]
     accepted_length: float
     cpu_ms_per_token: float
+    chunks: int = 0
     texts: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def row(self) -> dict[str, Any]:
@@ -135,6 +137,7 @@ def _measured(front: Front, concurrency: int, answers: list[Answer], clients: Se
         between=_percentiles(gaps),
         accepted_length=counted.get("round_tokens", 0.0) / rounds if rounds else 0.0,
         cpu_ms_per_token=1e3 * counted.get("cpu_seconds", 0.0) / max(sum(answer.tokens for answer in good), 1),
+        chunks=sum(len(answer.arrivals) for answer in good),
         texts={answer.prompt: answer.text for answer in good},
     )
 
