@@ -39,7 +39,8 @@ class SharedModel:
 
         def build(folder: Path) -> None:
             command = [sys.executable, "-m", "dspark_export.cli.main", "build", self.source, "--out", str(folder)]
-            _run([*command, "--precision", precision, *(() if self.draft is None else ("--draft", self.draft))])
+            drafted = () if self.draft is None else ("--draft", self.draft, "--phrases", "0")  # auto then has no store
+            _run([*command, "--precision", precision, *drafted])
 
         return self._once(f"bundle-{precision}{'' if self.draft is None else '-drafted'}", build)
 

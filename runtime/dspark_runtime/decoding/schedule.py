@@ -19,12 +19,12 @@ on time. Their drafter cuts them, by confidences that do not depend on the token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Hashable, Sequence
 
 from dspark_runtime.backends.protocol import MOST_ROWS
-from dspark_runtime.drafters.base import Draft, Drafter
-from dspark_runtime.drafters.estimates import bucket
+from dspark_runtime.decoding.acceptance import ANY, MOST_RATE, OTHER, SILENT, Acceptance, kind_of, word
+from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.proposal import Part, Proposal
 from dspark_runtime.speculation.costs import PassCosts
 from dspark_runtime.speculation.tree import TokenTree
@@ -36,106 +36,9 @@ HOST_MS = 0.1  # host time of a round before any was seen
 PLAIN_EVERY = 64  # at least one round in this many is plain
 REST_AFTER = 16  # plain rounds of several sequences after which their drafters are asked less often
 REST_EVERY = 4  # asked once in this many rounds then
+PROPOSED = (1.05, 1.2, 1.5, 2.0, 2.8)  # speed over plain decoding's of what is proposed before a drafter is asked
+_GUESS_WEIGHT, _MOST_SEEN = 4.0, 100.0  # of what a drafter is expected to add, against what it added
 PROBE_SHARE = 0.005  # share of decode time for drafts of a drafter that does not pay, to see whether it would by now
-_MOST_RATE = 0.995
-_SILENT, _OTHER = -2, -1  # what a drafter says of a token that another one proposes
-_ANY: Hashable = "any"  # class of a place: whether one of the tokens proposed for it was right
-
-
-class Acceptance:
-    """Acceptance of drafters by class: a running estimate over all requests, refined within each request."""
-
-    _PRIOR_WEIGHT = 6.0
-    _SHARED_WEIGHT = 8.0
-    _JOINT_WEIGHT = 8.0
-
-    def __init__(self) -> None:
-        self._shared: dict[tuple[str, Hashable], list[float]] = {}
-        self._own: dict[int, dict[tuple[str, Hashable], list[float]]] = {}
-        self._together: dict[Hashable, list[float]] = {}
-
-    def rate(self, drafter: Drafter, kind: Hashable, request: int) -> float:
-        """Probability that a row of this class is accepted, given that its parent is."""
-        key = (drafter.name, kind)
-        shared = self._shared.get(key)
-        if shared is None:
-            rate = drafter.prior(kind)
-        else:
-            rate = (shared[0] + self._PRIOR_WEIGHT * drafter.prior(kind)) / (shared[1] + self._PRIOR_WEIGHT)
-        own = self._own.get(request)
-        counts = own.get(key) if own else None
-        if counts is None:
-            return rate
-        return (counts[0] + self._SHARED_WEIGHT * rate) / (counts[1] + self._SHARED_WEIGHT)
-
-    def rates(self, drafter: Drafter, request: int) -> Callable[[Hashable], float]:
-        """:meth:`rate` of one drafter and request, as a function of the class."""
-        return lambda kind: self.rate(drafter, kind, request)
-
-    def learn(self, drafter: Drafter, draft: Draft, emitted: Sequence[int], request: int) -> None:
-        """Compare a proposal, verified or not, with the tokens that really came."""
-        tree, row = draft.tree, 0
-        for token in emitted:
-            following, asked = -1, False
-            for candidate in range(row + 1, len(tree.tokens)):
-                if tree.parents[candidate] == row:
-                    hit = tree.tokens[candidate] == token
-                    self._count(drafter.name, kind_of(draft, candidate), request, hit)
-                    asked = True
-                    if hit:
-                        following = candidate
-                elif tree.is_chain:
-                    break
-            if asked:  # once, however many tokens were proposed for this place
-                self._count(drafter.name, _ANY, request, following >= 0)
-            if following < 0:
-                return
-            row = following
-
-    def together(self, kind: Hashable, best: float) -> float:
-        """Probability that a token is accepted which several drafters know of: ``kind`` is what they say of it, and
-        ``best`` what the surest of them does."""
-        seen = self._together.get(kind)
-        return best if seen is None else (seen[0] + self._JOINT_WEIGHT * best) / (seen[1] + self._JOINT_WEIGHT)
-
-    def learn_together(self, tree: TokenTree, kinds: Sequence[Hashable], emitted: Sequence[int]) -> None:
-        """Compare a merged proposal with the tokens that really came; ``kinds`` of its rows, as in :meth:`together`."""
-        row = 0
-        for token in emitted:
-            following = -1
-            for candidate in range(row + 1, len(tree.tokens)):
-                if tree.parents[candidate] == row:
-                    hit = tree.tokens[candidate] == token
-                    _add(self._together, kinds[candidate], hit, 400.0)
-                    if hit:
-                        following = candidate
-            if following < 0:
-                return
-            row = following
-
-    def forget(self, request: int) -> None:
-        """Drop what was learned for a finished request only."""
-        self._own.pop(request, None)
-
-    def _count(self, name: str, kind: Hashable, request: int, hit: bool) -> None:
-        own = self._own.setdefault(request, {})
-        for table, most in ((self._shared, 400.0), (own, 40.0)):
-            _add(table, (name, kind), hit, most)
-
-
-def _add(table: dict[Any, list[float]], key: Hashable, hit: bool, most: float) -> None:
-    """Count a case; of ``most`` cases the older ones count half."""
-    counts = table.setdefault(key, [0.0, 0.0])
-    if counts[1] >= most:
-        counts[0] *= 0.5
-        counts[1] *= 0.5
-    counts[0] += hit
-    counts[1] += 1.0
-
-
-def kind_of(draft: Draft, row: int) -> Hashable:
-    """Class of one row of a draft; the depth where the drafter gave none, or where the tokens were drawn at random."""
-    return draft.classes[row - 1] if draft.classes and draft.probs is None else draft.tree.depths[row]
 
 
 class Schedule:
@@ -169,6 +72,10 @@ class Schedule:
         self._asked: dict[str, float] = {}  # milliseconds of the passes of drafters that draft for the coming round
         self._beside: dict[tuple[str, int], float] = {}  # what drafting takes, in such passes, by drafter and batch
         self._tries: dict[tuple[str, int], int] = {}
+        self._gains: dict[tuple[str, int, int], list[float]] = {}  # sum and count, by drafter, batch and PROPOSED
+        self._without: dict[
+            str, tuple[int, float, float]
+        ] = {}  # of those asked: PROPOSED, speed without, ms of drafting
         self._idle: dict[int, int] = {}  # plain rounds in a row, by their sequences
         self._unprobed_ms: dict[str, float] = {}  # decode time since a drafter drafted last
 
@@ -198,10 +105,12 @@ class Schedule:
     def choose(self, proposals: Sequence[Proposal], batch: int) -> list[TokenTree]:
         """The tree to verify for each sequence: the best part of its proposal, or only its anchor."""
         if not any(proposal.parts for proposal in proposals):
+            self._learn_gains([], 0, batch)
             return [proposal.tree for proposal in proposals]
         drawn = max((len(p.tree) - 1 for p in proposals if p.sampled), default=0)  # verified whole, see the module
         ranked = [([], []) if proposal.sampled else self._ranked(proposal) for proposal in proposals]
         longest = min(max(len(order) for order, _ in ranked), self.most_rows - 1)
+        self._learn_gains([values for _, values in ranked], longest, batch)
         if self.fixed is not None:
             rows = min(longest, self.fixed)
         elif longest == 0 or self.throttled or self._plain_due(batch):
@@ -244,29 +153,27 @@ class Schedule:
     def _chances(self, proposal: Proposal) -> list[float]:
         """For each row the probability that it is accepted, given that its parent is.
 
-        What several drafters know of is noted in ``proposal.kinds``: how sure each is of the row, that it knows another
-        token for the place, or nothing of it.
+        What the drafters say of each row is noted in the proposal, where they are several: how sure each is of it, that
+        it proposes another token for the place, or nothing.
         """
         tree, parts = proposal.tree, proposal.parts
         if len(parts) == 1:
             return [1.0, *self._rates(parts[0], proposal.request)]
-        chances = [0.0] * len(tree)
-        said: list[list[int]] = [[_SILENT] * len(parts) for _ in chances]
+        surest = [0.0] * len(tree)
+        said: list[list[int]] = [[SILENT] * len(parts) for _ in surest]
         for number, part in enumerate(parts):
             places = part.places
             asked = {places[parent] for parent in part.draft.tree.parents[1:]}
             for row in range(1, len(tree)):
                 if tree.parents[row] in asked:
-                    said[row][number] = _OTHER
+                    said[row][number] = OTHER
             for place, rate in zip(places[1:], self._rates(part, proposal.request), strict=True):
-                said[place][number] = bucket(rate)
-                chances[place] = max(chances[place], rate)
-        names = tuple(part.drafter.name for part in parts)
-        proposal.kinds = [(names, *row) for row in said]
+                said[place][number] = word(rate)
+                surest[place] = max(surest[place], rate)
+        proposal.said, proposal.surest = said, surest
+        names = [part.drafter.name for part in parts]
         together = self.acceptance.together
-        chances = [min(together(kind, best), _MOST_RATE) for kind, best in zip(proposal.kinds, chances, strict=True)]
-        chances[0] = 1.0
-        return chances
+        return [1.0, *(together(names, words, best) for words, best in zip(said[1:], surest[1:], strict=True))]
 
     def _rates(self, part: Part, request: int) -> list[float]:
         """What one drafter's rows are worth, by their classes alone; of its tree without the anchor."""
@@ -275,7 +182,7 @@ class Schedule:
         for row in range(1, len(part.draft.tree)):
             kind = kind_of(part.draft, row)
             if kind not in known:
-                known[kind] = min(self.acceptance.rate(part.drafter, kind, request), _MOST_RATE)
+                known[kind] = min(self.acceptance.rate(part.drafter, kind, request), MOST_RATE)
             rates.append(known[kind])
         return rates
 
@@ -283,8 +190,7 @@ class Schedule:
         """Compare what was proposed for a request, verified or not, with the tokens that came."""
         for part in proposal.parts:
             self.acceptance.learn(part.drafter, part.draft, emitted, proposal.request)
-        if proposal.kinds:
-            self.acceptance.learn_together(proposal.tree, proposal.kinds, emitted)
+        self.acceptance.learn_together(proposal, emitted)
 
     def worth_drafting(
         self,
@@ -297,10 +203,12 @@ class Schedule:
         """Tokens a drafter with its own engine should draft for each request now; 0 for all where it does not pay.
 
         Its pass and the rows of the target's are shared by all sequences of the batch, so it is one decision: whether
-        all of them together gain more per millisecond than with plain decoding and with what is proposed already. Its
-        chain is valued by its mean acceptance, request by request. Where more tokens cost no more time, all of them are
-        wanted: what is verified is chosen when they are known. Where it has not paid for long, it drafts once all the
-        same: only a draft shows whether it would pay by now.
+        all of them together gain more per millisecond than with plain decoding and with what is proposed already. The
+        better that is, the less a drafter adds, as it knows much of the same: how much it added is remembered by how
+        much was promised without it. Before anything is known, its chain is valued by its mean acceptance, request by
+        request. Where more tokens cost no more time, all of them are wanted: what is verified is chosen when they are
+        known. Where it has not paid for long, it drafts once all the same: only a draft shows whether it would pay by
+        now.
 
         Args:
             drafter: the drafter.
@@ -315,7 +223,7 @@ class Schedule:
             return [0] * len(limits)
         beside = self._beside.get((drafter.name, batch), 1.0)
         values = [self._ranked(proposal)[1] for proposal in proposals]
-        rates = [self.acceptance.rate(drafter, _ANY, request) for request in requests]
+        rates = [self.acceptance.rate(drafter, ANY, request) for request in requests]
         most = max(limits)
         longest = min(max(most, *map(len, values)), self.most_rows - 1)
         had = [0.0] * len(values)  # expected tokens of what is proposed already, by sequence
@@ -328,20 +236,40 @@ class Schedule:
             known.append(batch + sum(had))
             own.append(batch + sum(map(max, had, new)))
         without = max(gain / self.round_ms(batch, rows + 1) for rows, gain in enumerate(known))
-        best, length = without * MARGIN, 0
+        best, length = 0.0, 0
         for rows in range(1, min(most, longest) + 1):
             speed = own[rows] / (self.round_ms(batch, rows + 1) + beside * drafter.draft_ms(rows))
             if speed > best:
                 best, length = speed, rows
-        if not length and self._may_probe(drafter, batch):
-            length = 1
+        proposed = bisect_right(PROPOSED, without * self.round_ms(batch) / batch)
+        seen, count = self._gains.get((drafter.name, batch, proposed), (0.0, 0.0))
+        if seen + _GUESS_WEIGHT * best / without < MARGIN * (count + _GUESS_WEIGHT):
+            length = 1 if self._may_probe(drafter, batch) else 0
         if length:
             self._unprobed_ms[drafter.name] = 0.0
         if length and drafter.draft_ms(most) <= drafter.draft_ms(1):
             length = most
         if length:
             self._asked[drafter.name] = drafter.draft_ms(length)
+            self._without[drafter.name] = proposed, without, beside * drafter.draft_ms(length)
         return [min(limit, length) for limit in limits]
+
+    def _learn_gains(self, values: Sequence[Sequence[float]], longest: int, batch: int) -> None:
+        """How much faster the round promises to be with each drafter that was asked than it did without."""
+        asked, self._without = self._without, {}
+        if not asked:
+            return
+        gains = [float(batch)]
+        for rows in range(1, longest + 1):
+            gains.append(gains[-1] + sum(v[rows - 1] for v in values if rows <= len(v)))
+        times = [self.round_ms(batch, rows + 1) for rows in range(longest + 1)]
+        for name, (proposed, without, ms) in asked.items():
+            speed = max(gain / (time + ms) for gain, time in zip(gains, times, strict=True))
+            counts = self._gains.setdefault((name, batch, proposed), [0.0, 0.0])
+            if counts[1] >= _MOST_SEEN:
+                counts[:] = counts[0] / 2, counts[1] / 2
+            counts[0] += speed / without
+            counts[1] += 1.0
 
     def _may_probe(self, drafter: Drafter, batch: int) -> bool:
         """Whether a drafter that does not pay has been idle for so long that a try is within its share, as the first

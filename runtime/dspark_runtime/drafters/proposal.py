@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dspark_runtime.drafters.base import Draft, Drafter
@@ -22,13 +22,16 @@ class Part:
 class Proposal:
     """What all drafters together propose for one sequence.
 
-    ``kinds``: what they say of each row of the merged tree, once the schedule has looked, where they are several.
+    Where they are several, and once the schedule has looked, ``said`` holds what each of them says of each row of the
+    merged tree, and ``surest`` the probability of acceptance that the surest one gives
+    (:mod:`dspark_runtime.decoding.acceptance`).
     """
 
     request: int
     tree: TokenTree
     parts: list[Part] = field(default_factory=list)
-    kinds: list[Hashable] = field(default_factory=list)
+    said: list[list[int]] = field(default_factory=list)
+    surest: list[float] = field(default_factory=list)
     _owners: list[list[tuple[Drafter, Draft, int]]] | None = None
 
     @classmethod
@@ -48,7 +51,7 @@ class Proposal:
             self.tree = merged
             self.parts.append(Part(drafter, draft, theirs))
         self._owners = None
-        self.kinds = []
+        self.said, self.surest = [], []
 
     def sources(self, row: int) -> Iterator[tuple[Drafter, Draft, int]]:
         """Every (drafter, draft, row of that draft) that proposed ``row`` of the merged tree."""

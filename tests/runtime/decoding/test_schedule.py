@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_runtime.decoding.schedule import HOST_MS, Acceptance, Schedule
+from dspark_runtime.decoding.acceptance import OTHER, SILENT, Acceptance, word
+from dspark_runtime.decoding.schedule import HOST_MS, Schedule
 from dspark_runtime.drafters.base import Draft, Drafter, DraftRequest
-from dspark_runtime.drafters.estimates import bucket
 from dspark_runtime.drafters.proposal import Proposal
 from dspark_runtime.speculation.costs import PassCosts, measure_pass_ms
 from dspark_runtime.speculation.tree import TokenTree
@@ -185,6 +185,30 @@ def test_all_sequences_decide_together_whether_to_draft() -> None:
     assert min(schedule.worth_drafting(drafter, [0] * 4, empty, [15] * 4, 4)) > 0
     lengths = schedule.worth_drafting(drafter, [0] * 4, empty, [15, 2, 15, 15], 4)
     assert lengths[1] == 2 and lengths[0] == lengths[2] == lengths[3] > 2
+
+
+def test_a_drafter_that_adds_nothing_is_left_alone() -> None:
+    """Every second round a free drafter proposes already what the dear one would; in the others nothing is proposed."""
+    schedule, random_ = seasoned(FLAT), random.Random(5)
+    free, dear = Guess(1, 0.5, "free"), OnePass(1, 0.5, "dear", 3.0)
+    draft = Draft(TokenTree.chain(9, [1] * 8), ["x"] * 8)
+    asked = [0, 0]
+    for round_ in range(400):
+        proposal = Proposal.empty(0, 9)
+        if round_ % 2:
+            proposal.add(free, draft)
+        (limit,) = schedule.worth_drafting(dear, [0], [proposal], [8], 1)
+        if limit:
+            proposal.add(dear, draft)
+        if round_ >= 200:
+            asked[round_ % 2] += limit > 0
+        (tree,) = schedule.choose([proposal], 1)
+        right = next((n for n in range(len(tree) - 1) if random_.random() > 0.7), len(tree) - 1)
+        emitted = [1] * right + [2]
+        schedule.learn(proposal, emitted)
+        ms = schedule.costs.ms(len(tree))
+        schedule.observe(1, len(tree), len(emitted), ms, ms + HOST_MS + (3.0 if limit else 0.0))
+    assert asked[0] > 90 and asked[1] < 20  # a try now and then
 
 
 @pytest.mark.parametrize("skills", [(0.1,) * 8, (0.9, *(0.05,) * 7), (0.6,) * 4, (0.95,) * 2, (0.95,) * 3])
@@ -361,7 +385,7 @@ def test_drafters_that_agree_are_believed_together() -> None:
         proposal.add(two, Draft(TokenTree.chain(9, [second]), ["b"]))
         return proposal
 
-    for _ in range(800):
+    for _ in range(1600):
         agree = random_.random() < 0.5
         came = 1 if random_.random() < (0.9 if agree else 0.2) else 7
         proposal = proposed(1, 1 if agree else 2)
@@ -383,18 +407,18 @@ def test_what_is_said_of_merged_rows(chains: list[list[int]]) -> None:
         proposal.add(drafter, Draft(TokenTree.chain(9, chain), ["x"] * len(chain)))
     schedule._ranked(proposal)
     if len(chains) == 1:
-        assert proposal.kinds == []
+        assert proposal.said == []
         return
-    kinds = proposal.kinds
     for row in range(1, len(proposal.tree)):
         path = [proposal.tree.tokens[place] for place in proposal.tree.path(row)][1:]
-        said = kinds[row]
-        assert isinstance(said, tuple)
-        assert said[0] == tuple(drafter.name for drafter in drafters)
-        for chain, drafter, known in zip(chains, drafters, said[1:], strict=True):
+        sure = [
+            drafter.prior("x") for chain, drafter in zip(chains, drafters, strict=True) if chain[: len(path)] == path
+        ]
+        assert proposal.surest[row] == max(sure)
+        for chain, drafter, said in zip(chains, drafters, proposal.said[row], strict=True):
             if chain[: len(path)] == path:
-                assert known == bucket(drafter.prior("x"))
+                assert said == word(drafter.prior("x"))
             elif chain[: len(path) - 1] == path[:-1] and len(chain) >= len(path):
-                assert known == -1
+                assert said == OTHER
             else:
-                assert known == -2
+                assert said == SILENT
