@@ -139,7 +139,9 @@ def submit(
             for choice in range(body.n or 1)
         ]
         with served.metrics.asking(request.headers):
-            channel = served.bridge.submit(requests, deadline=body.timeout, priority=body.priority or 0)
+            channel = served.bridge.submit(
+                requests, parts=bool(body.stream), deadline=body.timeout, priority=body.priority or 0
+            )
     except DsparkError as error:
         raise from_runtime(error, fields, "messages" if "messages" in fields else "prompt") from error
     request.state.channel = channel

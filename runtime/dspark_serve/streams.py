@@ -142,15 +142,17 @@ class Bridge:
         self._events: list[tuple[Channel, Item]] = []  # of the engine's thread
         service.after_step(self._flush)
 
-    def submit(self, requests: Sequence[Request], *, deadline: float | None = None, priority: int = 0) -> Channel:
-        """All of ``requests``, or none.
+    def submit(
+        self, requests: Sequence[Request], *, parts: bool = True, deadline: float | None = None, priority: int = 0
+    ) -> Channel:
+        """All of ``requests``, or none; without ``parts`` the channel has their ends only.
 
         Raises:
             DsparkError: as for :meth:`Service.submit`.
         """
         channel = Channel(self._limits)
         for choice, request in enumerate(requests):
-            listener = partial(self._heard, channel, choice)
+            listener = partial(self._heard if parts else self._heard_end, channel, choice)
             try:
                 channel.attach(self.service.submit(request, listener, deadline=deadline, priority=priority))
             except DsparkError:
@@ -160,6 +162,10 @@ class Bridge:
 
     def _heard(self, channel: Channel, choice: int, event: Event) -> None:
         self._events.append((channel, Item(choice, event)))
+
+    def _heard_end(self, channel: Channel, choice: int, event: Event) -> None:
+        if isinstance(event, Finished | Failed):  # nobody is woken for what will be in the whole text
+            self._heard(channel, choice, event)
 
     def _flush(self) -> None:
         if not self._events:
