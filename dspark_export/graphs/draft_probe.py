@@ -33,7 +33,11 @@ _LONGEST_PROMPT = 24
 
 
 class DraftProbe:
-    """Measures self-drafts of ``model`` on ``prompts`` texts, each continued greedily for ``tokens`` tokens."""
+    """Measures self-drafts of ``model`` on ``prompts`` texts, each continued greedily for ``tokens`` tokens.
+
+    ``hidden``: what goes into each layer of the target, and out of the last, [texts, positions, hidden] each.
+    ``wanted``: its most probable tokens, int64 [texts, positions].
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, *, prompts: int, tokens: int) -> None:
         self.model, self.layers = model, len(decoder_layers(model))
@@ -41,21 +45,45 @@ class DraftProbe:
         self._ids, self._first = ids, ids.shape[1] - tokens - 1
         self._run_target()
 
-    @torch.no_grad()
     def agreement(self, layers: Sequence[int]) -> float:
         """Share of positions, 0 to 1, where the model cut down to ``layers`` has the target's most probable token."""
+        return float(self.agrees(layers).float().mean())
+
+    def agrees(self, layers: Sequence[int]) -> torch.Tensor:
+        """bool [texts, positions]: where the model cut down to ``layers`` has the target's most probable token."""
         kept = set(layers)
         # Up to the first layer left out, draft and target are the same: start there, from what the target had.
         start = next((n for n in range(self.layers) if n not in kept), self.layers)
+        return self._draft(self.hidden[start], sorted(n for n in kept if n >= start)) == self.wanted
+
+    def layer(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Output [texts, positions, hidden] of one layer, of rows ``hidden`` that see the target's keys before them."""
+        found: list[torch.Tensor] = []
+        stack = decoder_layers(self.model)
+        hook = stack[number].register_forward_hook(
+            lambda module, args, output: found.append(output if isinstance(output, torch.Tensor) else output[0])
+        )
+        try:
+            self._draft(hidden, [number], logits=1)
+        finally:
+            hook.remove()
+        return found[0]
+
+    def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """int64 [texts, positions]: the most probable token after the last layer's output ``hidden``."""
+        return self._draft(hidden, ())
+
+    @torch.no_grad()
+    def _draft(self, hidden: torch.Tensor, layers: Sequence[int], logits: int | None = None) -> torch.Tensor:
+        """The most probable tokens after ``layers``, which begin with ``hidden``; of the first ``logits`` rows only."""
         ids, batch = self._ids[:, self._first : -1], self._ids.shape[0]
         rows, length = ids.shape[1], self._length
         positions = torch.arange(self._first, self._first + rows).expand(batch, -1)
         before = torch.arange(length) < positions[0].unsqueeze(1)
         mask = torch.cat((before, torch.eye(rows, dtype=torch.bool)), dim=1).expand(batch, 1, -1, -1)
         step = Pass(mask, positions, torch.full((batch,), length))
-        with running(self.model, sorted(n for n in kept if n >= start)), self._entering(self._hidden[start]):
-            logits = self._pass(step, CacheSeam(self._cache, step), ids)
-        return float((logits.argmax(-1) == self._wanted).float().mean())
+        with running(self.model, layers), self._entering(hidden):
+            return self._pass(step, CacheSeam(self._cache, step), ids, last=logits).argmax(-1)
 
     @torch.no_grad()
     def _run_target(self) -> None:
@@ -74,11 +102,11 @@ class DraftProbe:
         positions = torch.arange(self._length).expand(batch, -1)
         step = Pass(mask, positions, torch.zeros(batch, dtype=torch.int64))
         cache = CacheSeam(empty, step)
-        self._hidden: list[torch.Tensor] = []
+        self.hidden: list[torch.Tensor] = []
         stack = decoder_layers(self.model)
 
         def note(module: torch.nn.Module, args: tuple[torch.Tensor, ...], *output: torch.Tensor) -> None:
-            self._hidden.append((output[0] if output else args[0])[:, self._first :])
+            self.hidden.append((output[0] if output else args[0])[:, self._first :])
 
         hooks = [stack[0].register_forward_pre_hook(note), *(layer.register_forward_hook(note) for layer in stack)]
         try:
@@ -87,10 +115,13 @@ class DraftProbe:
             for hook in hooks:
                 hook.remove()
         self._cache = cache.present
-        self._wanted = logits.argmax(-1)
+        self.wanted = logits.argmax(-1)
 
-    def _pass(self, step: Pass, cache: CacheSeam, ids: torch.Tensor, first: int = 0) -> torch.Tensor:
-        rows = torch.arange(first, ids.shape[1])
+    def _pass(
+        self, step: Pass, cache: CacheSeam, ids: torch.Tensor, first: int = 0, last: int | None = None
+    ) -> torch.Tensor:
+        """Logits of the rows ``first`` to ``last``."""
+        rows = torch.arange(first, ids.shape[1] if last is None else last)
         with seamed(self.model), step.active():
             out = self.model(
                 input_ids=ids,

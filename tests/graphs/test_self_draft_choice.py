@@ -44,6 +44,21 @@ def test_agreement_is_that_of_single_draft_steps_on_the_targets_cache(arch: str,
     assert probe.agreement(layers) == pytest.approx(agreed / total)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen3_moe"])
+def test_a_draft_can_go_layer_by_layer(arch: str) -> None:
+    """Step by step through some layers is the pass over those layers, and through all of them the target's own."""
+    _, model = tiny_models.make(arch, seed=3)
+    probe = DraftProbe(model, tiny_models.tokenizer().backend_tokenizer, prompts=2, tokens=5)
+    for layers in ((0, 2), (1,), (0, 1, 2)):
+        hidden = probe.hidden[0]
+        for number in layers:
+            hidden = probe.layer(number, hidden)
+        drafted = probe.tokens(hidden)
+        assert torch.equal(drafted == probe.wanted, probe.agrees(layers))
+    assert torch.equal(drafted, probe.wanted)
+    torch.testing.assert_close(hidden, probe.hidden[-1])
+
+
 def test_measuring_leaves_the_model_as_it_was() -> None:
     _, model = tiny_models.make("qwen3_moe")
     ids = torch.arange(3, 20)[None]
