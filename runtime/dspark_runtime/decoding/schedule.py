@@ -73,7 +73,7 @@ class Schedule:
         self._beside: dict[tuple[str, int], float] = {}  # what drafting takes, in such passes, by drafter and batch
         self._tries: dict[tuple[str, int], int] = {}
         self._gains: dict[tuple[str, int, int], list[float]] = {}  # sum and count, by drafter, batch and PROPOSED
-        self._without: dict[str, tuple[int, float, float]] = {}  # of those asked: PROPOSED, speed without them, their ms
+        self._without: dict[str, tuple[int, float, float]] = {}  # of those asked: PROPOSED, speed without, ms
         self._idle: dict[int, int] = {}  # plain rounds in a row, by their sequences
         self._unprobed_ms: dict[str, float] = {}  # decode time since a drafter drafted last
 
