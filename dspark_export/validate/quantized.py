@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,29 +24,77 @@ SUFFIX = "/DequantizeLinear"
 Tensor = npt.NDArray[Any]
 
 
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight that is stored as integers. ``table``: rows of it are looked up; else a product reads it [in, out].
+
+    ``parts``: names of the initializers it is made of.
+    """
+
+    name: str
+    table: bool
+    weights: ir.Value
+    scale: ir.Value
+    zero: ir.Value | None
+    minimum: ir.Value | None
+    axis: int
+    block: int
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        there = (self.weights, self.scale, self.zero, self.minimum)
+        return tuple(str(value.name) for value in there if value is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        assert self.weights.const_value is not None
+        return tuple(self.weights.const_value.shape.numpy())
+
+    def wide(self) -> Tensor:
+        """The float32 numbers that it stands for."""
+        zero = None if self.zero is None else _numbers(self.zero)
+        wide = dequantized(_numbers(self.weights), _numbers(self.scale), zero, self.axis, self.block)
+        if self.minimum is not None:
+            wide += np.repeat(_numbers(self.minimum).astype(np.float32), self.block, self.axis)
+        return wide
+
+    def steps(self) -> Tensor:
+        """How far apart the numbers are that each element can be."""
+        ones = np.ones(self.shape, np.float32)
+        return np.abs(dequantized(ones, _numbers(self.scale), None, self.axis, self.block))
+
+
+def find_quantized(graph: ir.Model) -> Iterator[QuantizedWeight]:
+    """Every weight that ``graph`` stores as integers."""
+    for node in graph.graph:
+        if node.op_type != "DequantizeLinear":
+            continue
+        table = all(v is None or v.producer() is not None for v in node.inputs)
+        sources = [_source(value) for value in node.inputs]
+        if len(sources) < 2 or sources[0] is None or sources[1] is None:
+            continue
+        yield QuantizedWeight(
+            (node.name or "").removesuffix(SUFFIX),
+            table,
+            sources[0],
+            sources[1],
+            sources[2] if len(sources) > 2 else None,
+            _minimum(node),
+            1 if table else node.attributes["axis"].as_int(),
+            node.attributes.get_int("block_size", 0),
+        )
+
+
 def quantized_weights(graph: ir.Model) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What quantized tensors stand for, in float32, by name: weights [in, out] of products, and tables."""
     products: dict[str, Tensor] = {}
     tables: dict[str, Tensor] = {}
-    for node in graph.graph:
-        if node.op_type != "DequantizeLinear":
-            continue
-        looked_up = all(v is None or v.producer() is not None for v in node.inputs)
-        sources = [_source(value) for value in node.inputs]
-        if len(sources) < 2 or sources[0] is None or sources[1] is None:
-            continue
-        zero = sources[2] if len(sources) > 2 else None
-        axis = 1 if looked_up else node.attributes["axis"].as_int()
-        block = node.attributes.get_int("block_size", 0)
-        wide = dequantized(sources[0], sources[1], zero, axis, block)
-        minimum = _minimum(node)
-        if minimum is not None:
-            wide += np.repeat(minimum.astype(np.float32), block, axis)
-        (tables if looked_up else products)[(node.name or "").removesuffix(SUFFIX)] = wide
+    for found in find_quantized(graph):
+        (tables if found.table else products)[found.name] = found.wide()
     return products, tables
 
 
-def _minimum(node: ir.Node) -> Tensor | None:
+def _minimum(node: ir.Node) -> ir.Value | None:
     """What is added to the blocks of ``node``, in the shape of their scales."""
     added = match.only_consumer(node.outputs[0], "Add")
     if added is None or not (added.name or "").partition(MINIMUM)[1]:
@@ -53,15 +103,18 @@ def _minimum(node: ir.Node) -> Tensor | None:
     return None if gather is None else _source(gather.inputs[0])
 
 
-def _source(value: ir.Value | None) -> Tensor | None:
-    """Numbers of an initializer, or of the table rows are looked up in."""
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """The initializer that ``value`` is, or the table that rows of it are looked up in."""
     if value is None:
         return None
     node = value.producer()
     if node is not None and node.op_type == "Gather":
         value = node.inputs[0]
-    if value is None or value.const_value is None:
-        return None
+    return None if value is None or value.const_value is None else value
+
+
+def _numbers(value: ir.Value) -> Tensor:
+    assert value.const_value is not None
     found: Tensor = value.const_value.numpy()
     return found
 

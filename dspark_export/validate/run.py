@@ -22,6 +22,7 @@ from dspark_export.validate import drafts as trained
 from dspark_export.validate.checks import Check, Family, Report
 from dspark_export.validate.engines import check_engines, engines_of
 from dspark_export.validate.extent import EXTENTS
+from dspark_export.validate.inventory import check_inventory
 from dspark_export.validate.llama_cpp import check_llama_cpp
 from dspark_export.validate.numerics import GraphCheck, check_quantization
 from dspark_export.validate.options import ValidateOptions
@@ -181,6 +182,8 @@ class _Validation:
         self.model = self.checkpoint.load_model(dtype)
         self.rebuilt = Rebuilt(self.files, self.model, self.checkpoint)
         yield from self._guarded("numerics.weights", "numerics", partial(check_weights, self.files, self.rebuilt))
+        if (source := self.checkpoint.gguf_file or self.checkpoint.directory) is not None:
+            yield from self._guarded("numerics.inventory", "numerics", partial(check_inventory, self.files, source))
         torch.nn.Module.float(self.model)  # transformers' own refuses models from GGUF files
 
     def _plain(self) -> Iterator[Check]:
