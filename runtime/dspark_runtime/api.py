@@ -15,15 +15,9 @@ from dataclasses import replace
 from typing import Literal, Unpack, overload
 
 from dspark_runtime.arguments import Ids, Prompt, Text, TokenArray, by_name, plain_prompts, refuse_unknown, whole
-from dspark_runtime.backends.opening import Backend, open_backend, rows_are_equal
-from dspark_runtime.backends.protocol import (
-    FLOAT_PRODUCTS,
-    MOST_ROWS,
-    ROUNDED_ACTIVATIONS,
-    Engine,
-    EngineOptions,
-    GraphEngine,
-)
+from dspark_runtime.backends.exactness import accuracy_level, require_equal_batches
+from dspark_runtime.backends.opening import Backend, open_backend
+from dspark_runtime.backends.protocol import MOST_ROWS, ROUNDED_ACTIVATIONS, Engine, EngineOptions, GraphEngine
 from dspark_runtime.bundle.files import TOKENIZER_DIR, BundleFiles
 from dspark_runtime.bundle.manifest import Manifest
 from dspark_runtime.decoding.loop import DecodingLoop, LoopOptions
@@ -123,7 +117,7 @@ class Bundle:
         files = BundleFiles.open(path, verify_digests)
         precision = files.manifest.precision
         wanted = precision.exact if exact is None else exact
-        options = EngineOptions(threads, spinning, _accuracy(files, wanted))
+        options = EngineOptions(threads, spinning, accuracy_level(files, wanted))
         return cls(files, options, wanted, capacity, open_backend(files, backend, options, device, capacity), phrases)
 
     def with_fresh_schedule(self) -> Bundle:
@@ -463,7 +457,7 @@ class Bundle:
         rows = min(options.rows, self._backend.limits.batch or options.rows)
         options = replace(options, rows=rows)
         if self.exact and rows > 1:
-            self._check_batches()
+            require_equal_batches(self.files, self._backend)
         capacity = min(options.capacity or DEFAULT_CAPACITY, self.limits.positions)
         target = self.engine("target", rows > 1)
         schedule = self._new_schedule()
@@ -486,22 +480,6 @@ class Bundle:
             observer=observer,
         )
 
-    def _check_batches(self) -> None:
-        """UsageError unless a row's logits are known to be the same whatever runs beside it."""
-        if self._backend.rows_are_equal or not self._backend.measured:
-            return
-        noise = self.manifest.precision.row_noise
-        # What was measured on the sequence kernels says nothing about the operators that run where these are missing.
-        found = None if noise is None or _made_for_kernels(self.files) else noise.between_batches
-        if found == 0.0:
-            return
-        what = "was not measured" if found is None else f"moves logits by up to {found:.3g}"
-        raise UsageError(
-            f"an exact service needs texts that do not depend on what runs beside them, and here that {what}; "
-            "open the bundle with exact=False (--no-exact), serve with rows=1, or build it again where the sequence "
-            "kernels are"
-        )
-
     def _encode(self, prompt: Text | Ids, variables: Mapping[str, object] | None, chat: bool) -> Ids:
         if isinstance(prompt, list):
             if chat:
@@ -518,28 +496,11 @@ class Bundle:
         return PassCosts({int(rows): ms for rows, ms in known.items() if ms > 0})
 
 
-def _made_for_kernels(files: BundleFiles) -> bool:
-    return any(graph.kernels for graph in files.manifest.graphs)
-
-
 def _phrase_store(files: BundleFiles, options: PhraseOptions | None) -> PhraseStore:
     """Of the bundle, with its corpus if it has one."""
     tokenizer = files.manifest.files.get(f"{TOKENIZER_DIR}/tokenizer.json")
     digest = "" if tokenizer is None else tokenizer.sha256
     return PhraseStore(files.manifest.model.vocab_size, bundle_corpus(files), options, digest)
-
-
-def _accuracy(files: BundleFiles, exact: bool) -> int:
-    """Arithmetic of quantized products: 8-bit activations, unless exact text was seen to need float32 ones.
-
-    What a build measured on the sequence kernels says nothing about the operators that run where these are missing.
-    """
-    precision = files.manifest.precision
-    if not precision.quantized:
-        return 0
-    elsewhere = _made_for_kernels(files) and not rows_are_equal(files)
-    agree = precision.rows_agree and not elsewhere
-    return FLOAT_PRODUCTS if exact and not agree else precision.accuracy_level or ROUNDED_ACTIVATIONS
 
 
 _OPTIONS = ("params", "speculate", "drafting", "stream", *GenerateOptions.__annotations__)

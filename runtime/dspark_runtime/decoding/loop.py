@@ -44,13 +44,13 @@ from dspark_runtime.decoding.batch import Batch
 from dspark_runtime.decoding.device_verdicts import read_verdicts, tree_check
 from dspark_runtime.decoding.fill import fill_prompt, fill_trees
 from dspark_runtime.decoding.observer import Observer
+from dspark_runtime.decoding.propose import Proposer
 from dspark_runtime.decoding.request import Request
 from dspark_runtime.decoding.round import Accepted, Flight
 from dspark_runtime.decoding.schedule import Schedule
 from dspark_runtime.decoding.sequence import Chunk, SequenceState
 from dspark_runtime.decoding.taps import TapReader
-from dspark_runtime.drafters.base import Drafter, DraftRequest
-from dspark_runtime.drafters.grammar import GrammarDrafter
+from dspark_runtime.drafters.base import Drafter
 from dspark_runtime.drafters.proposal import Proposal
 from dspark_runtime.errors import BackendError, CapacityError
 from dspark_runtime.speculation.kv_cache import KvCache, round_up
@@ -122,8 +122,7 @@ class DecodingLoop:
         self.cache = KvCache(engine.allocate(rows, min(most, round_up(self.options.first_slots))), most)
         self.runner = engine.open(self.cache.memory)
         self.batch = Batch(self.cache, self.drafters, self.options.reuse_prefixes)
-        self._grammar = GrammarDrafter()
-        self._vocab_size = engine.vocab_size
+        self._proposer = Proposer(self.drafters, schedule, self.options.most_drafts, engine.vocab_size)
         self._tokenizer = tokenizer
         self._numbers = itertools.count()
         self._readers = [TapReader.of(engine, drafter) for drafter in self.drafters if drafter.taps]
@@ -265,7 +264,7 @@ class DecodingLoop:
         began = _clock()
         running = list(self.batch.running)
         with self._failing_with(running):
-            proposals = self._propose(running)
+            proposals = self._proposer.propose(running)
             trees = self.schedule.choose(proposals, len(running))
             drafted = _clock()
             buffers = fill_trees(self.runner, self.cache, trees, self.options.min_rows)
@@ -377,64 +376,6 @@ class DecodingLoop:
                 assert self.runner.resident is not None  # the drafter has seen the cache it comes with
                 taps = self.runner.resident
                 reader.drafter.collect(sequence.index, sequence.row, taps, batch_row, rows, reader.runs)
-
-    # Propose -------------------------------------------------------------------------------------------------------
-
-    def _propose(self, running: Sequence[SequenceState]) -> list[Proposal]:
-        batch, most = len(running), self.options.most_drafts
-        proposals = [Proposal.empty(s.index, s.tokens[-1]) for s in running]
-        guided = any(s.choice.guided for s in running)
-        # Rejection sampling follows drafts: whether there is one must not depend on measured times.
-        if self.schedule.resting(batch) and not guided and not any(drafter.steady for drafter in self.drafters):
-            return proposals
-        drafters = [self._grammar, *self.drafters] if guided and self.drafters else self.drafters
-        for drafter in drafters:
-            requests = [
-                DraftRequest(
-                    s.index,
-                    s.row,
-                    s.tokens,
-                    min(most, s.remaining - 1) if s.request.speculate else 0,
-                    sampler=s.sampler,
-                    forced=s.choice.forced if s.choice.guided else None,
-                    scope=s.request.scope,
-                )
-                for s in running
-            ]
-            drafter.select(batch)
-            floor = 0.0 if drafter.steady else self.schedule.floor(drafter, batch)
-            for request in requests:
-                request.floor = floor
-            if drafter.pass_ms:
-                self._weigh(drafter, requests, proposals)
-                if not any(request.limit for request in requests):
-                    continue
-            drafts = drafter.propose(requests)
-            for sequence, proposal, draft in zip(running, proposals, drafts, strict=True):
-                within = None if draft is None else draft.within(self._vocab_size)
-                if within is not None and guided:
-                    within = sequence.choice.allowed_part(within)
-                if within is not None:
-                    proposal.add(drafter, within)
-        return proposals
-
-    def _weigh(self, drafter: Drafter, requests: Sequence[DraftRequest], proposals: Sequence[Proposal]) -> None:
-        """Let a drafter that needs its own passes draft only as far as it pays for all sequences together."""
-        batch = len(requests)
-        floor = self.schedule.floor(drafter, batch)
-        # The text of a request with a temperature would otherwise depend on measured times.
-        free = [i for i, request in enumerate(requests) if not (drafter.steady and request.temperature)]
-        limits = self.schedule.worth_drafting(
-            drafter,
-            [requests[i].request for i in free],
-            [proposals[i] for i in free],
-            [requests[i].limit for i in free],
-            batch,
-        )
-        for i, limit in zip(free, limits, strict=True):
-            request = requests[i]
-            request.limit, request.floor = limit, floor
-            request.rate = self.schedule.acceptance.rates(drafter, request.request)
 
     # Commit --------------------------------------------------------------------------------------------------------
 
