@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +30,38 @@ os.environ.setdefault("DSPARK_CPU_LIBRARY", "none")
 
 def group(nodeid: str) -> str:
     """Name of the tests that run in the worker of this one: a folder, an architecture or a file."""
-    from tests.tiny_models import ARCHITECTURES, MORE_ARCHITECTURES
-
-    file = nodeid.partition("::")[0]
-    folder = file.removeprefix("tests/").partition("/")[0]
+    file, folder = nodeid.partition("::")[0], folder_of(nodeid)
     if folder in SHARING:
         return folder
+    return _architecture(nodeid) or file
+
+
+def folder_of(nodeid: str) -> str:
+    """The folder of ``tests/`` that a test is in."""
+    return nodeid.partition("::")[0].removeprefix("tests/").partition("/")[0]
+
+
+def _architecture(nodeid: str) -> str:
+    """The architecture that a test is given; empty if it is not one of those that are grouped by them."""
+    if folder_of(nodeid) not in BY_ARCHITECTURE:
+        return ""
+    # torch, transformers: only where there are such tests
+    from tests.tiny_models import ARCHITECTURES, MORE_ARCHITECTURES
+
     arguments = re.split(r"[\[\]-]", nodeid.partition("[")[2])
-    named = [arch for arch in (*ARCHITECTURES, *MORE_ARCHITECTURES) if arch in arguments]
-    return named[0] if folder in BY_ARCHITECTURE and named else file
+    return next((arch for arch in (*ARCHITECTURES, *MORE_ARCHITECTURES) if arch in arguments), "")
 
 
 def _place(nodeid: str) -> int:
     """When a test runs: long groups first and those of one architecture last, the shortest, so that the end is even."""
-    from tests.tiny_models import ARCHITECTURES, MORE_ARCHITECTURES
-
-    order = (SHARING, (), ARCHITECTURES, MORE_ARCHITECTURES)  # files, which are in none of them, come second
     name = group(nodeid)
-    at = next((number for number, names in enumerate(order) if name in names), 1)
-    return 100 * at + (SHARING.index(name) if at == 0 else 0)
+    if name in SHARING:
+        return SHARING.index(name)
+    if not _architecture(nodeid):
+        return 100
+    from tests.tiny_models import ARCHITECTURES
+
+    return 200 if name in ARCHITECTURES else 300
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -98,6 +113,20 @@ def _share_traces() -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):  # the process that starts the workers, or the only one
         remove_unused()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """With ``--durations``, what each folder took, and each worker, which should end together."""
+    if terminalreporter.config.getoption("durations") is None:
+        return
+    folders, workers = Counter[str](), Counter[str]()
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            folders[folder_of(report.nodeid)] += report.duration
+            workers[getattr(report, "worker_id", "one process")] += report.duration
+    terminalreporter.section("seconds by folder and by worker")
+    for seconds in (folders, workers):
+        terminalreporter.write_line(", ".join(f"{name} {total:.0f}" for name, total in seconds.most_common()))
 
 
 @pytest.hookimpl(optionalhook=True)
