@@ -2,6 +2,8 @@
 
 ``longrope`` has factors for texts up to the original length and factors for longer ones; every position a bundle
 reaches must get the same factors whatever the length. So a bundle ends at the original length, where the two differ.
+
+``dynamic`` changes its base beyond ``max_position_embeddings`` only, which is where a bundle ends.
 """
 
 from __future__ import annotations
@@ -30,8 +32,6 @@ def is_static(parameters: dict[str, Any], positions: int) -> bool:
     if kind == "longrope":
         same = parameters.get("short_factor") == parameters.get("long_factor")
         return same or positions <= (parameters.get("original_max_position_embeddings") or 0)
-    if kind == "dynamic":
-        return bool(parameters.get("alpha"))  # a fixed stretch of the base: Hunyuan
     return True
 
 

@@ -21,4 +21,4 @@ def make_rope_static(model: Model) -> Model:
 
 
 def _static_name(kind: str) -> str:
-    return "default" if kind == "longrope" else kind
+    return "default" if kind in ("dynamic", "longrope") else kind

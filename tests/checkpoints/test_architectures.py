@@ -66,10 +66,6 @@ LONGROPE = {
         (lambda: config("falcon", alibi=True), "ALiBi"),
         (lambda: tiny_models.config("gpt2", reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
         (lambda: tiny_models.config("phi3", rope_parameters=LONGROPE, original_max_position_embeddings=64), "longrope"),
-        (
-            lambda: tiny_models.config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
-            "dynamic",
-        ),
         (lambda: config("moshi", **TINY, architectures=["MoshiForConditionalGeneration"]), "audio codes"),
         (lambda: config("gemma4_unified_text", **TINY), "no parity test covers"),
     ],

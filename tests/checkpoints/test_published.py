@@ -30,6 +30,21 @@ def test_what_transformers_saves_is_taken_whole(arch: str, tmp_path: Path) -> No
     torch.testing.assert_close(found.load_model(torch.float32)(ids).logits, model(ids).logits)
 
 
+def test_dynamic_frequencies_are_static_up_to_the_last_position(tmp_path: Path) -> None:
+    """InternLM 2.5 and 3 are published so: the base changes beyond ``max_position_embeddings`` only."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 6.0}
+    _, model = tiny_models.make("internlm3", rope_parameters=rope)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(MissingTokenizer):
+        found = resolve(str(tmp_path))
+    check_supported(found.config)
+    assert positions_of(found.config) == tiny_models.MAX_POSITIONS
+    ids = torch.arange(tiny_models.MAX_POSITIONS)[None] % 300
+    mine = found.load_model(torch.float32)
+    torch.testing.assert_close(mine(ids).logits, model(ids).logits)
+    assert mine.model.rotary_emb.rope_type == "default", "tracing must not see lengths"
+
+
 def test_a_x_k1_as_it_is_published(tmp_path: Path) -> None:
     """A norm for every layer, also for those without experts, and no correction of the router."""
     _, model = tiny_models.make("axk1", num_hidden_layers=2)
