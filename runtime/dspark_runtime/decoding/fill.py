@@ -59,11 +59,12 @@ def fill_trees(runner: Runner, cache: KvCache, trees: Sequence[TokenTree], min_r
     runner.select(0, batch)
     buffers = runner.prepare(rows, rows, slots)
     mask = buffers.attention_mask
-    if batch == rows == 1:  # the anchor alone sees every slot; this is every step of plain decoding
-        buffers.input_ids[0, 0] = trees[0].tokens[0]
-        buffers.position_ids[0, 0] = buffers.write_indices[0] = lengths[0]
-        buffers.logit_rows[0, 0] = 0
-        mask.fill(True)
+    if rows == 1:  # an anchor alone sees all slots up to its own; this is every step of plain decoding
+        starts = np.array(lengths[:batch])
+        buffers.input_ids[:, 0] = [tree.tokens[0] for tree in trees]
+        buffers.position_ids[:, 0] = buffers.write_indices[:] = starts
+        buffers.logit_rows[:] = 0
+        np.less_equal(np.arange(mask.shape[-1]), starts[:, None], out=mask[:, 0, 0])
         return buffers
     buffers.logit_rows[:] = _COUNT[:rows]
     for i, tree in enumerate(trees):

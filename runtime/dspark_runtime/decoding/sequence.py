@@ -110,18 +110,19 @@ class SequenceState:
         Only stop strings need the text to tell whether it ends, so that only for them it is made here.
         """
         kept: list[int] = []
-        for token in tokens:
+        eos, guide_end, most = self.request.eos, self.choice.guide_end, self.request.max_new_tokens
+        for emitted, token in enumerate(tokens, self.emitted + 1):
             kept.append(token)
             self.tokens.append(token)
-            if token in self.request.eos:
+            if token in eos:
                 self._finish = "eos"
             elif self._stops is not None:
                 self._ready += self._stops.push(token)
                 if self._stops.stopped:
                     self._finish = "stop"
-            if self._finish is None and self.emitted == self.choice.guide_end:
+            if self._finish is None and emitted == guide_end:
                 self._finish = "dead_end" if self.choice.dead_end else "stop"
-            if self._finish is None and self.remaining == 0:
+            if self._finish is None and emitted == most:
                 self._finish = "length"
             if self._finish is not None:
                 break
