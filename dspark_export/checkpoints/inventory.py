@@ -65,11 +65,12 @@ def some(names: Iterable[str], limit: int = _SHOWN) -> str:
 
 
 MEDIA_PARTS = re.compile(
-    r"(^|\.)(vision_tower|vision_model|vision_encoder|visual|vit|image_newline|multi_modal_projector|mm_projector|"
+    r"^(?:(?!(?:layers|h|blocks)\.\d)[^.]+\.)*?"
+    r"(vision_tower|vision_model|vision_encoder|visual|vit|image_newline|multi_modal_projector|mm_projector|"
     r"connector|modality_projection|embed_vision|embed_audio|audio_tower|audio_model|audio_encoder|audio|patch_merger)"
     r"(\.|$)"
 )
-"""Names of weights that read images or sound."""
+"""Names of weights that read images or sound; inside a layer of the decoder none does."""
 
 READS_MEDIA = "reads images or sound; the bundle takes text only"
 

@@ -54,6 +54,7 @@ _BESIDE: tuple[tuple[str, str], ...] = (
 )
 """Names of tensors that have no part in the logits of a text, and why. Written apart from the loader's rules."""
 
+_IN_LAYER = re.compile(r"\b(?:layers|blocks|h|blk)\.\d+\.")
 _ROTARY = re.compile(r"^rope_(freqs|factors_long|factors_short)\.weight$")
 
 
@@ -126,7 +127,13 @@ def _some(found: Mapping[str, str]) -> str:
 
 def _beside(names: list[str]) -> dict[str, str]:
     """Tensors that may be left out of the graph, with the reason."""
-    found = {name: why for name in names for pattern, why in _BESIDE if re.search(pattern, name)}
+    before_layers = {name: _IN_LAYER.split(name, maxsplit=1)[0] for name in names}  # nothing in one reads media
+    found = {
+        name: why
+        for name in names
+        for pattern, why in _BESIDE
+        if re.search(pattern, before_layers[name] if why == _READS_MEDIA else name)
+    }
     parts = re.compile(r"^(.*\blayers\.\d+\.)(eh_proj|enorm|hnorm|shared_head)\.")
     predicting = {match[1] for name in names if (match := parts.match(name))}
     for name in names:

@@ -151,6 +151,12 @@ def test_masks_of_old_checkpoints_are_no_biases() -> None:
     assert set(harmless_tensors(shapes, 3)) == {"h.0.attn.bias", "h.0.attn.masked_bias", "h.2.attn.bias"}
 
 
+def test_no_layer_of_a_decoder_reads_images_or_sound() -> None:
+    read = ["model.vision_tower.encoder.layers.0.q.weight", "visual.blocks.0.attn.qkv.weight", "model.connector.weight"]
+    lost = ["model.layers.0.audio.weight", "h.1.connector.weight", "language_model.layers.2.visual.proj.weight"]
+    assert set(harmless_tensors(dict.fromkeys((*read, *lost), (4, 4)), 3)) == set(read)
+
+
 def test_an_index_that_names_the_single_file_is_fine(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model")
     write_index(folder, dict.fromkeys(load_file(folder / FILE), FILE))
