@@ -11,12 +11,14 @@ them. They begin at 1, that of another token at about a half: what n-gram, the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from dspark_runtime.drafters.base import Draft, Drafter
 from dspark_runtime.drafters.estimates import EDGES, bucket
 from dspark_runtime.drafters.proposal import Proposal
+from dspark_runtime.speculation.tree import TokenTree
 
 MOST_RATE = 0.995
 ANY: Hashable = "any"  # class of a place: whether one of the tokens proposed for it was right
@@ -68,23 +70,11 @@ class Acceptance:
 
     def learn(self, drafter: Drafter, draft: Draft, emitted: Sequence[int], request: int) -> None:
         """Compare a draft, verified or not, with the tokens that really came."""
-        tree, row = draft.tree, 0
-        for token in emitted:
-            following, asked = -1, False
-            for candidate in range(row + 1, len(tree.tokens)):
-                if tree.parents[candidate] == row:
-                    hit = tree.tokens[candidate] == token
-                    self._count(drafter.name, kind_of(draft, candidate), request, hit)
-                    asked = True
-                    if hit:
-                        following = candidate
-                elif tree.is_chain:
-                    break
-            if asked:  # once, however many tokens were proposed for this place
-                self._count(drafter.name, ANY, request, following >= 0)
-            if following < 0:
-                return
-            row = following
+        for judged in _judged(draft.tree, emitted):
+            for row, hit in judged:
+                self._count(drafter.name, kind_of(draft, row), request, hit)
+            # once, however many tokens were proposed for this place
+            self._count(drafter.name, ANY, request, any(hit for _, hit in judged))
 
     def forget(self, request: int) -> None:
         """Drop what was learned for a finished request only."""
@@ -114,20 +104,10 @@ class Acceptance:
         """Compare what the drafters said of a merged proposal with the tokens that really came."""
         if not proposal.said:
             return
-        tree, row = proposal.tree, 0
         names = [part.drafter.name for part in proposal.parts]
-        for token in emitted:
-            following = -1
-            for candidate in range(row + 1, len(tree.tokens)):
-                if tree.parents[candidate] == row:
-                    hit = tree.tokens[candidate] == token
-                    words = proposal.said[candidate]
-                    self._correct(names, words, hit - self.together(names, words, proposal.surest[candidate]))
-                    if hit:
-                        following = candidate
-            if following < 0:
-                return
-            row = following
+        for row, hit in chain.from_iterable(_judged(proposal.tree, emitted)):
+            words = proposal.said[row]
+            self._correct(names, words, hit - self.together(names, words, proposal.surest[row]))
 
     def _correct(self, names: Sequence[str], words: Sequence[int], error: float) -> None:
         """One step down the gradient of the logarithmic loss."""
@@ -136,6 +116,20 @@ class Acceptance:
             moved = self._moved.setdefault(name, [1.0] * _WORDS)
             moved[said] = min(moved[said] + error * error, _MOST_MOVED)
             factors[said] += _LEARNING_RATE * error / math.sqrt(moved[said])
+
+
+def _judged(tree: TokenTree, emitted: Sequence[int]) -> Iterator[list[tuple[int, bool]]]:
+    """For each token that came, as far as the tree goes: the rows proposed for its place, and whether they were it."""
+    parent = 0
+    for token in emitted:
+        rows = range(parent + 1, min(parent + 2, len(tree)) if tree.is_chain else len(tree))
+        judged = [(row, tree.tokens[row] == token) for row in rows if tree.parents[row] == parent]
+        if not judged:
+            return
+        yield judged
+        parent = max((row for row, hit in judged if hit), default=-1)
+        if parent < 0:
+            return
 
 
 def _log_odds(rate: float) -> float:

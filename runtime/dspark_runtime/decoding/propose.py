@@ -37,11 +37,11 @@ class Proposer:
         for drafter in [self._grammar, *self._drafters] if guided and self._drafters else self._drafters:
             requests = [self._request(s) for s in running]
             drafter.select(batch)
-            floor = 0.0 if drafter.steady else self._schedule.floor(drafter, batch)
+            floor = self._schedule.floor(drafter, batch)
             for request in requests:
-                request.floor = floor
+                request.floor = 0.0 if drafter.steady else floor
             if drafter.pass_ms:
-                self._weigh(drafter, requests, proposals)
+                self._weigh(drafter, requests, proposals, floor)
                 if not any(request.limit for request in requests):
                     continue
             drafts = drafter.propose(requests)
@@ -64,10 +64,10 @@ class Proposer:
             scope=sequence.request.scope,
         )
 
-    def _weigh(self, drafter: Drafter, requests: Sequence[DraftRequest], proposals: Sequence[Proposal]) -> None:
+    def _weigh(
+        self, drafter: Drafter, requests: Sequence[DraftRequest], proposals: Sequence[Proposal], floor: float
+    ) -> None:
         """Let a drafter that needs its own passes draft only as far as it pays for all sequences together."""
-        batch = len(requests)
-        floor = self._schedule.floor(drafter, batch)
         # The text of a request with a temperature would otherwise depend on measured times.
         free = [i for i, request in enumerate(requests) if not (drafter.steady and request.temperature)]
         limits = self._schedule.worth_drafting(
@@ -75,7 +75,7 @@ class Proposer:
             [requests[i].request for i in free],
             [proposals[i] for i in free],
             [requests[i].limit for i in free],
-            batch,
+            len(requests),
         )
         for i, limit in zip(free, limits, strict=True):
             request = requests[i]

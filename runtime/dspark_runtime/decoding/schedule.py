@@ -103,18 +103,19 @@ class Schedule:
     def choose(self, proposals: Sequence[Proposal], batch: int) -> list[TokenTree]:
         """The tree to verify for each sequence: the best part of its proposal, or only its anchor."""
         if not any(proposal.parts for proposal in proposals):
-            self._learn_gains([], 0, batch)
+            self._learn_gains([float(batch)], batch)
             return [proposal.tree for proposal in proposals]
         drawn = max((len(p.tree) - 1 for p in proposals if p.sampled), default=0)  # verified whole, see the module
         ranked = [([], []) if proposal.sampled else self._ranked(proposal) for proposal in proposals]
         longest = min(max(len(order) for order, _ in ranked), self.most_rows - 1)
-        self._learn_gains([values for _, values in ranked], longest, batch)
+        tokens = _expected([values for _, values in ranked], longest, batch)
+        self._learn_gains(tokens, batch)
         if self.fixed is not None:
             rows = min(longest, self.fixed)
         elif longest == 0 or self.throttled or self._plain_due(batch):
             rows = 0
         else:
-            rows = self._best_rows([values for _, values in ranked], longest, batch)
+            rows = self._best_rows(tokens, batch)
         rows = max(rows, drawn)  # all have as many rows in the pass as the longest
         return [
             proposal.tree if proposal.sampled else _cut(proposal, order[:rows])
@@ -125,12 +126,10 @@ class Schedule:
         """Whether the next round has to be plain: none was for long, or never with this many sequences."""
         return self._since_plain >= PLAIN_EVERY or not self.costs.knows(batch)
 
-    def _best_rows(self, values: Sequence[Sequence[float]], longest: int, batch: int) -> int:
-        gain = float(batch)
-        best, best_rows = gain / self.round_ms(batch) * MARGIN, 0
-        for rows in range(1, longest + 1):
-            gain += sum(v[rows - 1] for v in values if rows <= len(v))
-            speed = gain / self.round_ms(batch, rows + 1)
+    def _best_rows(self, tokens: Sequence[float], batch: int) -> int:
+        best, best_rows = tokens[0] / self.round_ms(batch) * MARGIN, 0
+        for rows in range(1, len(tokens)):
+            speed = tokens[rows] / self.round_ms(batch, rows + 1)
             if speed > best:
                 best, best_rows = speed, rows
         return best_rows
@@ -252,17 +251,17 @@ class Schedule:
             self._without[drafter.name] = proposed, without, beside * drafter.draft_ms(length)
         return [min(limit, length) for limit in limits]
 
-    def _learn_gains(self, values: Sequence[Sequence[float]], longest: int, batch: int) -> None:
-        """How much faster the round promises to be with each drafter that was asked than it did without."""
+    def _learn_gains(self, tokens: Sequence[float], batch: int) -> None:
+        """How much faster the round promises to be with each drafter that was asked than it did without.
+
+        ``tokens``: see :func:`_expected`.
+        """
         asked, self._without = self._without, {}
         if not asked:
             return
-        gains = [float(batch)]
-        for rows in range(1, longest + 1):
-            gains.append(gains[-1] + sum(v[rows - 1] for v in values if rows <= len(v)))
-        times = [self.round_ms(batch, rows + 1) for rows in range(longest + 1)]
+        times = [self.round_ms(batch, rows + 1) for rows in range(len(tokens))]
         for name, (proposed, without, ms) in asked.items():
-            speed = max(gain / (time + ms) for gain, time in zip(gains, times, strict=True))
+            speed = max(gain / (time + ms) for gain, time in zip(tokens, times, strict=True))
             counts = self._gains.setdefault((name, batch, proposed), [0.0, 0.0])
             if counts[1] >= _MOST_SEEN:
                 counts[:] = counts[0] / 2, counts[1] / 2
@@ -326,6 +325,14 @@ class Schedule:
                 tries = self._tries[key] = self._tries.get(key, 0) + 1
                 known = self._beside.get(key, 1.0)
                 self._beside[key] = known + max(0.05, 1 / tries) * (found - known)
+
+
+def _expected(values: Sequence[Sequence[float]], longest: int, batch: int) -> list[float]:
+    """Expected tokens of a round in which every sequence verifies its best 0, 1, ... ``longest`` rows."""
+    tokens = [float(batch)]
+    for rows in range(1, longest + 1):
+        tokens.append(tokens[-1] + sum(v[rows - 1] for v in values if rows <= len(v)))
+    return tokens
 
 
 def _chain(rate: float, length: int) -> float:
